@@ -1,0 +1,233 @@
+"""Make a checkpoint of any size with random weights, for tests and benchmarks that need no trained model.
+
+    python benchmarks/make_checkpoint.py OUT --shape llama-2-7b
+    python benchmarks/make_checkpoint.py OUT --family qwen3 --hidden-size 1024 --layers 8 --heads 16 --kv-heads 8
+
+Weights are made and written layer by layer, so a checkpoint may be larger than the memory. The names and
+the shapes of the tensors, and config.json, are transformers' own: they come from the family's configuration
+class and from its model built on the meta device.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# The sizes of published models (llama-1.5b: ours, for a middle size with few KV heads).
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1.5b": {"family": "llama", "hidden_size": 2048, "layers": 24, "heads": 16, "kv_heads": 4,
+                   "intermediate_size": 8192, "vocab_size": 32000},
+    "llama-2-7b": {"family": "llama", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 32,
+                   "intermediate_size": 11008, "vocab_size": 32000},
+    "llama-3-8b": {"family": "llama", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 8,
+                   "intermediate_size": 14336, "vocab_size": 128256},
+    "mistral-7b": {"family": "mistral", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 8,
+                   "intermediate_size": 14336, "vocab_size": 32768},
+    "qwen2.5-1.5b": {"family": "qwen2", "hidden_size": 1536, "layers": 28, "heads": 12, "kv_heads": 2,
+                     "intermediate_size": 8960, "vocab_size": 151936, "tie": True},
+    "qwen3-0.6b": {"family": "qwen3", "hidden_size": 1024, "layers": 28, "heads": 16, "kv_heads": 8,
+                   "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie": True},
+}  # fmt: skip
+DEFAULT_SHAPE = "llama-1.5b"
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def make_checkpoint(
+    out: str | Path,
+    *,
+    family: str = "llama",
+    hidden_size: int = 64,
+    layers: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
+    intermediate_size: int = 160,
+    vocab_size: int | None = None,
+    head_dim: int | None = None,
+    tie: bool = False,
+    dtype: str = "bfloat16",
+    shard_layers: int = 0,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+) -> Path:
+    """Write a random checkpoint into the folder `out` and return its path.
+
+    `vocab_size` None means the tokenizer's size, or 256 without one. `head_dim` None means
+    hidden_size / heads. `shard_layers` K puts K layers into each file, with an index; 0 writes one file.
+    The same seed gives the same tensors whatever the sharding. `tokenizer` is a folder whose tokenizer is
+    saved beside the weights and whose BOS and EOS go into config.json. ValueError: sizes that do not fit together.
+    """
+    if family not in ARCHITECTURES:
+        raise ValueError(f"family {family!r} is not one of {', '.join(ARCHITECTURES)}")
+    if heads % kv_heads:
+        raise ValueError(f"{heads} heads are not a multiple of {kv_heads} KV heads")
+    if head_dim is None and hidden_size % heads:
+        raise ValueError(f"hidden size {hidden_size} is not a multiple of {heads} heads: give head_dim")
+    special_tokens, loaded = {}, None
+    if tokenizer is not None:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        special_tokens = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
+        if vocab_size is not None and vocab_size < len(loaded):
+            raise ValueError(f"vocabulary of {vocab_size} is smaller than the tokenizer's {len(loaded)}")
+        vocab_size = vocab_size or len(loaded)
+
+    config = AutoConfig.for_model(
+        family,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim or hidden_size // heads,
+        intermediate_size=intermediate_size,
+        vocab_size=vocab_size or 256,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tie,
+        dtype=dtype,
+        architectures=[ARCHITECTURES[family]],
+        **special_tokens,
+        **({"sliding_window": None} if family == "mistral" else {}),
+    )
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    if loaded is not None:
+        loaded.save_pretrained(folder)
+    _write_weights(folder, config, DTYPES[dtype], shard_layers, seed)
+    return folder
+
+
+def _tensor_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
+    """Name → shape of every tensor of the family's checkpoint, in the model's order."""
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config).state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def _layer_groups(names: list[str]) -> list[list[str]]:
+    """The names in runs that are made and written together: embeddings, each layer, what follows them."""
+
+    def place(name: str) -> str:
+        return name.split(".")[2] if name.startswith("model.layers.") else "outside"
+
+    return [list(run) for _, run in groupby(names, key=place)]
+
+
+def _random_tensor(name: str, shape: torch.Size, seed: int, layers: int, dtype: torch.dtype) -> torch.Tensor:
+    """One tensor of the checkpoint. Gains are near 1 at every size, so hidden states stay near unit scale.
+
+    Linears and embeddings: N(0, 1/in) (0.022² at 2048 inputs), o_proj and down_proj divided by √(2·layers)
+    as in GPT-2 so that the residual stream does not grow with depth. Norms: N(1, 0.02²). Biases: N(0, 0.1²).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mean, std = 0.0, 1 / math.sqrt(shape[-1])
+    if name.endswith("norm.weight"):
+        mean, std = 1.0, 0.02
+    elif name.endswith(".bias"):
+        std = 0.1
+    elif name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * layers)
+    return torch.empty(shape, dtype=dtype).normal_(mean, std, generator=generator)
+
+
+def _write_weights(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, shard_layers: int, seed: int
+) -> None:
+    shapes = _tensor_shapes(config)
+    names = list(shapes)
+    groups = _layer_groups(names)
+    layers = groups[1:-1]
+    per_file = shard_layers or len(layers)
+    shards = [layers[start : start + per_file] for start in range(0, len(layers), per_file)]
+    shards[0] = [groups[0], *shards[0]]
+    shards[-1] = [*shards[-1], groups[-1]]
+    # A seed a tensor, so that the tensors of a layer can be made side by side.
+    seeds = dict(zip(names, range(seed << 32, (seed << 32) + len(names)), strict=True))
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+
+        def tensors(shard: list[list[str]]) -> Iterator[torch.Tensor]:
+            for group in shard:
+                yield from threads.map(
+                    lambda name: _random_tensor(name, shapes[name], seeds[name], len(layers), dtype), group
+                )
+
+        weight_map = {}
+        for number, shard in enumerate(shards, start=1):
+            file = "model.safetensors"
+            if len(shards) > 1:
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            shard_shapes = {name: shapes[name] for group in shard for name in group}
+            _write_safetensors(folder / file, shard_shapes, dtype, tensors(shard))
+            weight_map.update(dict.fromkeys(shard_shapes, file))
+    if len(shards) > 1:
+        total_size = dtype.itemsize * sum(shape.numel() for shape in shapes.values())
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_safetensors(
+    path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, tensors: Iterator[torch.Tensor]
+) -> None:
+    """Stream `tensors`, one for each of `shapes`, into a safetensors file.
+
+    safetensors' own writer takes all tensors at once; its format is a header's length (8 bytes, little
+    endian), the header (JSON: dtype, shape, byte range of each tensor), and the bytes in order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.view(torch.uint8).numpy().data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a checkpoint with random weights.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default=DEFAULT_SHAPE, help="the sizes; the options below change single ones"
+    )
+    parser.add_argument("--family", choices=ARCHITECTURES)
+    sizes = ("hidden-size", "layers", "heads", "kv-heads", "head-dim", "intermediate-size", "vocab-size")
+    for size in sizes:
+        parser.add_argument(f"--{size}", type=int, metavar="N")
+    parser.add_argument("--tie", action=argparse.BooleanOptionalAction, help="embeddings serve as lm_head too")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--shard-layers", type=int, default=0, metavar="K", help="layers a file; 0: one file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="folder to copy the tokenizer from")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    shape = SHAPES[given.pop("shape")]
+    try:
+        folder = make_checkpoint(given.pop("out"), **(shape | given))
+    except ValueError as error:
+        parser.error(str(error))
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

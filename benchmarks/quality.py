@@ -1,0 +1,130 @@
+"""Perplexity of every method on trained models: the table of the README.
+
+    python benchmarks/quality.py MODEL... --calibration wikitext2-valid.txt --text wikitext2-test.txt \
+        --output benchmarks/results/quality.json
+
+Each row is one pruning and one evaluation in this process, float32 on the CPU. Rows that the output file holds
+already are kept, so a stopped run goes on where it was.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from machine import describe_machine
+
+from pyprune.checkpoint import CheckpointReader
+from pyprune.device import select_device, select_dtype
+from pyprune.evaluate import evaluate
+from pyprune.pipeline import PruneOptions, prune
+from pyprune.windows import evaluation_windows
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnitude": ("magnitude", {}),
+    "wanda-sp": ("wanda-sp", {}),
+    "flap reference": ("flap", {"mode": "reference"}),
+    "flap": ("flap", {}),
+    "flap, no bias": ("flap", {"compensation": "none"}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=100)
+    parser.add_argument("--window-length", type=int, default=1024)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    device = select_device(arguments.device)
+    rows: list[dict[str, Any]] = []
+    if arguments.output.exists():
+        rows = json.loads(arguments.output.read_text())["rows"]
+    done = {(r["model"], r["variant"], r["ratio"], r["seed"]) for r in rows}
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in arguments.models:
+            reader = CheckpointReader(model)
+            dtype = select_dtype("float32", reader.dtype, device)
+            windows = evaluation_windows(
+                arguments.text,
+                model,
+                reader.config.vocab_size,
+                arguments.window_length,
+                arguments.windows,
+                0,
+                device,
+                dtype,
+            )
+            plan = [("dense", 0.0, 0)] + [
+                (variant, ratio, seed)
+                for seed in arguments.seeds
+                for variant in arguments.variants
+                for ratio in arguments.ratios
+                # Only the window positions depend on the seed; magnitude looks at no text.
+                if not (variant == "magnitude" and seed != arguments.seeds[0])
+            ]
+            for variant, ratio, seed in plan:
+                if (model.name, variant, ratio, seed) in done:
+                    continue
+                folder, met = model, 0.0
+                if variant != "dense":
+                    method, options = VARIANTS[variant]
+                    folder = Path(scratch) / f"{model.name}-{variant}-{ratio}-{seed}"
+                    result = prune(
+                        PruneOptions(
+                            str(model),
+                            folder,
+                            method,
+                            ratio,
+                            options,
+                            arguments.calibration,
+                            arguments.samples,
+                            arguments.sequence_length,
+                            seed,
+                            arguments.device,
+                            "float32",
+                            Path(scratch),
+                        )
+                    )
+                    met = result["ratio"]["met"]
+                value = evaluate(folder, windows, device=device, dtype=dtype)["perplexity"]
+                rows.append(
+                    {
+                        "model": model.name,
+                        "variant": variant,
+                        "ratio": ratio,
+                        "ratio_met": met,
+                        "seed": seed,
+                        "perplexity": value,
+                    }
+                )
+                print(f"{model.name:16} {variant:16} {ratio:.1f} ({met:.4f}) seed {seed}: {value:8.2f}", flush=True)
+                document = {
+                    "protocol": {
+                        "calibration": f"{arguments.samples} x {arguments.sequence_length} tokens of "
+                        f"{Path(arguments.calibration).name}",
+                        "evaluation": f"{arguments.windows} x {arguments.window_length} tokens of "
+                        f"{Path(arguments.text).name}",
+                        "dtype": "float32",
+                    },
+                    "machine": describe_machine(),
+                    "rows": rows,
+                }
+                arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""From a ratio to units: how many, or which, KV groups and FFN channels every layer keeps.
+
+Costs are in FFN channels (3 * hidden_size parameters): 1 for a channel, head_dim * (2r + 2) / 3 for a KV group.
+At least one unit of each module stays in every layer.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .architectures import ATTENTION, FFN, MODULES, LayerShape
+from .errors import InputError
+
+Kept = dict[str, Tensor]  # module -> sorted indices of the units that stay, int64
+UnitScores = dict[str, Tensor]  # module -> [units] float64, higher is more important
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Kept units of every layer; `threshold` is the score that separates kept from removed, where one does."""
+
+    layers: list[Kept]
+    threshold: float | None = None
+
+
+def total_cost(shapes: list[LayerShape]) -> float:
+    return sum(s.kv_groups * s.group_cost + s.intermediate_channels for s in shapes)
+
+
+def check_ratio(shapes: list[LayerShape], ratio: float) -> None:
+    """Raise InputError unless the ratio lies in (0, 1) and one unit of each module can stay in every layer."""
+    if not 0 < ratio < 1:
+        raise InputError(f"ratio {ratio:g} is outside (0, 1): it is the share of decoder parameters to remove")
+    most = 1 - sum(s.group_cost + 1 for s in shapes) / total_cost(shapes)
+    if ratio > most:
+        raise InputError(
+            f"ratio {ratio:g} is impossible: one KV group and one FFN channel stay in every layer, "
+            f"so at most {most:.4f} can be removed from this model"
+        )
+
+
+def uniform_counts(
+    shapes: list[LayerShape], ratio: float, attention_ratio: float | None = None
+) -> list[dict[str, int]]:
+    """Units removed in every layer: int(ratio * groups) KV groups, and FFN channels for the rest of the budget.
+
+    With few KV groups int() falls far short (3 of 12 heads at 0.3 is 0.25), so that methods would be compared at
+    different sizes; the shortfall is taken from the FFN of the same layer, rounded to the nearest channel.
+    `attention_ratio` sets the attention's own ratio (the "manual" structures of FLAP).
+    """
+    check_ratio(shapes, ratio)
+    if attention_ratio is not None and not 0 <= attention_ratio < 1:
+        raise InputError(f"attention ratio {attention_ratio:g} is outside [0, 1)")
+    own = ratio if attention_ratio is None else attention_ratio
+    counts = []
+    for shape in shapes:
+        budget = ratio * (shape.kv_groups * shape.group_cost + shape.intermediate_channels)
+        groups = min(int(own * shape.kv_groups + 1e-9), shape.kv_groups - 1)
+        channels = round(budget - groups * shape.group_cost)
+        if channels > shape.intermediate_channels - 1 and attention_ratio is None:
+            # The FFN alone cannot make up for the whole groups that int() left: take one more of them each time.
+            missing = channels - (shape.intermediate_channels - 1)
+            groups = min(groups + math.ceil(missing / shape.group_cost), shape.kv_groups - 1)
+            channels = round(budget - groups * shape.group_cost)
+        if not 0 <= channels < shape.intermediate_channels:
+            raise InputError(
+                f"attention ratio {own:g} with ratio {ratio:g} would remove {channels} of "
+                f"{shape.intermediate_channels} FFN channels; bring the two closer together"
+            )
+        counts.append({ATTENTION: groups, FFN: channels})
+    return counts
+
+
+def keep_highest(scores: Tensor, removed: int) -> Tensor:
+    """Sorted indices of all but the `removed` lowest scores [units]; of equal scores the first goes first."""
+    order = torch.sort(scores, stable=True).indices
+    return order[removed:].sort().values
+
+
+def choose_by_counts(scores: list[UnitScores], counts: list[dict[str, int]]) -> Choice:
+    return Choice(
+        [{m: keep_highest(own[m], count[m]) for m in MODULES} for own, count in zip(scores, counts, strict=True)]
+    )
+
+
+def choose_globally(
+    scores: list[UnitScores], shapes: list[LayerShape], budget: float, modules: tuple[str, ...] = MODULES
+) -> Choice:
+    """Remove the lowest units of the whole model until their cost is as near to `budget` as one unit allows.
+
+    The best unit of each module of a layer is out of reach. Modules not named keep all their units.
+    """
+    entries = _Units(scores, shapes, modules)
+    order = torch.sort(entries.score, stable=True).indices
+    order = order[~entries.protected[order]]
+    spent = torch.cumsum(entries.cost[order], 0)
+    # `spent` grows, so the nearest sum is at one side of where the budget falls.
+    count = int(torch.searchsorted(spent, budget))
+    if count < len(spent) and spent[count] - budget < budget - (spent[count - 1] if count else 0.0):
+        count += 1
+    removed = torch.zeros(len(entries.score), dtype=torch.bool)
+    removed[order[:count]] = True
+    threshold = float(entries.score[order[count]]) if count < len(order) else None
+    return Choice(entries.kept(~removed), threshold)
+
+
+def choose_above(
+    scores: list[UnitScores], shapes: list[LayerShape], threshold: float, modules: tuple[str, ...] = MODULES
+) -> Choice:
+    """Keep what scores strictly above the threshold, and the best unit of each module of a layer."""
+    entries = _Units(scores, shapes, modules)
+    return Choice(entries.kept((entries.score > threshold) | entries.protected), threshold)
+
+
+class _Units:
+    """Every unit of the named modules in one row: score, cost, and whether it is the best of its module."""
+
+    def __init__(self, scores: list[UnitScores], shapes: list[LayerShape], modules: tuple[str, ...]) -> None:
+        self.scores, self.modules = scores, modules
+        rows, costs, protected = [], [], []
+        for own, shape in zip(scores, shapes, strict=True):
+            for module in modules:
+                rows.append(own[module])
+                costs.append(torch.full((len(own[module]),), shape.unit_cost(module), dtype=torch.float64))
+                best = torch.zeros(len(own[module]), dtype=torch.bool)
+                best[own[module].argmax()] = True
+                protected.append(best)
+        self.score, self.cost = torch.cat(rows), torch.cat(costs)
+        self.protected = torch.cat(protected)
+
+    def kept(self, mask: Tensor) -> list[Kept]:
+        layers, start = [], 0
+        for own in self.scores:
+            kept = {}
+            for module in MODULES:
+                if module in self.modules:
+                    stop = start + len(own[module])
+                    kept[module] = mask[start:stop].nonzero().flatten()
+                    start = stop
+                else:
+                    kept[module] = torch.arange(len(own[module]))
+            layers.append(kept)
+        return layers

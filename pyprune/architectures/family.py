@@ -1,0 +1,164 @@
+"""What a model family looks like: the names of its drivers and coupled matrices, and the shape of a layer."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ATTENTION = "attention"
+FFN = "ffn"
+MODULES = (ATTENTION, FFN)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one decoder layer.
+
+    `heads_per_group` is r = query heads per KV head; a KV group is one key head, one value head and its r query
+    heads, and owns `heads_per_group * head_dim` contiguous input columns of `o_proj`.
+    """
+
+    hidden_size: int
+    head_dim: int
+    kv_groups: int
+    heads_per_group: int
+    intermediate_channels: int
+
+    @property
+    def group_width(self) -> int:
+        """Input columns of `o_proj` that one KV group owns."""
+        return self.heads_per_group * self.head_dim
+
+    @property
+    def group_cost(self) -> float:
+        """Parameters of one KV group, in FFN channels: head_dim * (2r + 2) / 3, a fraction, never truncated."""
+        return self.head_dim * (2 * self.heads_per_group + 2) / 3
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the layer's decoder linears (q, k, v, o, gate, up, down; no biases)."""
+        attention = self.kv_groups * self.head_dim * (2 * self.heads_per_group + 2)
+        return self.hidden_size * (attention + 3 * self.intermediate_channels)
+
+    def units(self, module: str) -> int:
+        return self.kv_groups if module == ATTENTION else self.intermediate_channels
+
+    def unit_width(self, module: str) -> int:
+        """Input columns of the module's driver that one unit owns."""
+        return self.group_width if module == ATTENTION else 1
+
+    def unit_cost(self, module: str) -> float:
+        """Parameters of one unit of the module, in FFN channels (3 * hidden_size parameters each)."""
+        return self.group_cost if module == ATTENTION else 1.0
+
+    def kept(self, kv_groups: int, intermediate_channels: int) -> "LayerShape":
+        return LayerShape(
+            self.hidden_size, self.head_dim, kv_groups, self.heads_per_group, intermediate_channels
+        )
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family of transformers. The names below are those of Llama; a family overrides what differs.
+
+    `name` is transformers' `model_type`, `prefix` begins the names of its classes; `sliding` says by layer whether
+    a layer's attention sees a sliding window only.
+    """
+
+    name: str
+    prefix: str
+    layers: str = "model.layers"
+    embeddings: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+    drivers: tuple[tuple[str, str], ...] = ((ATTENTION, "self_attn.o_proj"), (FFN, "mlp.down_proj"))
+    query: str = "self_attn.q_proj"
+    key_value: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    sliding: Callable[[Any, int], bool] = lambda config, layer: False
+
+    def driver(self, module: str) -> str:
+        """Name within a layer of the module's driver, the matrix whose input columns are pruned."""
+        return dict(self.drivers)[module]
+
+    def _class(self, suffix: str, module: str = "modeling") -> Any:
+        source = importlib.import_module(f"transformers.models.{self.name}.{module}_{self.name}")
+        return getattr(source, self.prefix + suffix)
+
+    @property
+    def config_class(self) -> Any:
+        return self._class("Config", "configuration")
+
+    @property
+    def layer_class(self) -> Any:
+        return self._class("DecoderLayer")
+
+    @property
+    def rotary_class(self) -> Any:
+        return self._class("RotaryEmbedding")
+
+    @property
+    def causal_lm_class(self) -> Any:
+        return self._class("ForCausalLM")
+
+    def layer_shape(self, config: Any, layer: int) -> LayerShape:
+        own = config.per_layer_config[layer]
+        heads, groups = own.num_attention_heads, own.num_key_value_heads
+        head_dim = getattr(own, "head_dim", None) or own.hidden_size // heads
+        return LayerShape(own.hidden_size, head_dim, groups, heads // groups, own.intermediate_size)
+
+    def shapes(self, config: Any) -> list[LayerShape]:
+        return [self.layer_shape(config, layer) for layer in range(config.num_hidden_layers)]
+
+    def build_layer(self, config: Any, layer: int) -> nn.Module:
+        """Decoder layer `layer` of transformers' own class with that layer's own sizes and compensation biases.
+
+        Build it under `torch.device("meta")` to allocate nothing. `config.o_proj_bias` and `config.down_proj_bias`
+        (absent in a stock configuration) put a bias on the drivers of a family that has none there.
+        """
+        block = self.layer_class(config.per_layer_config[layer], layer)
+        for module, flag in ((ATTENTION, "o_proj_bias"), (FFN, "down_proj_bias")):
+            if getattr(config, flag, False):
+                parent, name = self.driver(module).split(".")
+                linear = getattr(getattr(block, parent), name)
+                if linear.bias is None:
+                    biased = nn.Linear(
+                        linear.in_features,
+                        linear.out_features,
+                        bias=True,
+                        device=linear.weight.device,
+                        dtype=linear.weight.dtype,
+                    )
+                    setattr(getattr(block, parent), name, biased)
+        # The attention reads its implementation (sdpa, eager) from its config: it must be the one that
+        # `set_attn_implementation` changes, not this layer's copy.
+        block.self_attn.config = config
+        return block
+
+    def layer_state_shapes(self, config: Any, layer: int) -> dict[str, tuple[int, ...]]:
+        """Names (within the layer) and shapes of the tensors that a checkpoint must hold for a layer."""
+        with torch.device("meta"):
+            return {
+                name: tuple(t.shape) for name, t in self.build_layer(config, layer).state_dict().items()
+            }
+
+    def unit_rows(self, shape: LayerShape, module: str, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Which slices of which matrices belong to the kept units: name -> (dimension, indices).
+
+        Dimension 1 is the driver's input; dimension 0 the output rows of a coupled matrix (and of its bias).
+        """
+        if module == FFN:
+            slices = dict.fromkeys(self.gate_up, (0, kept))
+        else:
+            slices = {self.query: (0, expand(kept, shape.group_width))}
+            slices |= dict.fromkeys(self.key_value, (0, expand(kept, shape.head_dim)))
+        slices[self.driver(module)] = (1, expand(kept, shape.unit_width(module)))
+        return slices
+
+
+def expand(units: Tensor, width: int) -> Tensor:
+    """Indices of the channels of `units` when each owns `width` contiguous ones: [n] -> [n * width]."""
+    return (units[:, None] * width + torch.arange(width)).reshape(-1)

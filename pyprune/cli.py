@@ -1,0 +1,230 @@
+"""The command line. stdout carries results, stderr progress and logs; status 2 is a wrong argument or input."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import transformers
+
+from .console import Console
+from .errors import InputError
+from .methods import METHODS
+from .methods.flap import COMPENSATIONS, METRICS, MODES, STRUCTURES
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+
+
+def _device_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+        click.option("--trust-remote-code", is_flag=True, help="Run a tokenizer's own Python code."),
+        click.option("--dtype", default="auto", help="Compute type: auto, float32, bfloat16, float16."),
+        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option("--seed", default=0, help="Seed of the windows and of sampled text."),
+    ):
+        command = option(command)
+    return command
+
+
+def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--attention-ratio", type=float, help="flap, UL-MM and AL-MM: the attention's own ratio."),
+        click.option(
+            "--square-attention/--no-square-attention",
+            default=None,
+            help="flap: square attention scores, as the authors' code does.",
+        ),
+        click.option("--compensation", help=f"flap: {' or '.join(COMPENSATIONS)}.  [default: bias]"),
+        click.option("--mode", help=f"flap: {' or '.join(MODES)}.  [default: exact]"),
+        click.option("--structure", help=f"flap: {', '.join(STRUCTURES)}.  [default: AL-AM]"),
+        click.option("--metric", help=f"flap: {', '.join(METRICS)}.  [default: WIFV]"),
+        click.option("--sequence-length", default=2048, help="Tokens in a calibration window."),
+        click.option("--samples", default=128, help="Calibration windows."),
+        click.option(
+            "--calibration",
+            metavar="TEXT",
+            help="A .txt, a .jsonl with a `text` field, or `self`: sampled from the model (loads it whole).",
+        ),
+        click.option("--ratio", type=float, required=True, help="Share of the decoder linears to remove, (0, 1)."),
+        click.option("--method", default="flap", help=f"One of {', '.join(METHODS)}."),
+    ):
+        command = option(command)
+    return command
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The method options that the user typed."""
+    names = ("metric", "structure", "mode", "compensation", "square_attention", "attention_ratio")
+    return {name: options[name] for name in names if options[name] is not None}
+
+
+@click.group(context_settings=SETTINGS)
+@click.version_option(package_name="pyprune")
+def cli() -> None:
+    """Structured pruning of large language models: whole attention heads and FFN channels, no retraining.
+
+    MODEL is a checkpoint folder (safetensors) or a hub id. A first run:
+
+        pyprune prune models/llama-6m-gqa smaller --ratio 0.3 --calibration self --sequence-length 256
+    """
+
+
+@cli.command(context_settings=SETTINGS)
+@click.argument("model")
+@click.argument("output", type=click.Path(path_type=Path))
+@_method_options
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder of surveys.  [default: beside OUTPUT]")
+@click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
+@click.option("--allow-nonfinite", is_flag=True, help="Count NaN and Inf activations as zero.")
+@click.option("--evaluate", "text", metavar="TEXT", help="Perplexity before and after on a text, or `self`.")
+@click.option("--evaluation-length", default=1024, help="Tokens in an evaluation window.")
+@click.option("--max-windows", type=int, help="Evaluation windows at most.")
+@_device_options
+def prune(model: str, output: Path, **options: Any) -> None:
+    """Prune MODEL into the new folder OUTPUT, which holds a checkpoint, plan.json and report.html.
+
+    OUTPUT appears whole or not at all. Load it with `import pyprune` and
+    AutoModelForCausalLM.from_pretrained(OUTPUT).
+    """
+    from . import pipeline
+
+    evaluation = None
+    if options["text"]:
+        evaluation = pipeline.Evaluation(
+            options["text"], options["evaluation_length"], options["max_windows"]
+        )
+    shared = {
+        name: options[name]
+        for name in (
+            "method ratio calibration samples sequence_length seed device dtype cache resume "
+            "allow_nonfinite trust_remote_code"
+        ).split()
+    }
+    console = Console(options["as_json"])
+    with console.progress() as progress:
+        plan = pipeline.prune(
+            pipeline.PruneOptions(
+                model, output, method_options=_given(options), evaluation=evaluation, **shared
+            ),
+            progress,
+        )
+    console.pruned(plan, output)
+
+
+@cli.command(context_settings=SETTINGS)
+@click.argument("model")
+@click.option("--text", required=True, metavar="TEXT", help="A .txt, a .jsonl, or `self` (sampled).")
+@click.option("--sequence-length", default=2048, help="Tokens in a window.")
+@click.option("--max-windows", type=int, help="Windows at most.  [default: all; 64 for `self`]")
+@click.option("--reference", metavar="DENSE", help="Also KL divergence and top-1 agreement with this model.")
+@_device_options
+def evaluate(model: str, **options: Any) -> None:
+    """Perplexity of MODEL in consecutive windows of a text.
+
+    exp of the mean over windows of each window's mean cross-entropy. `self` samples the text from DENSE if it is
+    given, else from MODEL.
+    """
+    from . import evaluate as evaluation
+    from .checkpoint import CheckpointReader, checkpoint_folder
+    from .device import select_device, select_dtype
+    from .windows import evaluation_windows
+
+    console = Console(options["as_json"])
+    folder = checkpoint_folder(model)
+    reference = checkpoint_folder(options["reference"]) if options["reference"] else None
+    device = select_device(options["device"])
+    reader = CheckpointReader(folder)
+    dtype = select_dtype(options["dtype"], reader.dtype, device)
+    with console.progress() as progress:
+        windows = evaluation_windows(
+            options["text"],
+            reference or folder,
+            reader.config.vocab_size,
+            options["sequence_length"],
+            options["max_windows"],
+            options["seed"] + 1,  # sampled text must not be what a pruning with this seed was calibrated on
+            device,
+            dtype,
+            options["trust_remote_code"],
+            lambda done, total: progress("sampling text", done, total),
+        )
+        result = evaluation.evaluate(
+            folder,
+            windows,
+            reference_folder=reference,
+            device=device,
+            dtype=dtype,
+            progress=lambda done, total: progress("evaluate", done, total),
+        )
+    console.evaluated(result)
+
+
+@cli.command(context_settings=SETTINGS)
+@click.argument("model")
+@_method_options
+@_device_options
+def plan(model: str, **options: Any) -> None:
+    """What a pruning of MODEL would do: sizes, parameters, time, peak memory. Reads no weights, writes nothing."""
+    from .checkpoint import CheckpointReader, checkpoint_folder
+    from .device import select_device, select_dtype
+    from .estimate import estimate
+    from .methods import make_method
+
+    device = select_device(options["device"])
+    method = make_method(options["method"], _given(options))
+    reader = CheckpointReader(checkpoint_folder(model))
+    dtype = select_dtype(options["dtype"], reader.dtype, device)
+    result = estimate(
+        reader, method, options["ratio"], options["samples"], options["sequence_length"], device, dtype
+    )
+    Console(options["as_json"]).estimated(result)
+
+
+@cli.command(context_settings=SETTINGS)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def backends(as_json: bool) -> None:
+    """Which backend would run each operator here, and why the others would not."""
+    from .ops.backends import describe, describe_installation
+
+    Console(as_json).backends(describe(), describe_installation())
+
+
+@cli.command(context_settings=SETTINGS)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def methods(as_json: bool) -> None:
+    """The pruning methods and their options."""
+    Console(as_json).methods(METHODS)
+
+
+def main() -> None:
+    """Run the command line; one line on stderr and status 2 for what the user can mend."""
+    # Its notes on reading a pruned configuration's global sizes, and its own bars, say nothing to our user.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        status = cli.main(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "pyprune"
+        _fail(f"{error.format_message()} (see {command} --help)")
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("pyprune: interrupted; --resume goes on where a pruning stopped", err=True)
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    click.echo("pyprune: " + " ".join(message.split()), err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What the command line shows: tables or one JSON document on stdout, progress bars on stderr."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .methods import Method
+from .ops.backends import BackendRow
+
+Advance = Callable[[str, int, int], None]
+
+
+class Console:
+    """Prints the results of one command, as JSON if `as_json`."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.out = RichConsole(soft_wrap=False)
+        self.err = RichConsole(stderr=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Advance]:
+        """A callback (what, done, total) that draws one bar for each thing under way."""
+        columns = (
+            TextColumn("{task.description:>16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err) as bars:
+            tasks: dict[str, Any] = {}
+
+            def advance(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=total)
+                bars.update(tasks[what], completed=done, total=total)
+
+            yield advance
+
+    def _json(self, document: Any) -> None:
+        print(json.dumps(document, indent=1))
+
+    def _rows(self, rows: list[tuple[str, str]]) -> None:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for name, value in rows:
+            table.add_row(name, value)
+        self.out.print(table)
+
+    def pruned(self, plan: dict[str, Any], output: Path) -> None:
+        ratio = plan["ratio"]
+        if self.as_json:
+            summary = {
+                "output": str(output),
+                "method": plan["method"],
+                "ratio": ratio["met"],
+                "ratio_asked": ratio["asked"],
+                "ratio_of_model": ratio["of_model"],
+                "parameters": plan["parameters"],
+                "bytes": plan["bytes"],
+                "seconds": plan["seconds"],
+                "peak_memory_bytes": plan["peak_memory_bytes"],
+                "survey_cached": plan["passes"].get("survey", {}).get("cached", False),
+            }
+            self._json(summary | ({"evaluation": plan["evaluation"]} if "evaluation" in plan else {}))
+            return
+        rows = [
+            ("output", str(output)),
+            ("ratio met", f"{ratio['met']:.4f} of the decoder linears (asked {ratio['asked']:g})"),
+            ("", f"{ratio['of_model']:.4f} of the whole model"),
+            ("size", " → ".join(f"{n / 1e6:,.1f} MB" for n in plan["bytes"])),
+            ("time", f"{plan['seconds']:.1f} s"),
+            ("peak memory", f"{plan['peak_memory_bytes'] / 1e6:,.0f} MB"),
+            ("report", str(output / "report.html")),
+        ]
+        if "note" in ratio:
+            rows.insert(2, ("", ratio["note"]))
+        if "evaluation" in plan:
+            before, after = (plan["evaluation"][k]["perplexity"] for k in ("dense", "pruned"))
+            rows.insert(-1, ("perplexity", f"{before:.2f} → {after:.2f} ({plan['evaluation']['text']})"))
+        self._rows(rows)
+
+    def evaluated(self, result: dict[str, Any]) -> None:
+        if self.as_json:
+            self._json(result)
+            return
+        self._rows([(k.replace("_", " "), f"{v:.6g}") for k, v in result.items()])
+
+    def estimated(self, result: dict[str, Any]) -> None:
+        if self.as_json:
+            self._json(result)
+            return
+        before, after = result["parameters"]["decoder_linears"]
+        rows = [
+            ("method", result["method"]),
+            ("decoder linears", f"{before / 1e6:,.2f} M → {after / 1e6:,.2f} M parameters"),
+            ("size", " → ".join(f"{n / 1e6:,.1f} MB" for n in result["bytes"])),
+            ("peak memory", f"about {result['peak_memory_bytes'] / 1e6:,.0f} MB on {result['device']}"),
+        ]
+        for step in result["passes"]:
+            rows.append(
+                (f"{step['pass']} pass", f"{step['flops'] / 1e12:,.2f} TFLOP, about {step['seconds']:,.1f} s")
+            )
+        if result["layers"] is None:
+            rows.append(("layers", "each layer's size follows from the text"))
+        else:
+            own = result["layers"][0]
+            rows.append(
+                ("each layer", f"{own['kv_groups']} KV groups, {own['intermediate_channels']} FFN channels")
+            )
+        self._rows(rows)
+
+    def backends(self, rows: list[BackendRow], installation: dict[str, str]) -> None:
+        if self.as_json:
+            self._json({"installation": installation, "operators": [dataclasses.asdict(row) for row in rows]})
+            return
+        self._rows(list(installation.items()))
+        table = Table(box=None, pad_edge=False)
+        for heading in ("operator", "device", "dtype", "runs on", "why not the others"):
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            reasons = "\n".join(f"{backend}: {reason}" for backend, reason in row.reasons.items())
+            table.add_row(row.operator, row.device, row.dtype, row.backend, reasons)
+        self.out.print(table)
+
+    def methods(self, known: dict[str, type[Method]]) -> None:
+        described = {
+            name: {
+                "summary": (method.__doc__ or "").strip().splitlines()[0],
+                "needs_text": method.needs_text,
+                "options": {f.name: f.default for f in dataclasses.fields(method)},
+            }
+            for name, method in known.items()
+        }
+        if self.as_json:
+            self._json(described)
+            return
+        table = Table(box=None, pad_edge=False)
+        for heading in ("method", "what it does", "options and defaults"):
+            table.add_column(heading, overflow="fold")
+        for name, entry in described.items():
+            options = "\n".join(
+                f"--{option.replace('_', '-')} {default}" for option, default in entry["options"].items()
+            )
+            table.add_row(name, entry["summary"], options)
+        self.out.print(table)

@@ -1,0 +1,107 @@
+"""Where a run computes, in which type, and how much memory it takes there."""
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from .errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def select_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}; one of auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported; one of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"device {name!r}: no CUDA device here; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"device {name!r}: only {torch.cuda.device_count()} CUDA device(s) here")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def select_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` computes in float32 on a CPU (bfloat16 is slow there) and in the stored type on a GPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else stored
+    if name not in DTYPES:
+        raise InputError(f"unknown dtype {name!r}; one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new allocation could take on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Meter:
+    """Seconds and peak memory of a pass and of each of its layers.
+
+    Peak memory is the device's on CUDA (PyTorch's allocations); on a CPU the process's resident set, base of the
+    interpreter and libraries included. Linux lets a process reset its own high-water mark; where that is
+    refused, the peak of a layer is the peak so far.
+    """
+
+    device: torch.device
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    layers: list[dict[str, float]] = field(default_factory=list)
+
+    @contextmanager
+    def layer(self) -> Iterator[None]:
+        self._reset()
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds, peak = time.perf_counter() - start, self._peak()
+        self.layers.append({"seconds": round(seconds, 4), "peak_memory_bytes": peak})
+        self.seconds += seconds
+        self.peak_memory_bytes = max(self.peak_memory_bytes, peak)
+
+    def _reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif os.access("/proc/self/clear_refs", os.W_OK):
+            with open("/proc/self/clear_refs", "w") as f:
+                f.write("5")
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resident_peak()
+
+    def summary(self) -> dict[str, object]:
+        return {
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "layers": self.layers,
+        }
+
+
+def resident_peak() -> int:
+    """High-water mark of this process's resident memory, bytes."""
+    try:
+        with open("/proc/self/status") as f:
+            for line in f:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")

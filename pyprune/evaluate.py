@@ -1,0 +1,183 @@
+"""Perplexity of a model, and its distance from a reference model, on windows of token ids."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .calibration import check_vocabulary
+from .errors import InputError
+from .loading import load_model
+
+# Rows of a forward pass: enough to keep a GPU's matrix products busy, while the widest activations of a 70B
+# model (28672 channels in bf16, three of them alive) stay near 1.4 GB.
+_TOKENS_PER_BATCH = 8192
+# Bytes of one float32 slice of logits (log-softmax holds two or three of them at a time).
+_LOGITS_SLICE_BYTES = 128 << 20
+
+
+@dataclass
+class _Window:
+    """Sums over the predicted tokens of one window, in float64; those with a reference are 0 without one."""
+
+    loss: float
+    reference_loss: float
+    kl_divergence: float
+    agreement: float
+
+
+def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch_size: int | None = None) -> float:
+    """exp of the mean over windows of each window's mean cross-entropy.
+
+    `windows` is int64 [windows, sequence_length]; token 0 predicts token 1 and so on, so a window has
+    sequence_length − 1 predictions. Log-softmax in float32, means in float64. `batch_size` is the number of
+    windows in a forward pass (None: about 8192 tokens). InputError: token ids outside the vocabulary, or a
+    perplexity that is not finite.
+    """
+    predictions = windows.shape[1] - 1
+    losses = [window.loss / predictions for window in _score(model, None, windows, batch_size)]
+    return _exp_mean(losses, "the model")
+
+
+def evaluate(
+    model_folder: str | Path,
+    windows: torch.Tensor,
+    *,
+    reference_folder: str | Path | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate the model in a folder on `windows` [windows, sequence_length] (int64).
+
+    Returns `perplexity` (as in `perplexity`), `windows`, `sequence_length` (tokens), `seconds` (without the
+    loading of models), and with a reference `kl_divergence` (mean over predictions of KL(reference‖model),
+    in nats), `top1_agreement` (the part of predictions whose most likely token is the same) and
+    `reference_perplexity`. Both models are in memory together. `progress` gets (windows done, windows in all).
+    InputError: as `perplexity` and `load_model`, or vocabularies of different sizes.
+    """
+    model = load_model(model_folder, device, dtype)
+    reference = None
+    if reference_folder is not None:
+        reference = load_model(reference_folder, device, dtype)
+        sizes = model.config.vocab_size, reference.config.vocab_size
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"{model_folder} has a vocabulary of {sizes[0]} and the reference {reference_folder} of "
+                f"{sizes[1]}: they cannot be compared"
+            )
+    start = time.perf_counter()
+    scored = []
+    for window in _score(model, reference, windows, batch_size):
+        scored.append(window)
+        if progress is not None:
+            progress(len(scored), len(windows))
+    seconds = time.perf_counter() - start
+
+    predictions = windows.shape[1] - 1
+    result: dict[str, Any] = {
+        "perplexity": _exp_mean([window.loss / predictions for window in scored], model_folder),
+        "windows": windows.shape[0],
+        "sequence_length": windows.shape[1],
+        "seconds": seconds,
+    }
+    if reference is not None:
+        reference_losses = [window.reference_loss / predictions for window in scored]
+        total = predictions * len(scored)
+        result["kl_divergence"] = math.fsum(window.kl_divergence for window in scored) / total
+        result["top1_agreement"] = math.fsum(window.agreement for window in scored) / total
+        result["reference_perplexity"] = _exp_mean(reference_losses, reference_folder)
+    return result
+
+
+def _exp_mean(losses: list[float], model: object) -> float:
+    """exp of the mean of the windows' losses (nats), or an InputError that says which are not finite."""
+    bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+    if bad:
+        raise InputError(
+            f"the perplexity of {model} is not finite: {len(bad)} of {len(losses)} windows have a loss of "
+            f"nan or inf (the first is window {bad[0]}): the weights are damaged, or the dtype overflows"
+        )
+    mean = math.fsum(losses) / len(losses)
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        raise InputError(
+            f"the perplexity of {model} is not finite: exp of a mean loss of {mean:.0f} nats"
+        ) from None
+
+
+@torch.inference_mode()
+def _score(
+    model: PreTrainedModel, reference: PreTrainedModel | None, windows: torch.Tensor, batch_size: int | None
+) -> Iterator[_Window]:
+    """Each window's sums, in order."""
+    if windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise InputError(f"windows of shape {list(windows.shape)}: at least 1 window of 2 tokens is needed")
+    check_vocabulary(windows, model.config.vocab_size)
+    for each in (model, reference):
+        if each is not None:
+            _check_head(each, windows)
+    if batch_size is None:
+        batch_size = max(1, _TOKENS_PER_BATCH // windows.shape[1])
+    for batch in windows.split(batch_size):
+        ids = batch.to(model.device)  # [B, L]
+        hidden = _hidden_states(model, ids)  # [B, L, hidden]
+        reference_hidden = None if reference is None else _hidden_states(reference, ids)
+        for row in range(len(batch)):
+            yield _score_window(
+                model, hidden[row], reference, None if reference_hidden is None else reference_hidden[row], ids[row]
+            )
+
+
+def _hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """What the model's head reads: [B, L] → [B, L, hidden]."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _check_head(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    """The logits must be the head's output and nothing more, since slices of them are computed with it alone.
+
+    Some families scale or cap their logits afterwards.
+    """
+    ids = windows[:1, :2].to(model.device)
+    whole = model(input_ids=ids, use_cache=False).logits
+    sliced = model.get_output_embeddings()(_hidden_states(model, ids))
+    if not torch.allclose(whole, sliced, rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise InputError(f"{type(model).__name__} changes its logits after the head: not supported")
+
+
+def _score_window(
+    model: PreTrainedModel,
+    hidden: torch.Tensor,  # [L, hidden]
+    reference: PreTrainedModel | None,
+    reference_hidden: torch.Tensor | None,  # [L, hidden of the reference]
+    ids: torch.Tensor,  # [L]
+) -> _Window:
+    predictions = len(ids) - 1
+    rows = max(1, _LOGITS_SLICE_BYTES // (4 * model.config.vocab_size))
+    sums = torch.zeros(4, dtype=torch.float64, device=ids.device)  # stays there: one transfer a window
+    for start in range(0, predictions, rows):
+        part = slice(start, min(start + rows, predictions))
+        targets = ids[1:][part]  # [rows]
+        log_p = _log_softmax(model, hidden[part])  # [rows, vocabulary]
+        sums[0] += F.nll_loss(log_p, targets, reduction="none").double().sum()
+        if reference is not None and reference_hidden is not None:
+            log_r = _log_softmax(reference, reference_hidden[part])
+            sums[1] += F.nll_loss(log_r, targets, reduction="none").double().sum()
+            sums[3] += (log_p.argmax(-1) == log_r.argmax(-1)).sum()
+            # KL(r‖p) = Σ r·(log r − log p), in place of log_p, whose slice may be large
+            sums[2] += log_p.neg_().add_(log_r).mul_(log_r.exp_()).sum(dtype=torch.float64)
+    return _Window(*sums.tolist())
+
+
+def _log_softmax(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """float32 log-probabilities of the next token: [rows, hidden] → [rows, vocabulary]."""
+    return torch.log_softmax(model.get_output_embeddings()(hidden), dim=-1, dtype=torch.float32)

@@ -1,0 +1,132 @@
+"""Runs decoder layers one at a time over hidden states, with transformers' own layer classes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from .architectures import MODULES, Family
+from .checkpoint import CheckpointReader
+from .device import free_memory
+
+Observe = Callable[[Tensor], None]
+
+# Tokens in one micro-batch. On a GPU 16384 fill it; on a CPU 512 keep the FFN's temporaries (tokens x intermediate
+# x 4, float32) small beside a layer's weights, and GEMMs there gain nothing from more.
+_MICRO_BATCH_TOKENS = {"cuda": 16384, "cpu": 512}
+
+
+def micro_batch(device: torch.device, sequence_length: int) -> int:
+    """Windows in one micro-batch."""
+    return max(1, _MICRO_BATCH_TOKENS[device.type] // sequence_length)
+
+
+class LayerForward:
+    """Forward passes of single layers over all calibration windows, in micro-batches.
+
+    Hidden states [windows, tokens, hidden_size] live on the device while they take less than 40 % of its free
+    memory, else in (pinned) host memory. `allow_nonfinite` sets NaN and Inf in them to zero after each layer.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        windows: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        allow_nonfinite: bool = False,
+    ) -> None:
+        self.reader, self.family = reader, reader.family
+        self.device, self.dtype = device, dtype
+        self.allow_nonfinite = allow_nonfinite
+        self.windows = windows
+        length = windows.shape[1]
+        self.batch = micro_batch(device, length)
+        self.config = reader.config
+        self.config._attn_implementation = "sdpa"
+        self.positions = torch.arange(length, device=device)[None]
+        # One row in the compute type tells masks and rotary embeddings their device and type.
+        row = torch.empty(1, length, 1, device=device, dtype=dtype)
+        self.rotary = self.family.rotary_class(config=self.config).to(device)(row, self.positions)
+        self._row = row
+        self._masks: dict[bool, Tensor | None] = {}
+
+    def embed(self) -> Tensor:
+        """Hidden states before the first layer."""
+        count, length = self.windows.shape
+        size = count * length * self.config.hidden_size * self.dtype.itemsize
+        on_device = self.device.type == "cpu" or size < 0.4 * free_memory(self.device)
+        hidden = torch.empty(
+            count,
+            length,
+            self.config.hidden_size,
+            dtype=self.dtype,
+            device=self.device if on_device else "cpu",
+            pin_memory=not on_device,
+        )
+        for k in range(count):
+            hidden[k] = self.reader.embed(self.windows[k]).to(self.dtype)
+        return hidden
+
+    def build(self, tensors: dict[str, Tensor], layer: int, config: Any = None) -> nn.Module:
+        """The layer as a module on the device in the compute type; `config` is the dense one unless given."""
+        with torch.device("meta"):
+            block = self.family.build_layer(config or self.config, layer)
+        block.load_state_dict(
+            {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}, assign=True
+        )
+        return block.eval()
+
+    @torch.no_grad()
+    def run(
+        self, block: nn.Module, layer: int, hidden: Tensor, observe: dict[str, Observe], advance: bool = True
+    ) -> None:
+        """Run the layer over `hidden`; each module's driver input goes to `observe[module]`.
+
+        With `advance`, `hidden` is overwritten by the layer's output.
+        """
+        hooks = [
+            block.get_submodule(self.family.driver(module)).register_forward_pre_hook(
+                lambda _, arguments, module=module: observe[module](arguments[0])
+            )
+            for module in MODULES
+            if module in observe
+        ]
+        mask = self._mask(layer)
+        try:
+            for start in range(0, len(hidden), self.batch):
+                part = hidden[start : start + self.batch]
+                output = block(
+                    part.to(self.device, non_blocking=True),
+                    attention_mask=mask,
+                    position_ids=self.positions,
+                    position_embeddings=self.rotary,
+                )
+                if advance:
+                    if self.allow_nonfinite:
+                        output = torch.nan_to_num(output, nan=0.0, posinf=0.0, neginf=0.0)
+                    part.copy_(output)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _mask(self, layer: int) -> Tensor | None:
+        """transformers' mask of the layer: None where sdpa is causal by itself, a sliding window where shorter."""
+        sliding = self.family.sliding(self.config, layer)
+        if sliding not in self._masks:
+            make = create_sliding_window_causal_mask if sliding else create_causal_mask
+            self._masks[sliding] = make(
+                config=self.config,
+                inputs_embeds=self._row,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=self.positions,
+            )
+        return self._masks[sliding]
+
+
+def layer_name(family: Family, layer: int, module: str) -> str:
+    """How errors and reports name a driver: layer 3 (self_attn.o_proj)."""
+    return f"layer {layer} ({family.driver(module)})"

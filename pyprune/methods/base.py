@@ -1,0 +1,62 @@
+"""What a pruning method is: the statistics it needs, how it scores units, how it chooses them."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..allocation import Choice, UnitScores, choose_by_counts, uniform_counts
+from ..architectures import MODULES, LayerShape
+from ..statistics import DriverStatistics
+
+LayerStatistics = dict[str, DriverStatistics]  # module -> statistics of its driver
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A method's fields are its options; its docstring's first line is what `pyprune methods` prints.
+
+    `needs_text`: it looks at activations. `sequential`: each layer is scored on the output of the pruned layers
+    before it (else all layers are scored on the dense model, in one survey). `by_window`: it needs statistics
+    that depend on where a window ends. `biased`: it writes compensation biases.
+    """
+
+    name: ClassVar[str]
+    needs_text: ClassVar[bool] = True
+    sequential: ClassVar[bool] = False
+
+    @property
+    def by_window(self) -> bool:
+        return False
+
+    @property
+    def biased(self) -> bool:
+        return False
+
+    @abstractmethod
+    def channel_scores(self, statistics: DriverStatistics, module: str) -> Tensor:
+        """Importance of each input channel of the module's driver, float64 [in]."""
+
+    def unit_scores(self, layer: LayerStatistics, shape: LayerShape) -> UnitScores:
+        """Importance of each unit: a KV group is the sum of its channels."""
+        return {
+            module: self.channel_scores(layer[module], module)
+            .reshape(shape.units(module), shape.unit_width(module))
+            .sum(1)
+            for module in MODULES
+        }
+
+    def counts(self, shapes: list[LayerShape], ratio: float) -> list[dict[str, int]]:
+        """Units that each layer loses, for methods that know it beforehand."""
+        return uniform_counts(shapes, ratio)
+
+    def scores(self, survey: list[LayerStatistics], shapes: list[LayerShape]) -> list[UnitScores]:
+        return [self.unit_scores(layer, shape) for layer, shape in zip(survey, shapes, strict=True)]
+
+    def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> Choice:
+        return choose_by_counts(scores, self.counts(shapes, ratio))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,130 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..allocation import (
+    Choice,
+    UnitScores,
+    check_ratio,
+    choose_above,
+    choose_by_counts,
+    choose_globally,
+    total_cost,
+    uniform_counts,
+)
+from ..architectures import ATTENTION, FFN, MODULES, LayerShape
+from ..errors import InputError
+from ..statistics import DriverStatistics
+from .base import LayerStatistics, Method
+
+METRICS = ("IFV", "WIFV", "WIFN")
+STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
+MODES = ("exact", "reference")
+COMPENSATIONS = ("bias", "none")
+
+
+@dataclass(frozen=True)
+class Flap(Method):
+    """FLAP: fluctuation of each channel, global adaptive search, bias compensation (arXiv 2312.11983).
+
+    `metric`: IFV v_j; WIFV v_j Σ_o W_oj²; WIFN mean_o |W_oj| sqrt(s_j).
+    `structure`: UL/AL uniform or adaptive over layers; UM/MM/AM the attention's share equal, manual
+    (`attention_ratio`), or adaptive.
+    `mode`: `exact` meets the budget with the unbiased variance and true unit costs; `reference` computes what the
+    authors' code computes, for comparison with published numbers (ALGORITHMS in the README names the differences).
+    """
+
+    name = "flap"
+    metric: str = "WIFV"
+    structure: str = "AL-AM"
+    mode: str = "exact"
+    compensation: str = "bias"
+    square_attention: bool = False
+    attention_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        for value, known, what in (
+            (self.metric, METRICS, "metric"),
+            (self.structure, STRUCTURES, "structure"),
+            (self.mode, MODES, "mode"),
+            (self.compensation, COMPENSATIONS, "compensation"),
+        ):
+            if value not in known:
+                raise InputError(f"flap has no {what} {value!r}; one of {', '.join(known)}")
+        if self.attention_ratio is not None and not self.structure.endswith("MM"):
+            raise InputError("attention_ratio goes with the structures UL-MM and AL-MM only")
+
+    @property
+    def by_window(self) -> bool:
+        return self.mode == "reference"
+
+    @property
+    def biased(self) -> bool:
+        return self.compensation == "bias"
+
+    def channel_scores(self, statistics: DriverStatistics, module: str) -> Tensor:
+        if self.metric == "WIFN":
+            score = statistics.weight_mean.double() * statistics.input_squares().sqrt()
+        else:
+            if self.mode == "reference":
+                assert statistics.reference_fluctuation is not None
+                score = statistics.reference_fluctuation
+            else:
+                score = statistics.fluctuation()
+            if self.metric == "WIFV":
+                score = score * statistics.weight_squares.double()
+        squared = module == ATTENTION and (self.square_attention or self.mode == "reference")
+        return score**2 if squared else score
+
+    def unit_scores(self, layer: LayerStatistics, shape: LayerShape) -> UnitScores:
+        """UL: sums over a unit's channels. AL: means of the channels' z-scores within layer and module."""
+        if self.structure.startswith("UL"):
+            return super().unit_scores(layer, shape)
+        return {
+            module: standardise(self.channel_scores(layer[module], module))
+            .reshape(shape.units(module), shape.unit_width(module))
+            .mean(1)
+            for module in MODULES
+        }
+
+    def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> Choice:
+        check_ratio(shapes, ratio)
+        if self.structure == "AL-AM":
+            if self.mode == "reference":
+                return choose_above(scores, shapes, reference_threshold(scores, shapes, ratio))
+            return choose_globally(scores, shapes, ratio * total_cost(shapes))
+        counts = uniform_counts(shapes, ratio, self.attention_ratio)
+        if self.structure.startswith("UL"):
+            return choose_by_counts(scores, counts)
+        # AL-MM: the same number of units of each module as with uniform layers, taken from the whole model.
+        attention = sum(c[ATTENTION] * s.group_cost for c, s in zip(counts, shapes, strict=True))
+        groups = choose_globally(scores, shapes, attention, (ATTENTION,))
+        channels = choose_globally(scores, shapes, sum(c[FFN] for c in counts), (FFN,))
+        return Choice(
+            [
+                {ATTENTION: g[ATTENTION], FFN: c[FFN]}
+                for g, c in zip(groups.layers, channels.layers, strict=True)
+            ]
+        )
+
+
+def standardise(scores: Tensor) -> Tensor:
+    """z-scores over the channels of one driver, unbiased standard deviation; equal scores are all 0."""
+    spread = scores.std()
+    return (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
+
+
+def reference_threshold(scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> float:
+    """The authors' threshold: a KV group costs int(head_dim (2r + 2) / 3), 170 for 128-wide heads where 512/3 was
+    meant; units in descending order; the score at argmin |cumsum(cost) - (1 - ratio) total|."""
+    rows, costs = [], []
+    for module in MODULES:
+        for own, shape in zip(scores, shapes, strict=True):
+            rows.append(own[module])
+            costs.append(torch.full((len(own[module]),), int(shape.unit_cost(module)), dtype=torch.int64))
+    score, cost = torch.cat(rows), torch.cat(costs)
+    order = torch.sort(score, descending=True, stable=True).indices
+    kept = torch.cumsum(cost[order], 0)
+    at = int((kept - float(cost.sum()) * (1 - ratio)).abs().argmin())
+    return float(score[order[at]])

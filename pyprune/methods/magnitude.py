@@ -1,0 +1,18 @@
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..statistics import DriverStatistics
+from .base import Method
+
+
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """Magnitude-sp: the norm of each driver column, uniform over layers; looks at no text (baseline)."""
+
+    name = "magnitude"
+    needs_text = False
+
+    def channel_scores(self, statistics: DriverStatistics, module: str) -> Tensor:
+        """‖W_:j‖₂."""
+        return statistics.weight_squares.double().sqrt()

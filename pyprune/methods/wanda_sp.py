@@ -1,0 +1,18 @@
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..statistics import DriverStatistics
+from .base import Method
+
+
+@dataclass(frozen=True)
+class WandaSp(Method):
+    """Wanda-sp: mean weight times input norm, uniform over layers, on pruned inputs (baseline)."""
+
+    name = "wanda-sp"
+    sequential = True
+
+    def channel_scores(self, statistics: DriverStatistics, module: str) -> Tensor:
+        """mean_o |W_oj| * sqrt(s_j), s_j = (1/N) Σ_tokens x_j² (arXiv 2306.11695 by column; 2312.11983 §4)."""
+        return statistics.weight_mean.double() * statistics.input_squares().sqrt()

@@ -1,0 +1,344 @@
+"""Which backend runs an operator: one table, chosen by operator, device, dtype and shape.
+
+Backends: `cuda` (compiled core), `triton`, `cpu` (compiled core), `reference` (plain PyTorch). PREFERENCE
+gives the order in which they are tried, REQUIREMENTS what each needs: named predicates with a reason for
+people. PYPRUNE_BACKEND forces one backend; an unknown or ineligible one is an InputError. When a preferred
+backend is missing from the installation, that is logged once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+ENVIRONMENT_VARIABLE = "PYPRUNE_BACKEND"
+
+# The dtypes of activations that the compiled kernels read; `pyprune backends` lists float64 beside them.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LISTED_DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a choice depends on. shape: [rows, channels], or None where any shape is meant."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A named predicate. `reason` says, for people, why a backend cannot run where it does not hold.
+
+    `installation`: whether it fails because of how pyprune was installed, and not because of the input.
+    """
+
+    name: str
+    holds: Callable[[Problem], bool]
+    reason: Callable[[Problem], str]
+    installation: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs, and why each other one in BACKENDS does not."""
+
+    backend: str
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """One line of `pyprune backends`: what would run, and why the others would not."""
+
+    operator: str
+    device: str
+    dtype: str
+    backend: str
+    reasons: dict[str, str]
+
+
+@cache
+def import_optional(name: str) -> tuple[ModuleType | None, str]:
+    """The module, or None and the interpreter's own reason why it cannot be imported."""
+    try:
+        return importlib.import_module(name), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def core() -> ModuleType | None:
+    """The compiled core, or None where pyprune was installed without a compiler."""
+    return import_optional("pyprune._core")[0]
+
+
+def required_core() -> ModuleType:
+    """The compiled core, for a launch that was chosen because it is there."""
+    module = core()
+    assert module is not None
+    return module
+
+
+@cache
+def core_build_info() -> dict[str, Any]:
+    """build_info() of the compiled core; empty without one."""
+    module = core()
+    return {} if module is None else module.build_info()
+
+
+def core_targets(capability: tuple[int, int], architectures: list[str]) -> list[str]:
+    """Those of the core's targets that run on a device of this compute capability.
+
+    sm_XY: machine code, for the same major version from minor Y on; sm_XYa: for exactly XY; compute_XY: PTX,
+    which the driver compiles for XY and everything later.
+    """
+    runnable = []
+    for target in architectures:
+        kind, version = target.split("_")
+        digits = version.rstrip("a")
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if kind == "compute":
+            runs = capability >= (major, minor)
+        elif version.endswith("a"):
+            runs = capability == (major, minor)
+        else:
+            runs = capability[0] == major and capability[1] >= minor
+        if runs:
+            runnable.append(target)
+    return runnable
+
+
+def core_runs_on(problem: Problem) -> bool:
+    capability = torch.cuda.get_device_capability(problem.device)
+    return bool(core_targets(capability, core_build_info()["cuda_architectures"]))
+
+
+def is_nvidia_gpu(problem: Problem) -> bool:
+    # PyTorch for AMD GPUs calls its devices "cuda" too.
+    return problem.device.type == "cuda" and torch.version.cuda is not None
+
+
+def fits_int32(problem: Problem) -> bool:
+    return problem.shape is None or max(problem.shape, default=0) < 2**31
+
+
+def device_text(problem: Problem) -> str:
+    return f"the input is on {problem.device}"
+
+
+ON_NVIDIA_GPU = Requirement("input on an NVIDIA GPU", is_nvidia_gpu, device_text)
+ON_CPU = Requirement("input on the CPU", lambda problem: problem.device.type == "cpu", device_text)
+KERNEL_DTYPE = Requirement(
+    "dtype bfloat16, float16 or float32",
+    lambda problem: problem.dtype in KERNEL_DTYPES,
+    lambda problem: (
+        f"the input is {dtype_name(problem.dtype)}; the kernels read bfloat16, float16 and float32"
+    ),
+)
+CORE_BUILT = Requirement(
+    "compiled core installed",
+    lambda problem: core() is not None,
+    lambda problem: f"the compiled core is not installed ({import_optional('pyprune._core')[1]})",
+    installation=True,
+)
+CORE_WITH_CUDA = Requirement(
+    "compiled core with CUDA",
+    lambda problem: core_build_info()["cuda"],
+    lambda problem: "the compiled core was built without CUDA; install again with PYPRUNE_BUILD_CUDA=1",
+    installation=True,
+)
+CORE_FOR_THIS_GPU = Requirement(
+    "compiled core for this GPU",
+    core_runs_on,
+    lambda problem: (
+        f"the compiled core was built for {', '.join(core_build_info()['cuda_architectures'])}, "
+        f"and {torch.cuda.get_device_name(problem.device)} runs none of them"
+    ),
+    installation=True,
+)
+TRITON_INSTALLED = Requirement(
+    "triton installed",
+    lambda problem: import_optional("triton")[0] is not None,
+    lambda problem: f"triton is not installed ({import_optional('triton')[1]})",
+    installation=True,
+)
+# Triton 3.6 compiles a launcher in C for every kernel; triton/runtime/build.py looks in these places.
+C_COMPILER = Requirement(
+    "C compiler for Triton's launchers",
+    lambda problem: bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")),
+    lambda problem: "triton needs a C compiler for its launchers: install gcc or clang, or name one in CC",
+    installation=True,
+)
+# The kernels copy to shared memory asynchronously and read bfloat16: both came with compute capability 8.0.
+AMPERE_OR_LATER = Requirement(
+    "compute capability 8.0 or later",
+    lambda problem: torch.cuda.get_device_capability(problem.device) >= (8, 0),
+    lambda problem: f"{torch.cuda.get_device_name(problem.device)} is older than compute capability 8.0",
+)
+SIZES_FIT_INT32 = Requirement(
+    "rows and channels below 2^31",
+    fits_int32,
+    lambda problem: f"the shape {list(problem.shape or ())} has a size of 2^31 or more",
+)
+
+# Order matters: a later predicate may rely on the earlier ones (no capability is asked of a CPU tensor).
+REQUIREMENTS: dict[str, dict[str, tuple[Requirement, ...]]] = {
+    "channel_moments": {
+        "cuda": (ON_NVIDIA_GPU, KERNEL_DTYPE, CORE_BUILT, CORE_WITH_CUDA, CORE_FOR_THIS_GPU),
+        "triton": (
+            ON_NVIDIA_GPU,
+            KERNEL_DTYPE,
+            AMPERE_OR_LATER,
+            SIZES_FIT_INT32,
+            TRITON_INSTALLED,
+            C_COMPILER,
+        ),
+        "cpu": (ON_CPU, KERNEL_DTYPE, CORE_BUILT),
+        "reference": (),
+    },
+}
+
+# The first eligible one runs; anything that is not listed runs on the reference.
+PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("channel_moments", "cuda"): ("cuda", "triton", "reference"),
+    ("channel_moments", "cpu"): ("cpu", "reference"),
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def unmet_requirement(operator: str, backend: str, problem: Problem) -> Requirement | None:
+    """The first requirement of the backend that the problem does not meet; None: it is eligible."""
+    return next((item for item in REQUIREMENTS[operator][backend] if not item.holds(problem)), None)
+
+
+def preference(operator: str, device: torch.device) -> tuple[str, ...]:
+    """The backends meant for this operator and device, preferred first."""
+    return PREFERENCE.get((operator, device.type), ("reference",))
+
+
+def eligible_backends(operator: str, problem: Problem) -> list[str]:
+    """All backends that can run it, preferred first; never empty."""
+    preferred = preference(operator, problem.device)
+    others = [backend for backend in BACKENDS if backend not in preferred]
+    return [item for item in (*preferred, *others) if unmet_requirement(operator, item, problem) is None]
+
+
+def forced_backend() -> str | None:
+    """The backend that PYPRUNE_BACKEND names, or None where it is unset or empty.
+
+    Raises InputError for a name that is not in BACKENDS.
+    """
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if name and name not in BACKENDS:
+        raise InputError(
+            f"{ENVIRONMENT_VARIABLE}={name} is not a backend; choose {', '.join(BACKENDS)} or unset it"
+        )
+    return name or None
+
+
+def choose_backend(operator: str, x: Tensor) -> str:
+    """The backend that runs this operator on x.
+
+    Raises InputError when PYPRUNE_BACKEND names no backend, or one that cannot run this input. Logs, once for
+    each cause, that a preferred backend is missing from the installation.
+    """
+    problem = Problem(x.device, x.dtype, tuple(x.shape))
+    forced = forced_backend()
+    if forced is not None:
+        unmet = unmet_requirement(operator, forced, problem)
+        if unmet is not None:
+            raise InputError(
+                f"{ENVIRONMENT_VARIABLE}={forced} cannot run {operator} here: {unmet.reason(problem)}; "
+                f"eligible: {', '.join(eligible_backends(operator, problem))}"
+            )
+        return forced
+    for backend in preference(operator, x.device):
+        unmet = unmet_requirement(operator, backend, problem)
+        if unmet is None:
+            return backend
+        if unmet.installation:
+            warn_once(f"{operator} on {x.device.type} cannot use {backend}: {unmet.reason(problem)}")
+    raise AssertionError("the reference, last of every preference, has no requirement")
+
+
+def choose(operator: str, x: Tensor) -> Choice:
+    """As choose_backend, with the reason against each other backend."""
+    backend = choose_backend(operator, x)
+    return explain(operator, Problem(x.device, x.dtype, tuple(x.shape)), backend, forced_backend())
+
+
+def explain(operator: str, problem: Problem, backend: str, forced: str | None) -> Choice:
+    """The choice of `backend`, with the reason against each other one."""
+    passed_over = f"{ENVIRONMENT_VARIABLE}={forced}" if forced else f"{backend} is preferred"
+    reasons = {}
+    for other in BACKENDS:
+        if other != backend:
+            unmet = unmet_requirement(operator, other, problem)
+            reasons[other] = passed_over if unmet is None else unmet.reason(problem)
+    return Choice(backend, reasons)
+
+
+@cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def describe() -> list[BackendRow]:
+    """What would run for every operator, device of this machine and dtype.
+
+    The backend is "none" where PYPRUNE_BACKEND forces one that is not eligible.
+    """
+    forced = forced_backend()
+    devices = [torch.device("cpu")] + [
+        torch.device("cuda", index) for index in range(torch.cuda.device_count())
+    ]
+    rows = []
+    for operator in REQUIREMENTS:
+        for device in devices:
+            for dtype in LISTED_DTYPES:
+                problem = Problem(device, dtype, None)
+                eligible = eligible_backends(operator, problem)
+                backend = forced or eligible[0]
+                choice = explain(operator, problem, backend if backend in eligible else "none", forced)
+                rows.append(
+                    BackendRow(operator, str(device), dtype_name(dtype), choice.backend, choice.reasons)
+                )
+    return rows
+
+
+def describe_installation() -> dict[str, str]:
+    """Versions and builds that the choice rests on: torch, CUDA, triton, the compiled core."""
+    module, why_not = import_optional("triton")
+    facts = {
+        "torch": torch.__version__,
+        "torch CUDA": str(torch.version.cuda),
+        "triton": module.__version__ if module is not None else f"not installed ({why_not})",
+    }
+    if core() is None:
+        facts["core"] = f"not installed ({import_optional('pyprune._core')[1]})"
+    else:
+        facts |= {f"core {key}": describe_value(value) for key, value in core_build_info().items()}
+    return facts
+
+
+def describe_value(value: Any) -> str:
+    return ", ".join(value) or "none" if isinstance(value, list) else str(value)

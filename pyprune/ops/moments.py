@@ -1,0 +1,213 @@
+"""Channel moments: count, mean and centred sum of squares of every channel, streamed over many calls.
+
+The statistic behind FLAP's fluctuation, and behind every centred statistic. The operator is
+`pyprune::channel_moments_update`; `channel_moments_update_reference` says in plain PyTorch what it computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+OPERATOR = "channel_moments"
+
+# The reference converts this many elements at a time, 64 MiB in float32: a large input has no full copy.
+REFERENCE_CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass
+class ChannelMoments:
+    """Moments of the rows seen so far.
+
+    count: rows; mean: [channels] float32; m2: [channels] float32, Σ (x − mean)² over the rows.
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def zeros(cls, channels: int, device: torch.device | str | None = None) -> ChannelMoments:
+        """The moments of no rows."""
+        mean, m2 = (torch.zeros(channels, dtype=torch.float32, device=device) for _ in range(2))
+        return cls(0, mean, m2)
+
+    def update(self, x: Tensor) -> None:
+        """Add the rows of x [..., channels]: bfloat16, float16, float32, or float64 (by the reference only).
+
+        Everything but the last dimension counts as rows; an x without rows changes nothing. Raises ValueError
+        when x does not fit the state. Gradients are not tracked.
+        """
+        channel_moments_update(x.detach(), self.count, self.mean, self.m2)
+        self.count += row_count(x)
+
+    def merge(self, other: ChannelMoments) -> None:
+        """Add the rows that `other` has seen (Chan, Golub & LeVeque 1983)."""
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(f"cannot merge {len(other.mean)} channels into {len(self.mean)}")
+        if other.count == 0:
+            return
+        mean, m2 = merge_moments(self.count, self.mean, self.m2, other.count, other.mean, other.m2)
+        self.count += other.count
+        self.mean.copy_(mean)
+        self.m2.copy_(m2)
+
+    def variance(self) -> Tensor:
+        """Unbiased variance M2 / (count − 1), float32 [channels]; NaN below two rows."""
+        if self.count < 2:
+            return torch.full_like(self.m2, torch.nan)
+        return self.m2 / (self.count - 1)
+
+    def sum_of_squares(self) -> Tensor:
+        """Σ x² = M2 + count·mean², float32 [channels]."""
+        return self.m2 + self.count * self.mean**2
+
+
+def row_count(x: Tensor) -> int:
+    """Rows of x [..., channels], also where there are no channels."""
+    return x.shape[:-1].numel()
+
+
+def merge_moments(
+    count_a: int, mean_a: Tensor, m2_a: Tensor, count_b: int, mean_b: Tensor, m2_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and M2 of two disjoint sets of rows: δ = m_b − m_a, M2 = M2_a + M2_b + δ²·n_a·n_b/(n_a + n_b).
+
+    Chan, Golub & LeVeque 1983, eq. 2.1. count_a + count_b > 0.
+    """
+    fraction = count_b / (count_a + count_b)
+    delta = mean_b - mean_a
+    return mean_a + delta * fraction, m2_a + m2_b + delta.square() * (count_a * fraction)
+
+
+def channel_moments_update_reference(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
+    """Merge the rows of x into the state, in plain PyTorch: any device and any floating-point dtype.
+
+    x: [..., channels]. count: rows already in the state. mean, m2: float32 [channels], changed in place.
+    Chunks of rows are converted to float32 (float64 stays), centred on their own mean by torch.var_mean and
+    merged in their order: an offset or an outlier costs no accuracy, the same input gives the same bits.
+    """
+    rows = as_rows(x)  # [T, C]
+    if rows.numel() == 0:
+        return
+    working = torch.promote_types(x.dtype, torch.float32)
+    running_mean, running_m2 = mean.to(working), m2.to(working)  # [C]
+    for chunk in rows.split(max(1, REFERENCE_CHUNK_ELEMENTS // rows.shape[1])):
+        variance, chunk_mean = torch.var_mean(chunk.to(working), dim=0, correction=0)  # [C], [C]
+        running_mean, running_m2 = merge_moments(
+            count, running_mean, running_m2, len(chunk), chunk_mean, variance * len(chunk)
+        )
+        count += len(chunk)
+    mean.copy_(running_mean)
+    m2.copy_(running_m2)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., C] as [T, C] with unit stride in channels and rows that do not overlap.
+
+    A view wherever the strides allow. A contiguous copy is made when the leading dimensions cannot be
+    flattened, when neighbouring channels are not neighbours in memory, and when rows overlap or repeat
+    (x.expand).
+    """
+    channels = x.shape[-1]
+    rows = x.reshape(row_count(x), channels)
+    if channels > 1 and rows.stride(1) != 1:
+        return rows.contiguous()
+    if len(rows) > 1 and rows.stride(0) < channels:
+        return rows.contiguous()
+    return rows
+
+
+def check_arguments(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
+    """ValueError unless (count, mean, m2) is a state that the rows of x can be merged into."""
+    if x.dim() == 0:
+        raise ValueError("channel moments: x is a scalar; it needs a last dimension of channels")
+    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
+        raise ValueError(f"channel moments: x is {x.dtype}; use bfloat16, float16, float32 or float64")
+    if count < 0:
+        raise ValueError(f"channel moments: count is {count}; it is the number of rows already in the state")
+    for name, state in (("mean", mean), ("m2", m2)):
+        if state.dtype != torch.float32 or state.shape != x.shape[-1:]:
+            raise ValueError(
+                f"channel moments: {name} is {state.dtype} {list(state.shape)}; "
+                f"x {list(x.shape)} needs torch.float32 {list(x.shape[-1:])}"
+            )
+        if not state.is_contiguous():
+            raise ValueError(f"channel moments: {name} is not contiguous")
+        if state.device != x.device:
+            raise ValueError(f"channel moments: {name} is on {state.device} and x on {x.device}")
+
+
+@torch.library.custom_op(
+    "pyprune::channel_moments_update",
+    mutates_args=("mean", "m2"),
+    schema="(Tensor x, SymInt count, Tensor(a!) mean, Tensor(b!) m2) -> ()",
+)
+def channel_moments_update(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
+    """Merge the rows of x into the state, on the backend that pyprune.ops.backends chooses.
+
+    x: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides.
+    count: rows already in the state, which must be zeros if it is 0; the caller adds x's rows afterwards.
+    mean, m2: float32 [channels], contiguous, on x's device, changed in place.
+    Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
+    """
+    check_arguments(x, count, mean, m2)
+    if x.numel() == 0:
+        return
+    rows = as_rows(x)
+    LAUNCHES[backends.choose_backend(OPERATOR, rows)](rows, count, mean, m2)
+
+
+@channel_moments_update.register_fake
+def _(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
+    """Nothing is returned: the schema says what changes."""
+
+
+def core_arguments(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> tuple[int | str, ...]:
+    """What both launches of the compiled core begin with."""
+    # The stride of a single row has no meaning and may be anything.
+    row_stride = rows.stride(0) if len(rows) > 1 else rows.shape[1]
+    dtype = backends.dtype_name(rows.dtype)
+    return (rows.data_ptr(), dtype, *rows.shape, row_stride, count, mean.data_ptr(), m2.data_ptr())
+
+
+def launch_cpu(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
+    core = backends.required_core()
+    core.channel_moments_cpu(*core_arguments(rows, count, mean, m2), threads=torch.get_num_threads())
+
+
+def launch_cuda(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
+    core = backends.required_core()
+    multiprocessors = torch.cuda.get_device_properties(rows.device).multi_processor_count
+    dtype = backends.dtype_name(rows.dtype)
+    size = core.channel_moments_cuda_workspace(dtype, *rows.shape, multiprocessors)
+    with torch.cuda.device(rows.device):
+        workspace = torch.empty(size, dtype=torch.uint8, device=rows.device)
+        core.channel_moments_cuda(
+            *core_arguments(rows, count, mean, m2),
+            workspace_ptr=workspace.data_ptr(),
+            workspace_bytes=size,
+            multiprocessors=multiprocessors,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def launch_triton(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
+    from ..triton_kernels.channel_moments import channel_moments_triton, configuration_for
+
+    properties = torch.cuda.get_device_properties(rows.device)
+    configuration = configuration_for((properties.major, properties.minor), rows.element_size())
+    with torch.cuda.device(rows.device):
+        channel_moments_triton(rows, count, mean, m2, configuration, properties.multi_processor_count)
+
+
+LAUNCHES = {
+    "cpu": launch_cpu,
+    "cuda": launch_cuda,
+    "triton": launch_triton,
+    "reference": channel_moments_update_reference,
+}

@@ -1,0 +1,95 @@
+"""The plan: what was asked, what every layer keeps and why, what it took; as JSON beside the checkpoint."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .allocation import Choice, UnitScores
+from .architectures import ATTENTION, FFN, LayerShape
+from .checkpoint import CheckpointReader
+
+FORMAT = "pyprune-plan-1"
+FILE = "plan.json"
+TOLERANCE = 0.005  # how far the ratio met may be from the ratio asked before the report says why
+_KEYS = {ATTENTION: "kv_groups", FFN: "intermediate_channels"}
+_PACKAGES = ("pyprune", "torch", "transformers", "triton", "safetensors")
+
+
+def kept_shapes(shapes: list[LayerShape], choice: Choice) -> list[LayerShape]:
+    return [s.kept(len(k[ATTENTION]), len(k[FFN])) for s, k in zip(shapes, choice.layers, strict=True)]
+
+
+def parameter_counts(
+    reader: CheckpointReader, shapes: list[LayerShape]
+) -> dict[str, tuple[int, int]]:
+    """Parameters before and after, without compensation biases: of the decoder linears, and of the model."""
+    before = sum(s.parameters for s in reader.shapes)
+    after = sum(s.parameters for s in shapes)
+    spare = {reader.family.head} if reader.tied else set()
+    model = sum(
+        t.bytes // t.dtype.itemsize for name, t in reader.tensors.items() if name not in spare
+    )
+    return {"decoder_linears": (before, after), "model": (model, model - before + after)}
+
+
+def ratio_summary(
+    asked: float, parameters: dict[str, tuple[int, int]], shapes: list[LayerShape]
+) -> dict[str, Any]:
+    """Ratio asked and met: share of the decoder linears removed, and of the whole model."""
+    met, of_model = (1 - after / before for before, after in parameters.values())
+    summary: dict[str, Any] = {"asked": asked, "met": met, "of_model": of_model}
+    if abs(met - asked) > TOLERANCE:
+        before, _ = parameters["decoder_linears"]
+        largest = max(s.group_cost * 3 * s.hidden_size for s in shapes) / before
+        summary["note"] = (
+            f"{met:.4f} instead of {asked:g}: the method chooses whole units, and one KV group is "
+            f"{largest:.2%} of the decoder linears"
+        )
+    return summary
+
+
+def layer_entry(kept: dict[str, torch.Tensor], scores: UnitScores) -> dict[str, Any]:
+    """JSON form of one layer: indices of the kept units and the scores of all, six significant digits."""
+    return {name: kept[module].tolist() for module, name in _KEYS.items()} | {
+        "scores": {
+            name: [float(f"{s:.6g}") for s in scores[module].tolist()] for module, name in _KEYS.items()
+        }
+    }
+
+
+def kept_from_entry(entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {module: torch.tensor(entry[name], dtype=torch.int64) for module, name in _KEYS.items()}
+
+
+def dense_summary(shapes: list[LayerShape]) -> dict[str, int]:
+    """Sizes of the model before this pruning; the largest over the layers where they already differ."""
+    return {
+        "hidden_size": shapes[0].hidden_size,
+        "head_dim": shapes[0].head_dim,
+        "heads_per_group": shapes[0].heads_per_group,
+        "kv_groups": max(s.kv_groups for s in shapes),
+        "intermediate_channels": max(s.intermediate_channels for s in shapes),
+        "layers": len(shapes),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def write_plan(plan: dict[str, Any], folder: Path) -> None:
+    (folder / FILE).write_text(json.dumps(plan, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / FILE).read_text(encoding="utf-8"))

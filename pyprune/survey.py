@@ -1,0 +1,111 @@
+"""The first pass: a forward of the dense model, layer by layer, and the statistics of every driver; cached."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .architectures import MODULES
+from .checkpoint import CheckpointReader
+from .device import Meter
+from .forward import LayerForward, layer_name
+from .methods import LayerStatistics
+from .statistics import DriverObserver, DriverStatistics, column_norms
+
+Progress = Callable[[str, int, int], None]  # pass, layers done, layers in all
+FORMAT = "pyprune-survey-1"
+
+
+def observe_layer(
+    forward: LayerForward, block: torch.nn.Module, layer: int, hidden: torch.Tensor, by_window: bool, advance: bool
+) -> LayerStatistics:
+    """Statistics of both drivers of a layer from one forward over `hidden` (overwritten with `advance`)."""
+    observers = {
+        module: DriverObserver(
+            block.get_submodule(forward.family.driver(module)).weight.data,
+            layer_name(forward.family, layer, module),
+            by_window,
+            forward.allow_nonfinite,
+        )
+        for module in MODULES
+    }
+    forward.run(block, layer, hidden, {m: o.observe for m, o in observers.items()}, advance=advance)
+    return {module: observer.finish() for module, observer in observers.items()}
+
+
+def survey_model(forward: LayerForward, by_window: bool, meter: Meter, progress: Progress) -> list[LayerStatistics]:
+    """Statistics of every layer on the dense model's own activations; one layer in memory at a time."""
+    reader, hidden = forward.reader, forward.embed()
+    survey = []
+    for layer in range(reader.layers):
+        progress("survey", layer, reader.layers)
+        with meter.layer():
+            # Nothing here keeps the layer: it is freed before the next is built.
+            survey.append(
+                observe_layer(
+                    forward,
+                    forward.build(reader.read_layer(layer), layer),
+                    layer,
+                    hidden,
+                    by_window,
+                    advance=layer < reader.layers - 1,
+                )
+            )
+    progress("survey", reader.layers, reader.layers)
+    return survey
+
+
+def survey_weights(
+    reader: CheckpointReader, device: torch.device, meter: Meter, progress: Progress
+) -> list[LayerStatistics]:
+    """The survey of a method that needs no text: norms of the drivers' columns."""
+    survey = []
+    for layer in range(reader.layers):
+        progress("survey", layer, reader.layers)
+        with meter.layer():
+            names = {m: f"{reader.layer_prefix(layer)}{reader.family.driver(m)}.weight" for m in MODULES}
+            weights = reader.read(list(names.values()))
+            survey.append(
+                {m: DriverStatistics(*column_norms(weights[name].to(device))) for m, name in names.items()}
+            )
+    progress("survey", reader.layers, reader.layers)
+    return survey
+
+
+def survey_key(identity: dict[str, Any]) -> str:
+    """Name of a survey: a digest of everything that its numbers depend on."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def load_survey(path: Path, layers: int) -> list[LayerStatistics]:
+    with safe_open(path, framework="pt") as f:
+        counts = json.loads(f.metadata()["counts"])
+        survey: list[LayerStatistics] = [{} for _ in range(layers)]
+        for layer in range(layers):
+            for module in MODULES:
+                prefix = f"{layer}.{module}."
+                tensors = {
+                    name: f.get_tensor(prefix + name) for name in DriverStatistics.TENSORS if prefix + name in f.keys()
+                }
+                count, windows = counts[f"{layer}.{module}"]
+                survey[layer][module] = DriverStatistics(count=count, windows=windows, **tensors)
+    return survey
+
+
+def save_survey(path: Path, survey: list[LayerStatistics], identity: dict[str, Any]) -> None:
+    """Write the statistics (a few numbers a channel) so that another ratio needs no new forward."""
+    tensors, counts = {}, {}
+    for layer, modules in enumerate(survey):
+        for module, statistics in modules.items():
+            counts[f"{layer}.{module}"] = [statistics.count, statistics.windows]
+            tensors |= {f"{layer}.{module}.{name}": t for name, t in statistics.tensors().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    metadata = {"format": FORMAT, "identity": json.dumps(identity), "counts": json.dumps(counts)}
+    save_file(tensors, temporary, metadata=metadata)
+    temporary.replace(path)

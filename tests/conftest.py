@@ -1,0 +1,52 @@
+"""Fixtures that several test files share."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from make_checkpoint import make_checkpoint  # noqa: E402
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of trained models and texts beside the repository; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The trained 6M-parameter Llama (6 layers, 8 heads, 4 KV heads) that comes with the repository."""
+    return ROOT / "models" / "llama-6m-gqa"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a random checkpoint: `tiny_checkpoint(family="qwen2", layers=4, ...) -> folder`.
+
+    The arguments and their small default sizes are those of benchmarks/make_checkpoint.py. A folder is made
+    once a session for each set of arguments: read it only, or copy it.
+    """
+    made: dict[str, Path] = {}
+
+    def factory(**arguments: Any) -> Path:
+        key = repr(sorted(arguments.items()))
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), **arguments)
+        return made[key]
+
+    return factory
