@@ -45,7 +45,9 @@ def find_compiler() -> str | None:
     if chosen:
         path = shutil.which(chosen)
         if path is None:
-            raise PlatformError(f"CXX={chosen} is not a program on this machine; name a C++ compiler or unset it")
+            raise PlatformError(
+                f"CXX={chosen} is not a program on this machine; name a C++ compiler or unset it"
+            )
         return path
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
@@ -64,7 +66,9 @@ def find_nvcc() -> str | None:
         nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if wanted == "1" and nvcc is None:
         place = f"{home}/bin" if home else "PATH or /usr/local/cuda/bin"
-        raise PlatformError(f"PYPRUNE_BUILD_CUDA=1, but there is no nvcc in {place}; install the CUDA toolkit")
+        raise PlatformError(
+            f"PYPRUNE_BUILD_CUDA=1, but there is no nvcc in {place}; install the CUDA toolkit"
+        )
     return nvcc
 
 
@@ -92,20 +96,44 @@ class Toolchain:
         defines = [f'-DPYPRUNE_COMPILER="{first_output_line(self.compiler, "--version")}"']
         if self.nvcc:
             names = ",".join(f'"{name}"' for name in CUDA_TARGETS)
-            defines += [f'-DPYPRUNE_CUDA_VERSION="{nvcc_version(self.nvcc)}"', f"-DPYPRUNE_CUDA_ARCHITECTURES={names}"]
+            defines += [
+                f'-DPYPRUNE_CUDA_VERSION="{nvcc_version(self.nvcc)}"',
+                f"-DPYPRUNE_CUDA_ARCHITECTURES={names}",
+            ]
         return defines
 
     def ninja_file(self, module: Path) -> str:
         """The build of `module`, every path absolute. Objects lie beside the ninja file."""
         import pybind11
 
-        cxx = [self.compiler, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+        cxx = [
+            self.compiler,
+            "-std=c++20",
+            "-O3",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-pthread",
+        ]
         cxx += [f"-I{CSRC / 'include'}"]
-        python = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}", f"-I{CSRC}"]
+        python = [
+            f"-isystem{sysconfig.get_path('include')}",
+            f"-isystem{pybind11.get_include()}",
+            f"-I{CSRC}",
+        ]
         link = [self.compiler, "-shared", "-pthread", "-Wl,--exclude-libs=ALL"]
         nvcc: list[str] = []
         if self.nvcc:
-            nvcc = [self.nvcc, "-ccbin", self.compiler, "-std=c++20", "-O3", "-lineinfo", f"-I{CSRC / 'include'}"]
+            nvcc = [
+                self.nvcc,
+                "-ccbin",
+                self.compiler,
+                "-std=c++20",
+                "-O3",
+                "-lineinfo",
+                f"-I{CSRC / 'include'}",
+            ]
             nvcc += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
             nvcc += [f"-gencode={target}" for target in CUDA_TARGETS.values()]
             # The runtime is linked in, so that the module imports where there is no toolkit and no driver.
@@ -120,7 +148,9 @@ class Toolchain:
         ]
         objects = []
 
-        def compile_with(name: str, source: Path, suffix: str = "", flags: tuple[str, ...] | list[str] = ()) -> None:
+        def compile_with(
+            name: str, source: Path, suffix: str = "", flags: tuple[str, ...] | list[str] = ()
+        ) -> None:
             target = f"{source.relative_to(CSRC).as_posix()}{suffix}.o"
             objects.append(target)
             lines.append(f"build {target}: {name} {ninja_path(source)}")
@@ -163,7 +193,7 @@ class BuildCore(build_ext):
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
         # Not build_temp, which is a new folder at every editable installation.
-        folder = ROOT / "build" / f"core{sysconfig.get_config_var('EXT_SUFFIX')}"
+        folder = ROOT / "build" / f"core.{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(toolchain.ninja_file(module))
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]

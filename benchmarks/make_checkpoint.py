@@ -1,7 +1,7 @@
 """Make a checkpoint of any size with random weights, for tests and benchmarks that need no trained model.
 
     python benchmarks/make_checkpoint.py OUT --shape llama-2-7b
-    python benchmarks/make_checkpoint.py OUT --family qwen3 --hidden-size 1024 --layers 8 --heads 16 --kv-heads 8
+    python benchmarks/make_checkpoint.py OUT --family qwen3 --hidden-size 1024 --layers 8 --heads 16
 
 Weights are made and written layer by layer, so a checkpoint may be larger than the memory. The names and
 the shapes of the tensors, and config.json, are transformers' own: they come from the family's configuration
@@ -45,12 +45,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 DEFAULT_SHAPE = "llama-1.5b"
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
-def make_checkpoint(
-    out: str | Path,
+def checkpoint_config(
     *,
     family: str = "llama",
     hidden_size: int = 64,
@@ -58,36 +57,25 @@ def make_checkpoint(
     heads: int = 4,
     kv_heads: int = 2,
     intermediate_size: int = 160,
-    vocab_size: int | None = None,
+    vocab_size: int = 256,
     head_dim: int | None = None,
     tie: bool = False,
     dtype: str = "bfloat16",
-    shard_layers: int = 0,
-    seed: int = 0,
-    tokenizer: str | Path | None = None,
-) -> Path:
-    """Write a random checkpoint into the folder `out` and return its path.
+    **attributes: Any,
+) -> PreTrainedConfig:
+    """The family's own configuration of these sizes. `head_dim` None means hidden_size / heads.
 
-    `vocab_size` None means the tokenizer's size, or 256 without one. `head_dim` None means
-    hidden_size / heads. `shard_layers` K puts K layers into each file, with an index; 0 writes one file.
-    The same seed gives the same tensors whatever the sharding. `tokenizer` is a folder whose tokenizer is
-    saved beside the weights and whose BOS and EOS go into config.json. ValueError: sizes that do not fit together.
+    `attributes` are other attributes of the configuration. ValueError: sizes that do not fit together.
     """
     if family not in ARCHITECTURES:
         raise ValueError(f"family {family!r} is not one of {', '.join(ARCHITECTURES)}")
     if heads % kv_heads:
         raise ValueError(f"{heads} heads are not a multiple of {kv_heads} KV heads")
-    if head_dim is None and hidden_size % heads:
-        raise ValueError(f"hidden size {hidden_size} is not a multiple of {heads} heads: give head_dim")
-    special_tokens, loaded = {}, None
-    if tokenizer is not None:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        special_tokens = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
-        if vocab_size is not None and vocab_size < len(loaded):
-            raise ValueError(f"vocabulary of {vocab_size} is smaller than the tokenizer's {len(loaded)}")
-        vocab_size = vocab_size or len(loaded)
-
-    config = AutoConfig.for_model(
+    if hidden_size % heads and (head_dim is None or family == "llama"):  # LlamaConfig insists on it
+        raise ValueError(f"hidden size {hidden_size} is not a multiple of {heads} heads")
+    if family == "mistral":
+        attributes.setdefault("sliding_window", None)  # as in the published models since 0.2
+    return AutoConfig.for_model(
         family,
         hidden_size=hidden_size,
         num_hidden_layers=layers,
@@ -95,21 +83,45 @@ def make_checkpoint(
         num_key_value_heads=kv_heads,
         head_dim=head_dim or hidden_size // heads,
         intermediate_size=intermediate_size,
-        vocab_size=vocab_size or 256,
+        vocab_size=vocab_size,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         tie_word_embeddings=tie,
         dtype=dtype,
         architectures=[ARCHITECTURES[family]],
-        **special_tokens,
-        **({"sliding_window": None} if family == "mistral" else {}),
+        **attributes,
     )
+
+
+def make_checkpoint(
+    out: str | Path,
+    *,
+    shard_layers: int = 0,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    **sizes: Any,
+) -> Path:
+    """Write a random checkpoint of `sizes` (see `checkpoint_config`) into the folder `out`; return its path.
+
+    `shard_layers` K puts K layers into each file, with an index; 0 writes one file. The same seed gives the
+    same tensors whatever the sharding. `tokenizer` is a folder whose tokenizer is saved beside the weights
+    and whose BOS, EOS and number of tokens go into config.json. ValueError: as `checkpoint_config`, or a
+    `vocab_size` smaller than the tokenizer.
+    """
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    if loaded is not None:
+    if tokenizer is not None:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        sizes = {
+            "vocab_size": len(loaded),
+            "bos_token_id": loaded.bos_token_id,
+            "eos_token_id": loaded.eos_token_id,
+        } | sizes
+        if sizes["vocab_size"] < len(loaded):
+            raise ValueError(f"{sizes['vocab_size']} tokens are fewer than the tokenizer's {len(loaded)}")
         loaded.save_pretrained(folder)
-    _write_weights(folder, config, DTYPES[dtype], shard_layers, seed)
+    config = checkpoint_config(**sizes)
+    config.save_pretrained(folder)
+    _write_weights(folder, config, shard_layers, seed)
     return folder
 
 
@@ -148,9 +160,8 @@ def _random_tensor(name: str, shape: torch.Size, seed: int, layers: int, dtype: 
     return torch.empty(shape, dtype=dtype).normal_(mean, std, generator=generator)
 
 
-def _write_weights(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, shard_layers: int, seed: int
-) -> None:
+def _write_weights(folder: Path, config: PreTrainedConfig, shard_layers: int, seed: int) -> None:
+    dtype = config.dtype
     shapes = _tensor_shapes(config)
     names = list(shapes)
     groups = _layer_groups(names)
@@ -159,8 +170,9 @@ def _write_weights(
     shards = [layers[start : start + per_file] for start in range(0, len(layers), per_file)]
     shards[0] = [groups[0], *shards[0]]
     shards[-1] = [*shards[-1], groups[-1]]
-    # A seed a tensor, so that the tensors of a layer can be made side by side.
-    seeds = dict(zip(names, range(seed << 32, (seed << 32) + len(names)), strict=True))
+    # A seed for each tensor, so that those of a layer can be made side by side. The factor is more than any
+    # model has tensors, and small, because torch's CPU generator reads only the low 32 bits of a seed.
+    seeds = {name: 10_007 * seed + number for number, name in enumerate(names)}
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
 
@@ -209,13 +221,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a checkpoint with random weights.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument(
-        "--shape", choices=SHAPES, default=DEFAULT_SHAPE, help="the sizes; the options below change single ones"
+        "--shape",
+        choices=SHAPES,
+        default=DEFAULT_SHAPE,
+        help="the sizes; the options below change single ones",
     )
     parser.add_argument("--family", choices=ARCHITECTURES)
     sizes = ("hidden-size", "layers", "heads", "kv-heads", "head-dim", "intermediate-size", "vocab-size")
     for size in sizes:
         parser.add_argument(f"--{size}", type=int, metavar="N")
-    parser.add_argument("--tie", action=argparse.BooleanOptionalAction, help="embeddings serve as lm_head too")
+    parser.add_argument(
+        "--tie", action=argparse.BooleanOptionalAction, help="embeddings serve as lm_head too"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--shard-layers", type=int, default=0, metavar="K", help="layers a file; 0: one file")
     parser.add_argument("--seed", type=int, default=0)

@@ -32,7 +32,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
@@ -111,7 +113,10 @@ def main() -> None:
                         "perplexity": value,
                     }
                 )
-                print(f"{model.name:16} {variant:16} {ratio:.1f} ({met:.4f}) seed {seed}: {value:8.2f}", flush=True)
+                print(
+                    f"{model.name:16} {variant:16} {ratio:.1f} ({met:.4f}) seed {seed}: {value:8.2f}",
+                    flush=True,
+                )
                 document = {
                     "protocol": {
                         "calibration": f"{arguments.samples} x {arguments.sequence_length} tokens of "

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -74,9 +75,14 @@ void moments_cpu(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64_
 
 #ifdef PYPRUNE_CUDA_VERSION
 
+void require_int32(const char* name, int64_t value) {
+  require(value <= INT32_MAX, std::string(name) + " must be below 2^31 on CUDA, got " + std::to_string(value));
+}
+
 size_t moments_cuda_workspace(const std::string& dtype, int64_t rows, int64_t channels, int multiprocessors) {
   require_not_negative("rows", rows);
   require_not_negative("channels", channels);
+  require_int32("channels", channels);
   require_positive("multiprocessors", multiprocessors);
   return channel_moments_cuda_workspace(parse_dtype(dtype), rows, channels, multiprocessors);
 }
@@ -86,6 +92,7 @@ void moments_cuda(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64
                   int64_t workspace_bytes, int multiprocessors, uintptr_t stream, int variant) {
   const Rows x = checked_rows(x_ptr, dtype, rows, channels, row_stride);
   const MomentsState state = checked_state(count, mean_ptr, m2_ptr, x);
+  require_int32("channels", channels);
   require_positive("multiprocessors", multiprocessors);
   const size_t needed = channel_moments_cuda_workspace(x.dtype, rows, channels, multiprocessors);
   require(workspace_bytes >= 0 && static_cast<size_t>(workspace_bytes) >= needed,
@@ -110,7 +117,7 @@ py::dict build_info() {
   const std::vector<std::string> architectures;
 #endif
   return py::dict("cuda"_a = cuda, "cuda_version"_a = cuda_version, "cuda_architectures"_a = architectures,
-                  "cpu_isa"_a = isa_name(detect_isa()), "compiler"_a = PYPRUNE_COMPILER);
+                  "cpu_isa"_a = isa_name(choose_isa()), "compiler"_a = PYPRUNE_COMPILER);
 }
 
 }  // namespace

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +68,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, bos_token_id: int | 
 
 
 def random_windows(tokens: torch.Tensor, samples: int, sequence_length: int, seed: int) -> torch.Tensor:
-    """`samples` windows of `tokens` [tokens] that start at different random places: [samples, sequence_length].
+    """`samples` windows of `tokens` [tokens] from different random starts: [samples, sequence_length].
 
     Windows may overlap; no two start at the same token. So the text must hold sequence_length + samples − 1
     tokens. The starts depend on the seed alone, on every platform: a partial Fisher–Yates shuffle of all
@@ -132,7 +131,7 @@ def _check_sizes(windows: int, sequence_length: int) -> None:
 
 
 def check_vocabulary(tokens: torch.Tensor, vocab_size: int) -> None:
-    """InputError if a token id lies outside a model's vocabulary: tokenizer and model do not belong together."""
+    """InputError if a token id lies outside a model's vocabulary: the tokenizer is another model's."""
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest < 0 or highest >= vocab_size:
         outside = lowest if lowest < 0 else highest

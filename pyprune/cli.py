@@ -30,7 +30,9 @@ def _device_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--attention-ratio", type=float, help="flap, UL-MM and AL-MM: the attention's own ratio."),
+        click.option(
+            "--attention-ratio", type=float, help="flap, UL-MM and AL-MM: the attention's own ratio."
+        ),
         click.option(
             "--square-attention/--no-square-attention",
             default=None,
@@ -47,7 +49,9 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="TEXT",
             help="A .txt, a .jsonl with a `text` field, or `self`: sampled from the model (loads it whole).",
         ),
-        click.option("--ratio", type=float, required=True, help="Share of the decoder linears to remove, (0, 1)."),
+        click.option(
+            "--ratio", type=float, required=True, help="Share of the decoder linears to remove, (0, 1)."
+        ),
         click.option("--method", default="flap", help=f"One of {', '.join(METHODS)}."),
     ):
         command = option(command)
@@ -198,13 +202,13 @@ def methods(as_json: bool) -> None:
     Console(as_json).methods(METHODS)
 
 
-def main() -> None:
-    """Run the command line; one line on stderr and status 2 for what the user can mend."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line (sys.argv unless given); one line on stderr and status 2 for what the user can mend."""
     # Its notes on reading a pruned configuration's global sizes, and its own bars, say nothing to our user.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(arguments, standalone_mode=False)
     except InputError as error:
         _fail(str(error))
     except click.exceptions.NoArgsIsHelpError as error:

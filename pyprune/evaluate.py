@@ -18,8 +18,9 @@ from .loading import load_model
 # Rows of a forward pass: enough to keep a GPU's matrix products busy, while the widest activations of a 70B
 # model (28672 channels in bf16, three of them alive) stay near 1.4 GB.
 _TOKENS_PER_BATCH = 8192
-# Bytes of one float32 slice of logits (log-softmax holds two or three of them at a time).
-_LOGITS_SLICE_BYTES = 128 << 20
+# Bytes of one float32 slice of logits, of which a comparison holds up to four at a time: on a CPU few enough
+# for its caches, on a GPU enough rows to read the head's weights only a few times a window.
+_LOGITS_SLICE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 
 
 @dataclass
@@ -60,7 +61,8 @@ def evaluate(
     Returns `perplexity` (as in `perplexity`), `windows`, `sequence_length` (tokens), `seconds` (without the
     loading of models), and with a reference `kl_divergence` (mean over predictions of KL(reference‖model),
     in nats), `top1_agreement` (the part of predictions whose most likely token is the same) and
-    `reference_perplexity`. Both models are in memory together. `progress` gets (windows done, windows in all).
+    `reference_perplexity`. Both models are in memory together. `progress` gets (windows done, all windows).
+
     InputError: as `perplexity` and `load_model`, or vocabularies of different sizes.
     """
     model = load_model(model_folder, device, dtype)
@@ -133,7 +135,11 @@ def _score(
         reference_hidden = None if reference is None else _hidden_states(reference, ids)
         for row in range(len(batch)):
             yield _score_window(
-                model, hidden[row], reference, None if reference_hidden is None else reference_hidden[row], ids[row]
+                model,
+                hidden[row],
+                reference,
+                None if reference_hidden is None else reference_hidden[row],
+                ids[row],
             )
 
 
@@ -162,7 +168,7 @@ def _score_window(
     ids: torch.Tensor,  # [L]
 ) -> _Window:
     predictions = len(ids) - 1
-    rows = max(1, _LOGITS_SLICE_BYTES // (4 * model.config.vocab_size))
+    rows = max(1, _LOGITS_SLICE_BYTES[ids.device.type] // (4 * model.config.vocab_size))
     sums = torch.zeros(4, dtype=torch.float64, device=ids.device)  # stays there: one transfer a window
     for start in range(0, predictions, rows):
         part = slice(start, min(start + rows, predictions))

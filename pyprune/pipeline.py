@@ -233,9 +233,7 @@ class _Run:
 
     def _forward(self) -> LayerForward:
         assert self.windows is not None
-        return LayerForward(
-            self.reader, self.windows, self.device, self.dtype, self.options.allow_nonfinite
-        )
+        return LayerForward(self.reader, self.windows, self.device, self.dtype, self.options.allow_nonfinite)
 
     def _backend(self) -> str:
         sample = torch.empty(1, 8, dtype=self.dtype, device=self.device)
@@ -370,9 +368,10 @@ class _Run:
     def _plan(self, choice: Choice, scores: list[UnitScores], shapes: list[LayerShape]) -> dict[str, Any]:
         o = self.options
         parameters = parameter_counts(self.reader, shapes)
-        passes = {name: meter.summary() for name, meter in self.meters.items()}
-        if "survey" in passes:
-            passes["survey"]["cached"] = self.cached
+        passes = {
+            name: meter.summary() | {"cached": name == "survey" and self.cached}
+            for name, meter in self.meters.items()
+        }
         return {
             "format": FORMAT,
             "model": o.model,
@@ -422,14 +421,17 @@ class _Run:
             o.trust_remote_code,
             lambda done, total: self.progress("sampling text", done, total),
         )
-        results = {}
-        for name, folder, reference in (("dense", dense, None), ("pruned", pruned, dense)):
-            results[name] = evaluate(
-                folder,
-                windows,
-                reference_folder=reference,
-                device=self.device,
-                dtype=self.dtype,
-                progress=lambda done, total, name=name: self.progress(f"evaluate {name}", done, total),
-            )
-        return {"text": evaluation.text, **results}
+        result = evaluate(
+            pruned,
+            windows,
+            reference_folder=dense,
+            device=self.device,
+            dtype=self.dtype,
+            progress=lambda done, total: self.progress("evaluate", done, total),
+        )
+        same = {name: result[name] for name in ("windows", "sequence_length")}
+        return {
+            "text": evaluation.text,
+            "dense": {"perplexity": result["reference_perplexity"], **same},
+            "pruned": result,
+        }

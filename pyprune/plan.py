@@ -23,16 +23,12 @@ def kept_shapes(shapes: list[LayerShape], choice: Choice) -> list[LayerShape]:
     return [s.kept(len(k[ATTENTION]), len(k[FFN])) for s, k in zip(shapes, choice.layers, strict=True)]
 
 
-def parameter_counts(
-    reader: CheckpointReader, shapes: list[LayerShape]
-) -> dict[str, tuple[int, int]]:
+def parameter_counts(reader: CheckpointReader, shapes: list[LayerShape]) -> dict[str, tuple[int, int]]:
     """Parameters before and after, without compensation biases: of the decoder linears, and of the model."""
     before = sum(s.parameters for s in reader.shapes)
     after = sum(s.parameters for s in shapes)
     spare = {reader.family.head} if reader.tied else set()
-    model = sum(
-        t.bytes // t.dtype.itemsize for name, t in reader.tensors.items() if name not in spare
-    )
+    model = sum(t.bytes // t.dtype.itemsize for name, t in reader.tensors.items() if name not in spare)
     return {"decoder_linears": (before, after), "model": (model, model - before + after)}
 
 

@@ -22,7 +22,12 @@ FORMAT = "pyprune-survey-1"
 
 
 def observe_layer(
-    forward: LayerForward, block: torch.nn.Module, layer: int, hidden: torch.Tensor, by_window: bool, advance: bool
+    forward: LayerForward,
+    block: torch.nn.Module,
+    layer: int,
+    hidden: torch.Tensor,
+    by_window: bool,
+    advance: bool,
 ) -> LayerStatistics:
     """Statistics of both drivers of a layer from one forward over `hidden` (overwritten with `advance`)."""
     observers = {
@@ -38,7 +43,9 @@ def observe_layer(
     return {module: observer.finish() for module, observer in observers.items()}
 
 
-def survey_model(forward: LayerForward, by_window: bool, meter: Meter, progress: Progress) -> list[LayerStatistics]:
+def survey_model(
+    forward: LayerForward, by_window: bool, meter: Meter, progress: Progress
+) -> list[LayerStatistics]:
     """Statistics of every layer on the dense model's own activations; one layer in memory at a time."""
     reader, hidden = forward.reader, forward.embed()
     survey = []
@@ -90,7 +97,9 @@ def load_survey(path: Path, layers: int) -> list[LayerStatistics]:
             for module in MODULES:
                 prefix = f"{layer}.{module}."
                 tensors = {
-                    name: f.get_tensor(prefix + name) for name in DriverStatistics.TENSORS if prefix + name in f.keys()
+                    name: f.get_tensor(prefix + name)
+                    for name in DriverStatistics.TENSORS
+                    if prefix + name in f.keys()
                 }
                 count, windows = counts[f"{layer}.{module}"]
                 survey[layer][module] = DriverStatistics(count=count, windows=windows, **tensors)

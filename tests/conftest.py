@@ -21,7 +21,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder of trained models and texts beside the repository; the test is skipped where it is absent."""
+    """Trained models and texts beside the repository; the test is skipped where they are absent."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent")

@@ -116,10 +116,12 @@ def chunk_moments(
         tile_mean = tl.sum(values, 0) * (1.0 / TILE_ROWS)
         centred = values - tile_mean[None, :]
         # Full tiles weigh the same, so n_b / (n_a + n_b) = 1 / (index + 1).
-        fraction = 1.0 / (index + 1).to(tl.float32)
+        fraction = 1.0 / tl.cast(index + 1, tl.float32)
         delta = tile_mean - mean
         mean += delta * fraction
-        m2 += tl.sum(centred * centred, 0) + delta * delta * ((index * TILE_ROWS).to(tl.float32) * fraction)
+        m2 += tl.sum(centred * centred, 0) + delta * delta * (
+            tl.cast(index * TILE_ROWS, tl.float32) * fraction
+        )
         tile += TILE_ROWS * stride
 
     if EARLY_MERGE:

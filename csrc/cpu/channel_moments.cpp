@@ -39,7 +39,7 @@ struct Partition {
 BlockMoments choose_kernel(DType dtype) {
   const BlockMomentsTable* table = &portable::block_moments;
 #if defined(__x86_64__)
-  switch (detect_isa()) {
+  switch (choose_isa()) {
     case Isa::avx512: table = &avx512::block_moments; break;
     case Isa::avx2: table = &avx2::block_moments; break;
     case Isa::portable: break;

@@ -1,15 +1,31 @@
 #include "isa.h"
 
-namespace pyprune {
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
-Isa detect_isa() {
+namespace pyprune {
+namespace {
+
+bool supported(Isa isa) {
 #if defined(__x86_64__)
-  // Each line asks for exactly the flags that setup.py compiles csrc/cpu/isa/ with.
+  // Each set asks for exactly the flags that setup.py compiles csrc/cpu/isa/ with.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f")) return Isa::avx512;
-  if (avx2) return Isa::avx2;
+  if (isa == Isa::avx512) return avx2 && __builtin_cpu_supports("avx512f");
+  if (isa == Isa::avx2) return avx2;
 #endif
-  return Isa::portable;
+  return isa == Isa::portable;
+}
+
+}  // namespace
+
+Isa choose_isa() {
+  const char* wanted = std::getenv("PYPRUNE_CPU_ISA");
+  for (const Isa isa : {Isa::avx512, Isa::avx2, Isa::portable}) {
+    if (supported(isa) && (wanted == nullptr || std::string(wanted) == isa_name(isa))) return isa;
+  }
+  throw std::invalid_argument("PYPRUNE_CPU_ISA=" + std::string(wanted) +
+                              " cannot run on this processor; unset it or use portable, avx2 or avx512");
 }
 
 const char* isa_name(Isa isa) {

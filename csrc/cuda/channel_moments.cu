@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <climits>
 #include <stdexcept>
 #include <string>
 
@@ -13,7 +12,6 @@ namespace {
 
 constexpr int WARP = 32;
 constexpr int WARPS_PER_BLOCK = 8;
-constexpr int BLOCKS_PER_MULTIPROCESSOR = 2;
 // Eight 16-byte loads a lane and 512 lanes a multiprocessor keep 64 KiB in flight on each, twice what
 // HBM3e's latency asks for.
 constexpr int TILE_ROWS = 8;
@@ -27,22 +25,20 @@ constexpr int64_t strip_columns(int64_t element_bytes) { return WARP * VECTOR_BY
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t row_chunks(DType dtype, int64_t rows, int64_t channels, int multiprocessors, int variant) {
+int row_chunks(DType dtype, int64_t rows, int64_t channels, int multiprocessors, int variant) {
   const int64_t resident_warps = int64_t{multiprocessors} * (variant == 0 ? 3 : 2) * WARPS_PER_BLOCK;
   const int64_t strips = ceil_div(channels, strip_columns(element_size(dtype)));
-  return std::max<int64_t>(1, std::min(resident_warps / strips, rows / MIN_CHUNK_ROWS));
+  return static_cast<int>(std::max<int64_t>(1, std::min(resident_warps / strips, rows / MIN_CHUNK_ROWS)));
 }
 
 // Chunk c holds rows [begin(c), begin(c + 1)); lengths differ by one row at most.
 struct Chunks {
+  int count;
+  int longer;  // the first `longer` chunks have one row more
   int64_t length;
-  int64_t longer;  // the first `longer` chunks have one row more
-  int64_t count;
 
-  __host__ __device__ int64_t begin(int64_t chunk) const {
-    return chunk * length + (chunk < longer ? chunk : longer);
-  }
-  __host__ __device__ int64_t rows(int64_t chunk) const { return length + (chunk < longer ? 1 : 0); }
+  __device__ int64_t begin(int chunk) const { return chunk * length + min(chunk, longer); }
+  __device__ int64_t rows(int chunk) const { return length + (chunk < longer ? 1 : 0); }
 };
 
 // Merging `rows` new rows into a state of `count`: formed in double on the host, where a count may pass 2^24.
@@ -62,7 +58,7 @@ struct State {
   float* m2;
   MergeWeights weights;
 
-  __device__ void merge(int64_t column, float part_mean, float part_m2) const {
+  __device__ void merge(int column, float part_mean, float part_m2) const {
     const float old_mean = weights.first ? 0.0f : mean[column];
     const float old_m2 = weights.first ? 0.0f : m2[column];
     const float delta = part_mean - old_mean;
@@ -95,7 +91,7 @@ struct VectorAccess {
   static constexpr int COLUMNS = VECTOR_BYTES / sizeof(T);
   static constexpr int STEP = 1;
 
-  static __device__ int64_t first_column(int64_t strip, int lane) { return (strip * WARP + lane) * COLUMNS; }
+  static __device__ int first_column(int strip, int lane) { return (strip * WARP + lane) * COLUMNS; }
   static __device__ Row load(const T* x, int) { return load_streaming(x); }
   static __device__ float value(const Row& row, int j) {
     const uint32_t word = (&row.x)[j * sizeof(T) / 4];
@@ -115,7 +111,7 @@ struct ScalarAccess {
   static constexpr int COLUMNS = 2;
   static constexpr int STEP = WARP;
 
-  static __device__ int64_t first_column(int64_t strip, int lane) { return strip * WARP * COLUMNS + lane; }
+  static __device__ int first_column(int strip, int lane) { return strip * WARP * COLUMNS + lane; }
   static __device__ Row load(const T* x, int columns_left) {
     Row row{};
 #pragma unroll
@@ -133,7 +129,7 @@ struct LaneMoments {
   float m2[Access::COLUMNS];
   float rows;
 
-  // Centres the tile's rows [skip, TILE_ROWS) on their own mean.
+  // Centres the tile's rows [skip, TILE_ROWS) on their own mean; the rows before are zero.
   __device__ void start(const typename Access::Row (&tile)[TILE_ROWS], int skip) {
     rows = TILE_ROWS - skip;
     const float inverse = 1.0f / rows;
@@ -141,7 +137,7 @@ struct LaneMoments {
     for (int j = 0; j < Access::COLUMNS; ++j) {
       float sum = 0.0f;
 #pragma unroll
-      for (int r = 0; r < TILE_ROWS; ++r) sum += r >= skip ? Access::value(tile[r], j) : 0.0f;
+      for (int r = 0; r < TILE_ROWS; ++r) sum += Access::value(tile[r], j);
       mean[j] = sum * inverse;
       m2[j] = 0.0f;
 #pragma unroll
@@ -192,10 +188,16 @@ struct RegisterReader {
   __device__ void next(typename Access::Row (&tile)[TILE_ROWS], int skip) {
 #pragma unroll
     for (int r = 0; r < TILE_ROWS; ++r) {
-      if (r >= skip) tile[r] = Access::load(x + r * row_stride, columns_left);
+      tile[r] = r >= skip ? Access::load(x + r * row_stride, columns_left) : typename Access::Row{};
     }
     x += TILE_ROWS * row_stride;
   }
+};
+
+template <typename Access>
+struct DoubleRegisterReader : RegisterReader<Access> {
+  static constexpr int BLOCKS = 2;
+  using RegisterReader<Access>::RegisterReader;
 };
 
 constexpr int STAGES = 3;
@@ -242,7 +244,7 @@ struct AsyncCopyReader {
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
 #pragma unroll
     for (int r = 0; r < TILE_ROWS; ++r) {
-      if (r >= skip) tile[r] = ring[(stage * TILE_ROWS + r) * WARP];
+      tile[r] = r >= skip ? ring[(stage * TILE_ROWS + r) * WARP] : typename Access::Row{};
     }
     issue(stage == 0 ? STAGES - 1 : stage - 1, 0);
     stage = stage == STAGES - 1 ? 0 : stage + 1;
@@ -319,7 +321,7 @@ struct BulkCopyReader {
         : "memory");
 #pragma unroll
     for (int r = 0; r < TILE_ROWS; ++r) {
-      if (r >= skip) tile[r] = ring[(stage * TILE_ROWS + r) * WARP];
+      tile[r] = r >= skip ? ring[(stage * TILE_ROWS + r) * WARP] : typename Access::Row{};
     }
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     phase ^= stage == 0;
@@ -340,16 +342,16 @@ struct Supported { using Type = Reader; };
 // means and M2s that merge_chunks reads.
 template <typename Access, typename Reader>
 __global__ void __launch_bounds__(WARPS_PER_BLOCK* WARP, Reader::BLOCKS)
-    chunk_moments(const typename Access::Element* __restrict__ x, int64_t channels, int64_t row_stride,
-                  int64_t strips, Chunks chunks, float* __restrict__ partial, State state) {
+    chunk_moments(const typename Access::Element* __restrict__ x, int channels, int64_t row_stride,
+                  int strips, Chunks chunks, float* __restrict__ partial, State state) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
   using Row = typename Access::Row;
-  const int64_t warp = int64_t{blockIdx.x} * WARPS_PER_BLOCK + threadIdx.x / WARP;
-  const int64_t chunk = warp / strips;
-  const int64_t column = Access::first_column(warp % strips, threadIdx.x % WARP);
-  const int columns_left = static_cast<int>(min(channels - column, int64_t{INT_MAX}));
+  const int warp = blockIdx.x * WARPS_PER_BLOCK + threadIdx.x / WARP;
+  const int chunk = warp / strips;
+  const int column = Access::first_column(warp % strips, threadIdx.x % WARP);
+  const int columns_left = channels - column;
   if (chunk >= chunks.count || columns_left <= 0) return;
 
   const int64_t rows = chunks.rows(chunk);
@@ -371,8 +373,8 @@ __global__ void __launch_bounds__(WARPS_PER_BLOCK* WARP, Reader::BLOCKS)
     moments.merge(tile);
   }
 
-  float* chunk_mean = partial + chunk * channels + column;
-  float* chunk_m2 = chunk_mean + chunks.count * channels;
+  float* chunk_mean = partial + int64_t{chunk} * channels + column;
+  float* chunk_m2 = chunk_mean + int64_t{chunks.count} * channels;
   if (chunks.count == 1) {
 #pragma unroll
     for (int j = 0; j < Access::COLUMNS; ++j) {
@@ -411,26 +413,26 @@ __device__ float warp_sum(float x) {
 
 // A block merges 32 columns: warp w its share of the chunks, a column to a lane (so that loads coalesce);
 // then a warp merges the shares of one column, a share to a lane.
-__global__ void merge_chunks(const float* __restrict__ partial, int64_t channels, Chunks chunks, State state) {
+__global__ void merge_chunks(const float* __restrict__ partial, int channels, Chunks chunks, State state) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   __shared__ Part shares[WARP][WARP + 1];
   const int lane = threadIdx.x;
   const int warp = threadIdx.y;
-  const int64_t first_column = int64_t{blockIdx.x} * WARP;
+  const int first_column = blockIdx.x * WARP;
 
   Part share = {0.0f, 0.0f, 0.0f};
   if (first_column + lane < channels) {
     const float* mean = partial + first_column + lane;
-    const float* m2 = mean + chunks.count * channels;
+    const float* m2 = mean + int64_t{chunks.count} * channels;
 #pragma unroll 4
-    for (int64_t chunk = warp; chunk < chunks.count; chunk += blockDim.y) {
+    for (int chunk = warp; chunk < chunks.count; chunk += blockDim.y) {
       const float rows = chunks.rows(chunk);
       const float weight = __fdividef(rows, share.rows + rows);
-      const float delta = mean[chunk * channels] - share.mean;
+      const float delta = mean[int64_t{chunk} * channels] - share.mean;
       share.mean += delta * weight;
-      share.m2 += m2[chunk * channels] + delta * delta * (share.rows * weight);
+      share.m2 += m2[int64_t{chunk} * channels] + delta * delta * (share.rows * weight);
       share.rows += rows;
     }
   }
@@ -438,8 +440,10 @@ __global__ void merge_chunks(const float* __restrict__ partial, int64_t channels
   __syncthreads();
 
   for (int c = warp; c < WARP && first_column + c < channels; c += blockDim.y) {
-    const Part part = lane < blockDim.y ? shares[c][lane] : Part{0.0f, 0.0f, 0.0f};
-    const float mean = warp_sum(part.rows * part.mean) / warp_sum(part.rows);
+    const Part part = lane < static_cast<int>(blockDim.y) ? shares[c][lane] : Part{0.0f, 0.0f, 0.0f};
+    // Relative to one share's mean, so that equal means merge exactly.
+    const float origin = __shfl_sync(~0u, part.mean, 0);
+    const float mean = origin + warp_sum(part.rows * (part.mean - origin)) / warp_sum(part.rows);
     const float delta = part.mean - mean;
     const float m2 = warp_sum(part.m2 + part.rows * delta * delta);
     if (lane == 0) state.merge(first_column + c, mean, m2);
@@ -462,14 +466,15 @@ bool rows_allow_16_byte_loads(const Rows& x) {
 template <typename Access, template <typename> typename ReaderOf>
 void launch_chunk_moments(const Rows& x, const Chunks& chunks, float* partial, const State& state,
                           cudaStream_t stream) {
-  const int64_t strips = ceil_div(x.channels, WARP * Access::COLUMNS);
-  const int64_t blocks = ceil_div(strips * chunks.count, WARPS_PER_BLOCK);
+  const int channels = static_cast<int>(x.channels);
+  const int strips = static_cast<int>(ceil_div(channels, WARP * Access::COLUMNS));
+  const int blocks = static_cast<int>(ceil_div(int64_t{strips} * chunks.count, WARPS_PER_BLOCK));
   using Reader = ReaderOf<Access>;
   if (Reader::SHARED_BYTES > 0)
     check(cudaFuncSetAttribute(chunk_moments<Access, Reader>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                Reader::SHARED_BYTES));
   chunk_moments<Access, Reader><<<blocks, WARPS_PER_BLOCK * WARP, Reader::SHARED_BYTES, stream>>>(
-      static_cast<const typename Access::Element*>(x.x), x.channels, x.row_stride, strips, chunks, partial, state);
+      static_cast<const typename Access::Element*>(x.x), channels, x.row_stride, strips, chunks, partial, state);
   check(cudaGetLastError());
 }
 
@@ -482,13 +487,15 @@ void launch_chunk_moments_of(const Rows& x, const Chunks& chunks, float* partial
     launch_chunk_moments<VectorAccess<T>, RegisterReader>(x, chunks, partial, state, stream);
   } else if (variant == 1) {
     launch_chunk_moments<VectorAccess<T>, AsyncCopyReader>(x, chunks, partial, state, stream);
+  } else if (variant == 3) {
+    launch_chunk_moments<VectorAccess<T>, DoubleRegisterReader>(x, chunks, partial, state, stream);
   } else {
     launch_chunk_moments<VectorAccess<T>, BulkCopyReader>(x, chunks, partial, state, stream);
   }
 }
 
 // On sm_90 its blocks start while the last chunks are still being read, and wait for them on the device.
-void launch_merge_chunks(int64_t channels, const Chunks& chunks, const float* partial, const State& state,
+void launch_merge_chunks(int channels, const Chunks& chunks, const float* partial, const State& state,
                          cudaStream_t stream) {
   int device, major;
   check(cudaGetDevice(&device));
@@ -516,8 +523,8 @@ size_t channel_moments_cuda_workspace(DType dtype, int64_t rows, int64_t channel
 void channel_moments_cuda(const Rows& x, const MomentsState& moments, void* workspace, int multiprocessors,
                           CUstream_st* stream, int variant) {
   if (x.rows == 0 || x.channels == 0) return;
-  const int64_t count = row_chunks(x.dtype, x.rows, x.channels, multiprocessors, variant);
-  const Chunks chunks = {x.rows / count, x.rows % count, count};
+  const int count = row_chunks(x.dtype, x.rows, x.channels, multiprocessors, variant);
+  const Chunks chunks = {count, static_cast<int>(x.rows % count), x.rows / count};
   const State state = {moments.mean, moments.m2, merge_weights(moments.count, x.rows)};
   float* partial = static_cast<float*>(workspace);
   switch (x.dtype) {
@@ -525,7 +532,7 @@ void channel_moments_cuda(const Rows& x, const MomentsState& moments, void* work
     case DType::bfloat16: launch_chunk_moments_of<BFloat16>(x, chunks, partial, state, stream, variant); break;
     case DType::float16: launch_chunk_moments_of<__half>(x, chunks, partial, state, stream, variant); break;
   }
-  if (count > 1) launch_merge_chunks(x.channels, chunks, partial, state, stream);
+  if (count > 1) launch_merge_chunks(static_cast<int>(x.channels), chunks, partial, state, stream);
 }
 
 }  // namespace pyprune

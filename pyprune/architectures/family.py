@@ -141,9 +141,7 @@ class Family:
     def layer_state_shapes(self, config: Any, layer: int) -> dict[str, tuple[int, ...]]:
         """Names (within the layer) and shapes of the tensors that a checkpoint must hold for a layer."""
         with torch.device("meta"):
-            return {
-                name: tuple(t.shape) for name, t in self.build_layer(config, layer).state_dict().items()
-            }
+            return {name: tuple(t.shape) for name, t in self.build_layer(config, layer).state_dict().items()}
 
     def unit_rows(self, shape: LayerShape, module: str, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Which slices of which matrices belong to the kept units: name -> (dimension, indices).

@@ -17,7 +17,9 @@ from ..errors import InputError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old Llama checkpoints saved; computed from the config today
+_IGNORED = (
+    "rotary_emb.inv_freq",
+)  # a buffer that old Llama checkpoints saved; computed from the config today
 _SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 4096
 
 
@@ -194,9 +196,7 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
                             f"{file}: tensor {name} is stored as {entry.get_dtype()}; "
                             "float32, bfloat16 or float16 is needed"
                         )
-                    tensors[name] = StoredTensor(
-                        file, tuple(entry.get_shape()), _DTYPES[entry.get_dtype()]
-                    )
+                    tensors[name] = StoredTensor(file, tuple(entry.get_shape()), _DTYPES[entry.get_dtype()])
         except SafetensorError as error:
             raise InputError(_explain(file, error)) from error
     return tensors

@@ -271,13 +271,16 @@ def choose_backend(operator: str, x: Tensor) -> str:
                 f"eligible: {', '.join(eligible_backends(operator, problem))}"
             )
         return forced
+    passed_over = []
     for backend in preference(operator, x.device):
         unmet = unmet_requirement(operator, backend, problem)
         if unmet is None:
-            return backend
+            break
         if unmet.installation:
-            warn_once(f"{operator} on {x.device.type} cannot use {backend}: {unmet.reason(problem)}")
-    raise AssertionError("the reference, last of every preference, has no requirement")
+            passed_over.append(f"cannot use {backend}: {unmet.reason(problem)}")
+    for reason in passed_over:
+        warn_once(f"{operator} on {x.device.type} {reason}; running {backend}")
+    return backend
 
 
 def choose(operator: str, x: Tensor) -> Choice:

@@ -122,14 +122,12 @@ def as_rows(x: Tensor) -> Tensor:
     return rows
 
 
-def check_arguments(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
-    """ValueError unless (count, mean, m2) is a state that the rows of x can be merged into."""
+def check_tensors(x: Tensor, mean: Tensor, m2: Tensor) -> None:
+    """ValueError unless (mean, m2) is a state that the rows of x can be merged into."""
     if x.dim() == 0:
         raise ValueError("channel moments: x is a scalar; it needs a last dimension of channels")
     if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         raise ValueError(f"channel moments: x is {x.dtype}; use bfloat16, float16, float32 or float64")
-    if count < 0:
-        raise ValueError(f"channel moments: count is {count}; it is the number of rows already in the state")
     for name, state in (("mean", mean), ("m2", m2)):
         if state.dtype != torch.float32 or state.shape != x.shape[-1:]:
             raise ValueError(
@@ -155,7 +153,9 @@ def channel_moments_update(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> N
     mean, m2: float32 [channels], contiguous, on x's device, changed in place.
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
     """
-    check_arguments(x, count, mean, m2)
+    check_tensors(x, mean, m2)
+    if count < 0:
+        raise ValueError(f"channel moments: count is {count}; it is the number of rows already in the state")
     if x.numel() == 0:
         return
     rows = as_rows(x)
@@ -164,7 +164,8 @@ def channel_moments_update(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> N
 
 @channel_moments_update.register_fake
 def _(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
-    """Nothing is returned: the schema says what changes."""
+    """Nothing is returned: the schema says what changes. What does not fit fails while it is traced."""
+    check_tensors(x, mean, m2)
 
 
 def core_arguments(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> tuple[int | str, ...]:

@@ -5,7 +5,8 @@
 namespace pyprune::PYPRUNE_ISA {
 namespace {
 
-constexpr int TILE_ROWS = 16;
+// A power-of-two stride puts all rows of a tile into one set of the first-level cache, which has 8 ways.
+constexpr int TILE_ROWS = 8;
 
 // The last vector of a block may reach past its columns, and perhaps past the end of the memory.
 template <typename T>
@@ -31,9 +32,11 @@ Weights merge_weights(int64_t before, int tile) {
 // an outlier in the first row costs digits.
 inline void merge_tile(const Vector* tile, int tile_rows, const Weights& weights, float* mean, float* m2) {
   Vector sum = tile[0];
+#pragma GCC unroll 8
   for (int r = 1; r < tile_rows; ++r) sum += tile[r];
   const Vector tile_mean = sum * weights.tile_inverse;
   Vector squares = {};
+#pragma GCC unroll 8
   for (int r = 0; r < tile_rows; ++r) {
     const Vector deviation = tile[r] - tile_mean;
     squares += deviation * deviation;
@@ -46,31 +49,48 @@ inline void merge_tile(const Vector* tile, int tile_rows, const Weights& weights
   std::memcpy(m2, &new_m2, sizeof(Vector));
 }
 
+// TILE_ROWS rows; columns is a multiple of VECTOR_WIDTH.
+template <typename T>
+void add_whole_tile(const T* x, int64_t row_stride, int columns, const Weights& weights, float* mean, float* m2) {
+  for (int c = 0; c < columns; c += VECTOR_WIDTH) {
+    Vector tile[TILE_ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE_ROWS; ++r) {
+      tile[r] = load(x + r * row_stride + c);
+      // The next tile, into the second level: a column block is too short for the hardware to foresee it
+      // (65536 x 288 bf16, one thread: 5.2 to 14.3 GB/s), and the first level has no way to spare.
+      __builtin_prefetch(x + (TILE_ROWS + r) * row_stride + c, 0, 2);
+    }
+    merge_tile(tile, TILE_ROWS, weights, mean + c, m2 + c);
+  }
+}
+
+// Any number of rows up to TILE_ROWS, any number of columns.
+template <typename T>
+void add_ragged_tile(const T* x, int rows, int64_t row_stride, int columns, const Weights& weights, float* mean,
+                     float* m2) {
+  for (int c = 0; c < columns; c += VECTOR_WIDTH) {
+    Vector tile[TILE_ROWS];
+    const int lanes = columns - c < VECTOR_WIDTH ? columns - c : VECTOR_WIDTH;
+    for (int r = 0; r < rows; ++r) tile[r] = load_first(x + r * row_stride + c, lanes);
+    merge_tile(tile, rows, weights, mean + c, m2 + c);
+  }
+}
+
 template <typename T>
 void moments_of_block(const void* x, int64_t rows, int64_t row_stride, int columns, float* mean, float* m2) {
-  const int whole = columns - columns % VECTOR_WIDTH;
   for (int c = 0; c < columns; c += VECTOR_WIDTH) {
     std::memset(mean + c, 0, sizeof(Vector));
     std::memset(m2 + c, 0, sizeof(Vector));
   }
-  Vector tile[TILE_ROWS];
   for (int64_t row = 0; row < rows; row += TILE_ROWS) {
     const T* base = static_cast<const T*>(x) + row * row_stride;
     const int tile_rows = rows - row < TILE_ROWS ? static_cast<int>(rows - row) : TILE_ROWS;
     const Weights weights = merge_weights(row, tile_rows);
-    for (int c = 0; c < whole; c += VECTOR_WIDTH) {
-      if (tile_rows == TILE_ROWS) {
-        for (int r = 0; r < TILE_ROWS; ++r) tile[r] = load(base + r * row_stride + c);
-        merge_tile(tile, TILE_ROWS, weights, mean + c, m2 + c);
-      } else {
-        for (int r = 0; r < tile_rows; ++r) tile[r] = load(base + r * row_stride + c);
-        merge_tile(tile, tile_rows, weights, mean + c, m2 + c);
-      }
-    }
-    if (whole < columns) {
-      for (int r = 0; r < tile_rows; ++r) tile[r] = load_first(base + r * row_stride + whole, columns - whole);
-      merge_tile(tile, tile_rows, weights, mean + whole, m2 + whole);
-    }
+    const int in_vectors = tile_rows == TILE_ROWS ? columns - columns % VECTOR_WIDTH : 0;
+    add_whole_tile(base, row_stride, in_vectors, weights, mean, m2);
+    add_ragged_tile(base + in_vectors, tile_rows, row_stride, columns - in_vectors, weights, mean + in_vectors,
+                    m2 + in_vectors);
   }
 }
 

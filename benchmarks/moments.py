@@ -1,0 +1,342 @@
+"""Channel moments: every backend against torch.var_mean, FLAP's formulation and a device copy.
+
+    python benchmarks/moments.py [--device cuda] [--shapes 65536x4096 ...] [--sweep] [--output FILE.json]
+
+All contestants run in one process on the same random normal bfloat16 tensor. A backend is timed only after
+its result was compared with float64. Before each repetition the caches are filled by reading a large buffer:
+x is then cold, and no dirty line waits to be written back at the contestant's expense. Device times come from
+CUDA events, enqueued while the buffer is still being read, which hides the host's work; that is reported
+apart (`host us`).
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine
+from torch import Tensor
+
+from pyprune.ops import channel_moments_update
+from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, eligible_backends
+
+GPU_SHAPES = ["65536x4096", "262144x4096", "65536x11008", "32768x28672", "2048x4096", "37x1000"]
+CPU_SHAPES = ["8192x4096"]
+# From this size on the targets hold; smaller inputs are reported, and left out of the geometric means.
+LARGE_BYTES = 256 * 2**20
+
+# (rows before, mean, M2) -> None: one update with the rows of an x that is already bound
+Update = Callable[[int, Tensor, Tensor], None]
+
+CHECKED_CHANNELS = 512  # float64 copies are made of so many channels at a time
+FP32_UNIT = 2.0**-24
+
+
+@dataclass
+class Timing:
+    """Microseconds: quantiles of the repetitions, and the median time until the call returned."""
+
+    median: float
+    low: float
+    high: float
+    host: float
+
+
+class Timer:
+    """Times a call on one device with cold caches."""
+
+    def __init__(self, device: torch.device, repeat: int) -> None:
+        self.device = device
+        self.repeat = repeat
+        # 1 GiB: many times any L2, and long enough to read (0.25 ms at 4.3 TB/s) to hide a call's launches.
+        # On a CPU 256 MiB, past the last-level cache.
+        size = 2**30 if device.type == "cuda" else 2**28
+        self.buffer = torch.ones(size // 4, device=device)
+
+    def __call__(self, call: Callable[[], object]) -> Timing:
+        call()
+        times = [self.once(call) for _ in range(self.repeat)]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        device = sorted(read() for read, _ in times)
+        deciles = statistics.quantiles(device, n=10, method="inclusive")
+        return Timing(
+            statistics.median(device), deciles[0], deciles[-1], statistics.median(t for _, t in times)
+        )
+
+    def once(self, call: Callable[[], object]) -> tuple[Callable[[], float], float]:
+        """One repetition: how to read its device time later, and the host's time."""
+        if self.device.type != "cuda":
+            self.buffer.sum()
+            start = time.perf_counter()
+            call()
+            elapsed = (time.perf_counter() - start) * 1e6
+            return lambda: elapsed, elapsed
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.buffer.sum()
+        before.record()
+        start = time.perf_counter()
+        call()
+        host = (time.perf_counter() - start) * 1e6
+        after.record()
+        return lambda: before.elapsed_time(after) * 1e3, host
+
+
+class Flap:
+    """One update of FLAP as its authors' code does it: step by step, with full-size float32 temporaries.
+
+    `old` is the same tensor as the new baseline there, so v grows by Σ (x − m_new)² / n (arXiv 2312.11983).
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.samples = 1
+        self.baseline = torch.zeros(x.shape[1], device=x.device)
+        self.fluctuation = torch.zeros_like(self.baseline)
+
+    def update(self, x: Tensor) -> None:
+        values = x.float().t()  # [C, T]
+        old = self.baseline
+        self.baseline *= self.samples / (self.samples + 1)
+        self.baseline += values.mean(1) / (self.samples + 1)
+        self.fluctuation *= (self.samples - 1) / self.samples
+        spread = (values - self.baseline.unsqueeze(1)) * (values - old.unsqueeze(1))
+        self.fluctuation += spread.sum(1) / (self.samples + 1)
+        self.samples += 1
+
+
+def largest_errors(x: Tensor, mean: Tensor, m2: Tensor) -> tuple[float, float]:
+    """max |Δmean| / max|x| and max |ΔM2| / M2 over the channels, against float64."""
+    mean_error = m2_error = 0.0
+    for first in range(0, x.shape[1], CHECKED_CHANNELS):
+        columns = slice(first, first + CHECKED_CHANNELS)
+        exact = x[:, columns].double()
+        exact_mean = exact.mean(0)
+        exact_m2 = (exact - exact_mean).square_().sum(0)
+        mean_error = max(mean_error, ((mean[columns] - exact_mean).abs().max() / exact.abs().max()).item())
+        m2_error = max(m2_error, ((m2[columns] - exact_m2).abs() / exact_m2).max().item())
+    return mean_error, m2_error
+
+
+def fault_of(x: Tensor, update: Update) -> str | None:
+    """What is wrong with the first call: an error above twice torch.var_mean's in float32 + 9 roundings.
+
+    Eight for the merges of chunks and state, one of a mean that is as large as a deviation (x is centred).
+    """
+    mean, m2 = torch.zeros(2, x.shape[1], device=x.device)
+    update(0, mean, m2)
+    variance, torch_mean = torch.var_mean(x.float(), dim=0, correction=0)
+    limits = largest_errors(x, torch_mean, variance * len(x))
+    for what, error, limit in zip(("mean", "M2"), largest_errors(x, mean, m2), limits, strict=True):
+        if not error <= 2 * limit + 9 * FP32_UNIT:
+            return f"error of {what} {error:.1e}, torch.var_mean {limit:.1e}"
+    return None
+
+
+def time_correct(name: str, x: Tensor, update: Update, timer: Timer) -> Timing | None:
+    """The time of an update into a running state; None, said aloud, where the result is wrong."""
+    fault = fault_of(x, update)
+    if fault is not None:
+        print(f"WRONG RESULT, not timed: {name} on {list(x.shape)}: {fault}")
+        return None
+    mean, m2 = torch.zeros(2, x.shape[1], device=x.device)
+    return timer(partial(update, len(x), mean, m2))
+
+
+def time_backend(name: str, x: Tensor, timer: Timer) -> Timing | None:
+    os.environ[ENVIRONMENT_VARIABLE] = name
+    timing = time_correct(name, x, partial(channel_moments_update, x), timer)
+    del os.environ[ENVIRONMENT_VARIABLE]
+    return timing
+
+
+def time_var_mean(x: Tensor, timer: Timer) -> tuple[str, Timing]:
+    """The faster of the two ways to call it: on x (which rounds the result to x's dtype) and on x.float()."""
+    ways = {
+        f"var_mean({str(x.dtype).removeprefix('torch.')})": timer(lambda: torch.var_mean(x, dim=0)),
+        "var_mean(float32)": timer(lambda: torch.var_mean(x.float(), dim=0)),
+    }
+    return min(ways.items(), key=lambda way: way[1].median)
+
+
+def sizes_of(shape: str) -> list[int]:
+    return [int(size) for size in shape.split("x")]
+
+
+def random_input(shape: str, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(*sizes_of(shape), dtype=torch.bfloat16, device=device, generator=generator)
+
+
+def copy_bandwidth(x: Tensor, timer: Timer) -> tuple[Timing, float]:
+    """A copy of x, and its bytes a second, read and written."""
+    target = torch.empty_like(x)
+    timing = timer(lambda: target.copy_(x))
+    return timing, 2 * x.nbytes / (timing.median * 1e-6)
+
+
+def run(shapes: list[str], device: torch.device, timer: Timer) -> tuple[list[dict[str, Any]], bool]:
+    """One result for each shape and correct backend, printed as it comes; whether all were correct."""
+    results = []
+    all_correct = True
+    print(f"{'shape':>14} {'backend':>10} |       us |  GB/s | % of copy | x var_mean | x FLAP | host us")
+    for shape in shapes:
+        x = random_input(shape, device)
+        copy, bandwidth = copy_bandwidth(x, timer)
+        var_mean_name, var_mean = time_var_mean(x, timer)
+        flap = timer(partial(Flap(x).update, x))
+        for name in eligible_backends("channel_moments", Problem(device, x.dtype, tuple(x.shape))):
+            if name == "reference" and device.type == "cuda":
+                continue
+            timing = time_backend(name, x, timer)
+            if timing is None:
+                all_correct = False
+                continue
+            rate = x.nbytes / (timing.median * 1e-6)
+            result = {
+                "shape": list(x.shape),
+                "dtype": "bfloat16",
+                "backend": name,
+                "microseconds": asdict(timing),
+                "gigabytes_per_second": rate * 1e-9,
+                "fraction_of_copy": rate / bandwidth,
+                "times_var_mean": var_mean.median / timing.median,
+                "times_flap": flap.median / timing.median,
+                "var_mean": {"call": var_mean_name, **asdict(var_mean)},
+                "flap": asdict(flap),
+                "copy": asdict(copy),
+                "large": x.nbytes >= LARGE_BYTES,
+            }
+            results.append(result)
+            print(line(shape, name, result))
+    return results, all_correct
+
+
+def line(shape: str, name: str, result: dict[str, Any]) -> str:
+    time_us = result["microseconds"]
+    return (
+        f"{shape:>14} {name:>10} | {time_us['median']:8.1f} | {result['gigabytes_per_second']:5.0f} | "
+        f"{result['fraction_of_copy']:9.1%} | {result['times_var_mean']:10.2f} | {result['times_flap']:6.1f}"
+        f" | {time_us['host']:7.1f}   ({time_us['low']:.1f} to {time_us['high']:.1f})"
+    )
+
+
+def print_geometric_means(results: list[dict[str, Any]]) -> None:
+    measures = ("fraction_of_copy", "times_var_mean", "times_flap")
+    for backend in dict.fromkeys(result["backend"] for result in results):
+        chosen = [result for result in results if result["backend"] == backend and result["large"]]
+        if chosen:
+            means = (statistics.geometric_mean(result[measure] for result in chosen) for measure in measures)
+            copy, var_mean, flap = means
+            print(
+                f"geometric mean of {len(chosen)} large shapes, {backend}: "
+                f"{copy:.1%} of copy, {var_mean:.2f} x var_mean, {flap:.1f} x FLAP"
+            )
+
+
+def sweep(shapes: list[str], device: torch.device, timer: Timer) -> tuple[list[dict[str, Any]], bool]:
+    """Time the Triton kernels with other configurations, all of which fit sm_90 without spills; best last.
+
+    Also whether all were correct.
+    """
+    from pyprune.triton_kernels.channel_moments import (
+        Configuration,
+        channel_moments_triton,
+        configuration_for,
+    )
+
+    capability = torch.cuda.get_device_capability(device)
+    table = configuration_for(capability, torch.bfloat16.itemsize)
+    early = capability >= (9, 0)
+    tiles = [
+        Configuration(8, 1024, warps=4, stages=4, resident=4, waves=1, early_merge=early),
+        Configuration(8, 1024, warps=4, stages=4, resident=3, waves=1, early_merge=early),
+        Configuration(8, 1024, warps=4, stages=1, resident=5, waves=1, early_merge=early),
+        Configuration(8, 512, warps=2, stages=4, resident=8, waves=1, early_merge=early),
+        Configuration(4, 1024, warps=4, stages=6, resident=5, waves=1, early_merge=early),
+        Configuration(16, 512, warps=2, stages=1, resident=6, waves=1, early_merge=early),
+    ]
+    candidates = [replace(tile, waves=waves) for tile in tiles for waves in (1, 2, 4)]
+    candidates += [replace(tile, early_merge=False) for tile in tiles[:3] if early]
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    fractions: dict[Configuration, list[float]] = {candidate: [] for candidate in candidates}
+    for shape in shapes:
+        x = random_input(shape, device)
+        _, bandwidth = copy_bandwidth(x, timer)
+        for candidate in list(fractions):
+            update = partial(
+                channel_moments_triton, x, configuration=candidate, multiprocessors=multiprocessors
+            )
+            timing = time_correct(str(candidate), x, update, timer)
+            if timing is None:
+                fractions.pop(candidate)
+            else:
+                fractions[candidate].append(x.nbytes / (timing.median * 1e-6) / bandwidth)
+    ranked = sorted(fractions, key=lambda candidate: statistics.geometric_mean(fractions[candidate]))
+    print(f"\nTriton configurations, fraction of the copy rate at {', '.join(shapes)}, best last")
+    for candidate in ranked:
+        marker = "  <- the table's" if candidate == table else ""
+        percentages = " ".join(f"{fraction:6.1%}" for fraction in fractions[candidate])
+        print(
+            f"{candidate.tile_rows:>3} x {candidate.tile_channels:<4} warps {candidate.warps} "
+            f"stages {candidate.stages} resident {candidate.resident} waves {candidate.waves} "
+            f"early merge {candidate.early_merge!s:5} | {percentages}{marker}"
+        )
+    figures = [asdict(candidate) | {"fraction_of_copy": fractions[candidate]} for candidate in ranked]
+    return figures, len(fractions) == len(candidates)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", metavar="ROWSxCHANNELS")
+    parser.add_argument("--repeat", type=int, help="repetitions (default 50 on a GPU, 10 on a CPU)")
+    parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default 2)")
+    parser.add_argument("--sweep", action="store_true", help="also time other Triton configurations")
+    parser.add_argument("--output", type=Path, help="write the figures and the machine as JSON")
+    arguments = parser.parse_args()
+
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    if arguments.sweep and not on_gpu:
+        parser.error("--sweep needs --device cuda")
+    if on_gpu:
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(arguments.threads)
+    repeat = arguments.repeat or (50 if on_gpu else 10)
+    shapes = arguments.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES)
+    machine = describe_machine(device)
+    print(json.dumps(machine))
+    timer = Timer(device, repeat)
+    results, all_correct = run(shapes, device, timer)
+    print_geometric_means(results)
+    report: dict[str, Any] = {"machine": machine, "repeat": repeat, "results": results}
+    write_report(report, arguments.output)
+    if arguments.sweep:
+        large = [shape for shape in shapes if math.prod(sizes_of(shape)) * 2 >= LARGE_BYTES]
+        report["sweep"], sweep_correct = sweep(large, device, timer)
+        all_correct &= sweep_correct
+        write_report(report, arguments.output)
+    if not all_correct:
+        raise SystemExit("a result was wrong, see above")
+
+
+def write_report(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Reading refuses every broken checkpoint with one line; writing is whole or not at all and resumes."""
+
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pyprune.checkpoint import CheckpointReader, CheckpointWriter, check_space, checkpoint_folder
+from pyprune.errors import InputError
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy that a test may break: Llama in shards of one layer."""
+    target = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint(family="llama", shard_layers=1, dtype="bfloat16"), target)
+    return target
+
+
+def refuse(folder: Path, message: str) -> None:
+    with pytest.raises(InputError, match=message) as refusal:
+        CheckpointReader(folder)
+    assert "\n" not in str(refusal.value)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][name]
+
+
+def test_reads_every_tensor_as_stored(folder: Path) -> None:
+    reader = CheckpointReader(folder)
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        stored |= load_file(file)
+    read = reader.read(reader.outside_layers())
+    for layer in range(reader.layers):
+        read |= {reader.layer_prefix(layer) + n: t for n, t in reader.read_layer(layer).items()}
+    assert read.keys() == stored.keys()
+    assert all(torch.equal(read[name], stored[name]) for name in stored)
+    ids = torch.tensor([[5, 1], [0, 5]])
+    assert torch.equal(reader.embed(ids), stored["model.embed_tokens.weight"][ids])
+    assert reader.bytes == sum(t.nbytes for t in stored.values())
+
+
+def test_fingerprint_follows_the_weights(folder: Path, tmp_path: Path) -> None:
+    first = CheckpointReader(folder).fingerprint()
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert CheckpointReader(copy).fingerprint() == first
+    name = "model.layers.1.mlp.down_proj.weight"
+    file = shard_of(copy, name)
+    tensors = load_file(file)
+    tensors[name] = tensors[name] * 1.01
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert CheckpointReader(copy).fingerprint() != first
+
+
+def test_missing_folder_and_config(folder: Path, tmp_path: Path) -> None:
+    refuse(tmp_path / "nowhere", "nowhere: no such folder")
+    refuse(tmp_path, "no config.json there")
+    (folder / "config.json").write_text("{")
+    refuse(folder, "config.json: not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "unknown architecture 'gpt2' .*known: llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "unknown architecture None"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoint cannot be pruned"),
+        (
+            {"hidden_size": 96},
+            r"tensor model.embed_tokens.weight has shape \[\d+, 64\], but config.json calls for",
+        ),
+        ({"num_hidden_layers": 4}, r"tensor model.layers.3.\S+ is missing"),
+        ({"num_hidden_layers": 2}, r"tensor model.layers.2.\S+ is not part of a llama model"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"intermediate_size": "many"}, "transformers refuses this configuration"),
+        ({"attention_bias": True}, r"tensor model.layers.0.self_attn.q_proj.bias is missing"),
+    ],
+)
+def test_configuration_that_does_not_fit(folder: Path, changes: dict[str, object], message: str) -> None:
+    edit_config(folder, **changes)
+    refuse(folder, message)
+
+
+def test_missing_shard_and_tensor(folder: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    file = shard_of(folder, name)
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file)
+    refuse(folder, f"tensor {name} is missing")
+    file.unlink()
+    refuse(folder, f"{file.name}: listed in model.safetensors.index.json but missing")
+
+
+def test_truncated_file_names_file_and_tensor(folder: Path) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    file = shard_of(folder, name)
+    with file.open("rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        offsets = {k: v["data_offsets"] for k, v in json.loads(f.read(length)).items() if k != "__metadata__"}
+    first_cut = min((v for v in offsets.values() if v[1] > offsets[name][0] + 10), key=lambda v: v[1])
+    cut_name = next(k for k, v in offsets.items() if v == first_cut)
+    os.truncate(file, 8 + length + offsets[name][0] + 10)
+    refuse(folder, f"{file.name}: truncated: tensor {cut_name} ends at byte")
+    os.truncate(file, 5)
+    refuse(folder, f"{file.name}: not a complete safetensors file")
+
+
+def test_wrong_shape_and_type(folder: Path) -> None:
+    name = "model.layers.0.mlp.gate_proj.weight"
+    file = shard_of(folder, name)
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name][:-1].contiguous()}, file)
+    refuse(
+        folder, rf"{file.name}: tensor {name} has shape \[159, 64\], but config.json calls for \[160, 64\]"
+    )
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
+    refuse(folder, f"tensor {name} is stored as I8")
+
+
+def test_pickles_are_never_loaded(folder: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (os.mkdir, (str(tmp_path / "trapped"),))
+
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    refuse(folder, "only pickled weights there, which are never loaded")
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        InputError, match="nobody/no-such-model: neither a folder here nor to be had from the hub"
+    ):
+        checkpoint_folder("nobody/no-such-model")
+
+
+# --- the writer ---
+
+IDENTITY = {"ratio": 0.3, "method": "flap"}
+
+
+def writer(output: Path, resume: bool = False, **changes: object) -> CheckpointWriter:
+    made = CheckpointWriter(output, 2, IDENTITY | changes, resume)
+    made.begin()
+    return made
+
+
+def test_output_appears_whole(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    w = writer(output)
+    w.write(0, {"a": torch.arange(6.0).reshape(2, 3).T})
+    with pytest.raises(RuntimeError, match=r"shards \[1\]"):
+        w.write_index()
+    w.write(1, {"b": torch.ones(4, dtype=torch.bfloat16)})
+    assert not output.exists()
+    w.write_index()
+    w.finish()
+    assert not w.partial.exists()
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert index == {
+        "metadata": {"total_size": 32},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    }
+    assert torch.equal(load_file(output / index["weight_map"]["a"])["a"], torch.arange(6.0).reshape(2, 3).T)
+    assert sorted(p.name for p in output.iterdir()) == sorted(
+        [*set(index["weight_map"].values()), "model.safetensors.index.json"]
+    )
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (output / index["weight_map"]["a"]).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_resume_keeps_what_is_done_and_drops_what_is_half_done(tmp_path: Path) -> None:
+    w = writer(tmp_path / "out")
+    w.write(0, {"a": torch.ones(3)}, record={"kept": [1, 2]})
+    w.write(1, {"b": torch.ones(3)})
+    journal = w.partial / "journal.jsonl"
+    with pytest.raises(InputError, match="an unfinished run; add --resume"):
+        CheckpointWriter(tmp_path / "out", 2, IDENTITY, resume=False)
+    os.truncate(journal, journal.stat().st_size - 5)  # killed in the middle of the last line
+    again = writer(tmp_path / "out", resume=True)
+    assert again.done.keys() == {0}
+    assert again.done[0]["record"] == {"kept": [1, 2]}
+    os.truncate(again.file(0), 10)  # and a shard whose bytes never reached the disk
+    assert writer(tmp_path / "out", resume=True).done == {}
+    journal.write_text("")
+    assert writer(tmp_path / "out", resume=True).done == {}
+
+
+def test_resume_with_other_settings_says_which(tmp_path: Path) -> None:
+    writer(tmp_path / "out")
+    with pytest.raises(InputError, match=r"cannot resume with other settings: ratio \(was 0.3, now 0.5\)"):
+        CheckpointWriter(tmp_path / "out", 2, IDENTITY | {"ratio": 0.5}, resume=True)
+
+
+def test_output_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(InputError, match="exists and is not an empty folder"):
+            CheckpointWriter(taken, 2, IDENTITY, resume=False)
+    with pytest.raises(InputError, match="is not a folder that can be written"):
+        CheckpointWriter(tmp_path / "file" / "out", 2, IDENTITY, resume=False)
+    (tmp_path / "empty").mkdir()
+    w = writer(tmp_path / "empty")
+    w.write(0, {"a": torch.ones(1)})
+    w.write(1, {"b": torch.ones(1)})
+    w.write_index()
+    w.finish()
+    assert (tmp_path / "empty" / "model.safetensors.index.json").exists()
+
+
+def test_no_space_is_said_before_the_start(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"GB free, the output needs 1000000000.00 GB"):
+        check_space(tmp_path / "out", 10**18)
+    check_space(tmp_path / "out", 1)
+
+
+def test_a_full_disk_is_an_enospc_error_and_loses_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        w = writer(disk / "out")
+        w.write(0, {"a": torch.ones(1000)})
+        with pytest.raises(OSError, match=re.escape(os.strerror(errno.ENOSPC))) as full:
+            w.write(1, {"b": torch.ones(200_000)})
+        assert full.value.errno == errno.ENOSPC
+        assert writer(disk / "out", resume=True).done.keys() == {0}
+    finally:
+        subprocess.run(["umount", disk], check=True)

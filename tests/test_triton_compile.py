@@ -1,0 +1,130 @@
+"""The Triton kernels compiled for sm_80 and sm_90 on any machine: registers, spills, memory, loads."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from pyprune.triton_kernels import channel_moments
+from pyprune.triton_kernels.channel_moments import CONFIGURATIONS, Configuration
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+# Per multiprocessor, from the CUDA programming guide's table of compute capabilities: 64 Ki registers, handed
+# out to a warp in units of 8 a thread; shared memory, of which the system keeps 1 KiB a block.
+REGISTERS = 64 * 1024
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024}
+RESERVED_SHARED_MEMORY = 1024
+WARPS = 64
+
+ELEMENT_TYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
+
+
+@dataclass
+class MachineCode:
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+    def resident(self, target: int, warps: int) -> int:
+        """How many programs of so many warps one multiprocessor holds."""
+        registers = -(-self.registers // 8) * 8 * 32 * warps
+        memory = self.shared + RESERVED_SHARED_MEMORY
+        return min(REGISTERS // registers, SHARED_MEMORY[target] // memory, WARPS // warps)
+
+
+def compile_kernel(
+    kernel: Any,
+    target: int,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    aligned: set[str],
+    **options: Any,
+) -> MachineCode:
+    """types: the run-time arguments. aligned: multiples of 16, as the launcher would find them."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return MachineCode(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def compile_chunk_moments(
+    target: int, element: str, configuration: Configuration, whole_blocks: bool, merge_state: bool
+) -> MachineCode:
+    pointers = {"x": f"*{element}", "out_mean": "*fp32", "out_m2": "*fp32"}
+    sizes = dict.fromkeys(("channels", "row_stride", "tiles_per_chunk", "longer_chunks", "tail_rows"), "i32")
+    constants = {
+        "TILE_ROWS": configuration.tile_rows,
+        "TILE_CHANNELS": configuration.tile_channels,
+        "STAGES": configuration.stages,
+        "WHOLE_BLOCKS": whole_blocks,
+        "MERGE_STATE": merge_state,
+        "EARLY_MERGE": configuration.early_merge and not merge_state,
+    }
+    aligned = {*pointers, "channels", "row_stride"}
+    types = pointers | sizes | {"count": "fp32"}
+    return compile_kernel(
+        channel_moments.chunk_moments, target, types, constants, aligned, num_warps=configuration.warps
+    )
+
+
+@pytest.mark.parametrize(("target", "element_size"), CONFIGURATIONS)
+def test_chunk_moments_fits(target: int, element_size: int) -> None:
+    configuration = CONFIGURATIONS[target, element_size]
+    residents = []
+    for element in ELEMENT_TYPES[element_size]:
+        for whole_blocks, merge_state in ((True, False), (False, False), (True, True)):
+            code = compile_chunk_moments(target, element, configuration, whole_blocks, merge_state)
+            assert code.stack == 0, "a spill"
+            residents.append(code.resident(target, configuration.warps))
+            # A column's sum stays in one thread, and x is read 16 bytes at a time.
+            assert "shfl" not in code.ptx
+            reads = re.findall(
+                r"(?:cp\.async\.c[ag]\.shared\.global|ld\.global[^\n]*\.v4\.b32)[^\n]*", code.ptx
+            )
+            assert reads
+            assert all("v4.b32" in read or re.search(r"\], 0x10\b", read) for read in reads), reads
+            assert ("griddepcontrol.launch_dependents" in code.ptx) == (
+                configuration.early_merge and not merge_state
+            )
+    assert configuration.resident == min(residents), "the table's `resident` no longer fits the machine code"
+
+
+@pytest.mark.parametrize("target", sorted({target for target, _ in CONFIGURATIONS}))
+def test_merge_chunks_fits(target: int) -> None:
+    early_merge = target >= 90
+    pointers = dict.fromkeys(("chunk_mean", "chunk_m2", "state_mean", "state_m2"), "*fp32")
+    sizes = dict.fromkeys(("channels", "chunks", "tiles_per_chunk", "longer_chunks", "tail_rows"), "i32")
+    code = compile_kernel(
+        channel_moments.merge_chunks,
+        target,
+        pointers | sizes | {"count": "fp32"},
+        {
+            "TILE_ROWS": 8,
+            "GROUP": channel_moments.MERGE_GROUP,
+            "BLOCK_CHANNELS": channel_moments.MERGE_CHANNELS,
+            "EARLY_MERGE": early_merge,
+        },
+        {*pointers, "channels"},
+        num_warps=channel_moments.MERGE_WARPS,
+        launch_pdl=early_merge,
+    )
+    assert code.stack == 0, "a spill"
+    assert code.resident(target, channel_moments.MERGE_WARPS) >= 1
+    assert ("griddepcontrol.wait" in code.ptx) == early_merge
