@@ -33,7 +33,7 @@ CUDA_TARGETS = {
 }
 
 # csrc/cpu/isa/ is compiled once for each; csrc/cpu/isa.cpp asks the processor for the same flags.
-ISA_FLAGS = {"portable": []}
+ISA_FLAGS: dict[str, list[str]] = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]

@@ -7,9 +7,8 @@ Exit status 1 if a result is not the float64 one to 1e-3: correctness proper is 
 
 import sys
 
+import pyprune._core as core
 import torch
-
-from pyprune import _core as core
 
 MULTIPROCESSORS = 3  # few, so that a small input already fills more than one wave
 

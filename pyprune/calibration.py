@@ -71,9 +71,9 @@ def random_windows(tokens: torch.Tensor, samples: int, sequence_length: int, see
     """`samples` windows of `tokens` [tokens] from different random starts: [samples, sequence_length].
 
     Windows may overlap; no two start at the same token. So the text must hold sequence_length + samples − 1
-    tokens. The starts depend on the seed alone, on every platform: a partial Fisher–Yates shuffle of all
-    starts driven by PCG64's raw stream, which numpy keeps stable across versions (its distributions, like
-    torch's, it may change). InputError: text too short.
+    tokens. The starts depend on the seed and the sizes alone, on every platform: a partial Fisher–Yates
+    shuffle of all starts driven by PCG64's raw stream, which numpy keeps stable across versions (its
+    distributions, like torch's, it may change). InputError: text too short.
     """
     _check_sizes(samples, sequence_length)
     if seed < 0:

@@ -1,0 +1,29 @@
+# make demo: prune the built-in model, evaluate before and after, write the report.
+# make test: every test. Both set up their own environment first.
+PYTHON ?= python3
+VENV ?= .venv
+# The version that the tests ran with. On a machine without a GPU a CPU build of it is enough.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+DEMO := demo-output/llama-6m-gqa-30
+
+.PHONY: demo test clean
+
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf $(DEMO) $(DEMO).partial
+	mkdir -p $(dir $(DEMO))
+	$(BIN)/pyprune prune models/llama-6m-gqa $(DEMO) --method flap --ratio 0.3 \
+		--calibration self --samples 128 --sequence-length 256 \
+		--evaluate self --evaluation-length 256 --max-windows 64
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) demo-output build
