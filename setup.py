@@ -45,9 +45,7 @@ def find_compiler() -> str | None:
     if chosen:
         path = shutil.which(chosen)
         if path is None:
-            raise PlatformError(
-                f"CXX={chosen} is not a program on this machine; name a C++ compiler or unset it"
-            )
+            raise PlatformError(f"CXX={chosen} is not a program on this machine; name a C++ compiler or unset it")
         return path
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 
@@ -66,9 +64,7 @@ def find_nvcc() -> str | None:
         nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if wanted == "1" and nvcc is None:
         place = f"{home}/bin" if home else "PATH or /usr/local/cuda/bin"
-        raise PlatformError(
-            f"PYPRUNE_BUILD_CUDA=1, but there is no nvcc in {place}; install the CUDA toolkit"
-        )
+        raise PlatformError(f"PYPRUNE_BUILD_CUDA=1, but there is no nvcc in {place}; install the CUDA toolkit")
     return nvcc
 
 
@@ -148,9 +144,7 @@ class Toolchain:
         ]
         objects = []
 
-        def compile_with(
-            name: str, source: Path, suffix: str = "", flags: tuple[str, ...] | list[str] = ()
-        ) -> None:
+        def compile_with(name: str, source: Path, suffix: str = "", flags: tuple[str, ...] | list[str] = ()) -> None:
             target = f"{source.relative_to(CSRC).as_posix()}{suffix}.o"
             objects.append(target)
             lines.append(f"build {target}: {name} {ninja_path(source)}")
@@ -217,8 +211,7 @@ def find_toolchain() -> Toolchain | None:
     else:
         return Toolchain(compiler, nvcc)
     print(
-        f"warning: pyprune is installed without its compiled core: {reason}. "
-        "The triton and reference backends remain.",
+        f"warning: pyprune is installed without its compiled core: {reason}. The triton and reference backends remain.",
         file=sys.stderr,
     )
     return None

@@ -63,9 +63,7 @@ def measure(rows: int, channels: int, dtype: torch.dtype) -> None:
         workspace.view(torch.float32).fill_(float("nan"))
         update(variant)
         first = (mean.clone(), m2.clone())
-        columns = torch.cat(
-            [torch.arange(0, channels, 37), torch.arange(max(0, channels - 16), channels)]
-        ).cuda()
+        columns = torch.cat([torch.arange(0, channels, 37), torch.arange(max(0, channels - 16), channels)]).cuda()
         part: Tensor = x[:, columns].double()
         exact_mean = part.mean(0)
         exact_m2 = (part - exact_mean).square().sum(0)

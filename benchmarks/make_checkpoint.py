@@ -230,9 +230,7 @@ def main() -> None:
     sizes = ("hidden-size", "layers", "heads", "kv-heads", "head-dim", "intermediate-size", "vocab-size")
     for size in sizes:
         parser.add_argument(f"--{size}", type=int, metavar="N")
-    parser.add_argument(
-        "--tie", action=argparse.BooleanOptionalAction, help="embeddings serve as lm_head too"
-    )
+    parser.add_argument("--tie", action=argparse.BooleanOptionalAction, help="embeddings serve as lm_head too")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--shard-layers", type=int, default=0, metavar="K", help="layers a file; 0: one file")
     parser.add_argument("--seed", type=int, default=0)

@@ -38,7 +38,9 @@ def main() -> None:
         text = Path(scratch) / "text.txt"
         text.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(4000)))
         hidden = arguments.samples * arguments.sequence_length * reader.config.hidden_size * 4
-        rows = [row(model, text, Path(scratch), method, reader.bytes, hidden, arguments) for method in arguments.methods]
+        rows = [
+            row(model, text, Path(scratch), method, reader.bytes, hidden, arguments) for method in arguments.methods
+        ]
     document = {
         "shape": arguments.shape,
         "parameters": reader.bytes // 2,
@@ -53,7 +55,13 @@ def main() -> None:
 
 
 def row(
-    model: Path, text: Path, scratch: Path, method: str, dense: int, hidden: int, arguments: argparse.Namespace
+    model: Path,
+    text: Path,
+    scratch: Path,
+    method: str,
+    dense: int,
+    hidden: int,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Prune in a child process and account for its peak."""
     command = [

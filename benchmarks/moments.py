@@ -68,9 +68,7 @@ class Timer:
             torch.cuda.synchronize(self.device)
         device = sorted(read() for read, _ in times)
         deciles = statistics.quantiles(device, n=10, method="inclusive")
-        return Timing(
-            statistics.median(device), deciles[0], deciles[-1], statistics.median(t for _, t in times)
-        )
+        return Timing(statistics.median(device), deciles[0], deciles[-1], statistics.median(t for _, t in times))
 
     def once(self, call: Callable[[], object]) -> tuple[Callable[[], float], float]:
         """One repetition: how to read its device time later, and the host's time."""
@@ -271,9 +269,7 @@ def sweep(shapes: list[str], device: torch.device, timer: Timer) -> tuple[list[d
         x = random_input(shape, device)
         _, bandwidth = copy_bandwidth(x, timer)
         for candidate in list(fractions):
-            update = partial(
-                channel_moments_triton, x, configuration=candidate, multiprocessors=multiprocessors
-            )
+            update = partial(channel_moments_triton, x, configuration=candidate, multiprocessors=multiprocessors)
             timing = time_correct(str(candidate), x, update, timer)
             if timing is None:
                 fractions.pop(candidate)
@@ -294,9 +290,7 @@ def sweep(shapes: list[str], device: torch.device, timer: Timer) -> tuple[list[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", metavar="ROWSxCHANNELS")
     parser.add_argument("--repeat", type=int, help="repetitions (default 50 on a GPU, 10 on a CPU)")

@@ -32,9 +32,7 @@ def total_cost(shapes: list[LayerShape]) -> float:
 def check_ratio(shapes: list[LayerShape], ratio: float) -> None:
     """Raise InputError unless the ratio lies in (0, 1) and one unit of each module can stay in every layer."""
     if not 0 < ratio < 1:
-        raise InputError(
-            f"ratio {ratio:g} is outside (0, 1): it is the share of decoder parameters to remove"
-        )
+        raise InputError(f"ratio {ratio:g} is outside (0, 1): it is the share of decoder parameters to remove")
     most = 1 - sum(s.group_cost + 1 for s in shapes) / total_cost(shapes)
     if ratio > most:
         raise InputError(
@@ -83,10 +81,7 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
 
 def choose_by_counts(scores: list[UnitScores], counts: list[dict[str, int]]) -> Choice:
     return Choice(
-        [
-            {m: keep_highest(own[m], count[m]) for m in MODULES}
-            for own, count in zip(scores, counts, strict=True)
-        ]
+        [{m: keep_highest(own[m], count[m]) for m in MODULES} for own, count in zip(scores, counts, strict=True)]
     )
 
 

@@ -30,9 +30,7 @@ def _device_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option(
-            "--attention-ratio", type=float, help="flap, UL-MM and AL-MM: the attention's own ratio."
-        ),
+        click.option("--attention-ratio", type=float, help="flap, UL-MM and AL-MM: the attention's own ratio."),
         click.option(
             "--square-attention/--no-square-attention",
             default=None,
@@ -49,9 +47,7 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="TEXT",
             help="A .txt, a .jsonl with a `text` field, or `self`: sampled from the model (loads it whole).",
         ),
-        click.option(
-            "--ratio", type=float, required=True, help="Share of the decoder linears to remove, (0, 1)."
-        ),
+        click.option("--ratio", type=float, required=True, help="Share of the decoder linears to remove, (0, 1)."),
         click.option("--method", default="flap", help=f"One of {', '.join(METHODS)}."),
     ):
         command = option(command)
@@ -96,22 +92,18 @@ def prune(model: str, output: Path, **options: Any) -> None:
 
     evaluation = None
     if options["text"]:
-        evaluation = pipeline.Evaluation(
-            options["text"], options["evaluation_length"], options["max_windows"]
-        )
+        evaluation = pipeline.Evaluation(options["text"], options["evaluation_length"], options["max_windows"])
     shared = {
         name: options[name]
         for name in (
-            "method ratio calibration samples sequence_length seed device dtype cache resume "
-            "allow_nonfinite trust_remote_code"
-        ).split()
+            *("method", "ratio", "calibration", "samples", "sequence_length", "seed", "device", "dtype"),
+            *("cache", "resume", "allow_nonfinite", "trust_remote_code"),
+        )
     }
     console = Console(options["as_json"])
     with console.progress() as progress:
         plan = pipeline.prune(
-            pipeline.PruneOptions(
-                model, output, method_options=_given(options), evaluation=evaluation, **shared
-            ),
+            pipeline.PruneOptions(model, output, method_options=_given(options), evaluation=evaluation, **shared),
             progress,
         )
     console.pruned(plan, output)
@@ -180,9 +172,7 @@ def plan(model: str, **options: Any) -> None:
     method = make_method(options["method"], _given(options))
     reader = CheckpointReader(checkpoint_folder(model))
     dtype = select_dtype(options["dtype"], reader.dtype, device)
-    result = estimate(
-        reader, method, options["ratio"], options["samples"], options["sequence_length"], device, dtype
-    )
+    result = estimate(reader, method, options["ratio"], options["samples"], options["sequence_length"], device, dtype)
     Console(options["as_json"]).estimated(result)
 
 

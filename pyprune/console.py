@@ -112,16 +112,12 @@ class Console:
             ("peak memory", f"about {result['peak_memory_bytes'] / 1e6:,.0f} MB on {result['device']}"),
         ]
         for step in result["passes"]:
-            rows.append(
-                (f"{step['pass']} pass", f"{step['flops'] / 1e12:,.2f} TFLOP, about {step['seconds']:,.1f} s")
-            )
+            rows.append((f"{step['pass']} pass", f"{step['flops'] / 1e12:,.2f} TFLOP, about {step['seconds']:,.1f} s"))
         if result["layers"] is None:
             rows.append(("layers", "each layer's size follows from the text"))
         else:
             own = result["layers"][0]
-            rows.append(
-                ("each layer", f"{own['kv_groups']} KV groups, {own['intermediate_channels']} FFN channels")
-            )
+            rows.append(("each layer", f"{own['kv_groups']} KV groups, {own['intermediate_channels']} FFN channels"))
         self._rows(rows)
 
     def backends(self, rows: list[BackendRow], installation: dict[str, str]) -> None:
@@ -138,7 +134,7 @@ class Console:
         self.out.print(table)
 
     def methods(self, known: dict[str, type[Method]]) -> None:
-        described = {
+        described: dict[str, dict[str, Any]] = {
             name: {
                 "summary": (method.__doc__ or "").strip().splitlines()[0],
                 "needs_text": method.needs_text,

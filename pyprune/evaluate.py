@@ -111,9 +111,7 @@ def _exp_mean(losses: list[float], model: object) -> float:
     try:
         return math.exp(mean)
     except OverflowError:
-        raise InputError(
-            f"the perplexity of {model} is not finite: exp of a mean loss of {mean:.0f} nats"
-        ) from None
+        raise InputError(f"the perplexity of {model} is not finite: exp of a mean loss of {mean:.0f} nats") from None
 
 
 @torch.inference_mode()

@@ -32,9 +32,7 @@ def load_model(folder: str | Path, device: torch.device, dtype: torch.dtype) -> 
     problems = {
         "lacks": loading["missing_keys"],
         "has tensors that its class does not use:": loading["unexpected_keys"],
-        "has tensors of another shape than its config.json says:": [
-            name for name, *_ in loading["mismatched_keys"]
-        ],
+        "has tensors of another shape than its config.json says:": [name for name, *_ in loading["mismatched_keys"]],
     }
     for problem, names in problems.items():
         if names:

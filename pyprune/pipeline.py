@@ -171,9 +171,7 @@ class _Run:
             )
         limit = self.reader.config.max_position_embeddings
         if o.sequence_length > limit:
-            raise InputError(
-                f"sequence length {o.sequence_length} exceeds the model's max_position_embeddings {limit}"
-            )
+            raise InputError(f"sequence length {o.sequence_length} exceeds the model's max_position_embeddings {limit}")
         return calibration_windows(
             o.calibration,
             self.reader.folder,
@@ -369,8 +367,7 @@ class _Run:
         o = self.options
         parameters = parameter_counts(self.reader, shapes)
         passes = {
-            name: meter.summary() | {"cached": name == "survey" and self.cached}
-            for name, meter in self.meters.items()
+            name: meter.summary() | {"cached": name == "survey" and self.cached} for name, meter in self.meters.items()
         }
         return {
             "format": FORMAT,

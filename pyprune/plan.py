@@ -32,9 +32,7 @@ def parameter_counts(reader: CheckpointReader, shapes: list[LayerShape]) -> dict
     return {"decoder_linears": (before, after), "model": (model, model - before + after)}
 
 
-def ratio_summary(
-    asked: float, parameters: dict[str, tuple[int, int]], shapes: list[LayerShape]
-) -> dict[str, Any]:
+def ratio_summary(asked: float, parameters: dict[str, tuple[int, int]], shapes: list[LayerShape]) -> dict[str, Any]:
     """Ratio asked and met: share of the decoder linears removed, and of the whole model."""
     met, of_model = (1 - after / before for before, after in parameters.values())
     summary: dict[str, Any] = {"asked": asked, "met": met, "of_model": of_model}
@@ -51,9 +49,7 @@ def ratio_summary(
 def layer_entry(kept: dict[str, torch.Tensor], scores: UnitScores) -> dict[str, Any]:
     """JSON form of one layer: indices of the kept units and the scores of all, six significant digits."""
     return {name: kept[module].tolist() for module, name in _KEYS.items()} | {
-        "scores": {
-            name: [float(f"{s:.6g}") for s in scores[module].tolist()] for module, name in _KEYS.items()
-        }
+        "scores": {name: [float(f"{s:.6g}") for s in scores[module].tolist()] for module, name in _KEYS.items()}
     }
 
 

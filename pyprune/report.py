@@ -79,9 +79,7 @@ def _table(rows: Iterable[Sequence[str]], kind: str, head: Sequence[str] = ()) -
     """Cells are escaped here. The first of a row is its heading."""
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + "</tr>"
+        f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
         for name, *cells in rows
     )
     top = f"<thead><tr>{columns}</tr></thead>" if head else ""

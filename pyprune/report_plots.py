@@ -59,17 +59,13 @@ def scores(per_layer: Sequence[Sequence[float]], threshold: float | None, unit: 
             low, first, median, third, high = np.array(quantiles).T
             # Line widths follow the room that a layer has: 540 points of width are drawn on.
             room = 540 / len(per_layer)
-            axes.vlines(
-                layers, low, high, color=color, alpha=0.35, linewidth=min(1.5, room / 4), label="range"
-            )
+            axes.vlines(layers, low, high, color=color, alpha=0.35, linewidth=min(1.5, room / 4), label="range")
             width = min(10, room * 0.6)
             axes.vlines(layers, first, third, color=color, linewidth=width, label="middle half")
             axes.plot(layers, median, "_", color="white", markersize=width, markeredgewidth=1.5)
             _score_scale(axes, np.concatenate(finite))
         if threshold is not None:
-            axes.axhline(
-                threshold, color=WARNING, linewidth=1, linestyle="--", label=f"threshold: {threshold:.4g}"
-            )
+            axes.axhline(threshold, color=WARNING, linewidth=1, linestyle="--", label=f"threshold: {threshold:.4g}")
         axes.set_ylabel(f"score of a\n{unit}")
         _legend(axes)
         return _svg(figure, "scores " + unit)

@@ -32,7 +32,7 @@ def observe_layer(
     """Statistics of both drivers of a layer from one forward over `hidden` (overwritten with `advance`)."""
     observers = {
         module: DriverObserver(
-            block.get_submodule(forward.family.driver(module)).weight.data,
+            block.get_parameter(forward.family.driver(module) + ".weight").data,
             layer_name(forward.family, layer, module),
             by_window,
             forward.allow_nonfinite,
@@ -43,9 +43,7 @@ def observe_layer(
     return {module: observer.finish() for module, observer in observers.items()}
 
 
-def survey_model(
-    forward: LayerForward, by_window: bool, meter: Meter, progress: Progress
-) -> list[LayerStatistics]:
+def survey_model(forward: LayerForward, by_window: bool, meter: Meter, progress: Progress) -> list[LayerStatistics]:
     """Statistics of every layer on the dense model's own activations; one layer in memory at a time."""
     reader, hidden = forward.reader, forward.embed()
     survey = []
@@ -77,9 +75,7 @@ def survey_weights(
         with meter.layer():
             names = {m: f"{reader.layer_prefix(layer)}{reader.family.driver(m)}.weight" for m in MODULES}
             weights = reader.read(list(names.values()))
-            survey.append(
-                {m: DriverStatistics(*column_norms(weights[name].to(device))) for m, name in names.items()}
-            )
+            survey.append({m: DriverStatistics(*column_norms(weights[name].to(device))) for m, name in names.items()})
     progress("survey", reader.layers, reader.layers)
     return survey
 
@@ -92,14 +88,13 @@ def survey_key(identity: dict[str, Any]) -> str:
 def load_survey(path: Path, layers: int) -> list[LayerStatistics]:
     with safe_open(path, framework="pt") as f:
         counts = json.loads(f.metadata()["counts"])
+        stored = set(f.keys())
         survey: list[LayerStatistics] = [{} for _ in range(layers)]
         for layer in range(layers):
             for module in MODULES:
                 prefix = f"{layer}.{module}."
                 tensors = {
-                    name: f.get_tensor(prefix + name)
-                    for name in DriverStatistics.TENSORS
-                    if prefix + name in f.keys()
+                    name: f.get_tensor(prefix + name) for name in DriverStatistics.TENSORS if prefix + name in stored
                 }
                 count, windows = counts[f"{layer}.{module}"]
                 survey[layer][module] = DriverStatistics(count=count, windows=windows, **tensors)
@@ -108,7 +103,8 @@ def load_survey(path: Path, layers: int) -> list[LayerStatistics]:
 
 def save_survey(path: Path, survey: list[LayerStatistics], identity: dict[str, Any]) -> None:
     """Write the statistics (a few numbers a channel) so that another ratio needs no new forward."""
-    tensors, counts = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    counts: dict[str, list[int]] = {}
     for layer, modules in enumerate(survey):
         for module, statistics in modules.items():
             counts[f"{layer}.{module}"] = [statistics.count, statistics.windows]

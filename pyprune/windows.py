@@ -18,9 +18,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer libraries raise bare Exceptions for broken files
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{folder}: no tokenizer can be loaded from there ({reason})") from error
@@ -46,11 +44,11 @@ def calibration_windows(
     trust_remote_code: bool = False,
     progress: Tokens | None = None,
 ) -> Tensor:
-    """Windows to calibrate on, int64 [samples, sequence_length]: random places of a text, or sampled."""
+    """Windows to calibrate on, int64 [samples, sequence_length]: spread over a text, or sampled."""
     if source == SELF:
         return calibration.sample_from_model(folder, samples, sequence_length, seed, device, dtype, progress)
     tokens = text_tokens(source, folder, vocab_size, trust_remote_code)
-    return calibration.random_windows(tokens, samples, sequence_length, seed)
+    return calibration.spread_windows(tokens, samples, sequence_length, seed)
 
 
 def evaluation_windows(
@@ -70,8 +68,6 @@ def evaluation_windows(
     `self` samples from the model in `folder`; 64 windows unless told otherwise.
     """
     if source == SELF:
-        return calibration.sample_from_model(
-            folder, max_windows or 64, sequence_length, seed, device, dtype, progress
-        )
+        return calibration.sample_from_model(folder, max_windows or 64, sequence_length, seed, device, dtype, progress)
     tokens = text_tokens(source, folder, vocab_size, trust_remote_code)
     return calibration.consecutive_windows(tokens, sequence_length, max_windows)

@@ -16,9 +16,7 @@ def assert_within_analysed_bound(rows: Tensor, mean: Tensor, m2: Tensor, merges:
     exact_mean, exact_m2 = exact_moments(rows)
     rounding = 4 * (len(rows) + merges) * FP32_UNIT
     mean_bound = rounding * rows.double().abs().amax(0)
-    m2_bound = (
-        rounding * exact_m2 + 2 * mean_bound * (len(rows) * exact_m2).sqrt() + len(rows) * mean_bound**2
-    )
+    m2_bound = rounding * exact_m2 + 2 * mean_bound * (len(rows) * exact_m2).sqrt() + len(rows) * mean_bound**2
     assert ((mean.double() - exact_mean).abs() <= mean_bound).all()
     assert ((m2.double() - exact_m2).abs() <= m2_bound).all()
 

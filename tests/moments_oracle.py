@@ -41,6 +41,4 @@ def assert_moments_match(x: Tensor, mean: Tensor, m2: Tensor) -> None:
         assert got.shape == want.shape
         excess = (got.double() - want).abs() - allowed
         worst = int(excess.nan_to_num(nan=float("inf")).argmax())
-        assert excess[worst] <= 0, (
-            f"{name}[{worst}] is {got[worst]!r}, exactly {want[worst]!r}, ± {allowed[worst]:.1e}"
-        )
+        assert excess[worst] <= 0, f"{name}[{worst}] is {got[worst]!r}, exactly {want[worst]!r}, ± {allowed[worst]:.1e}"

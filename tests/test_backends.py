@@ -42,9 +42,7 @@ def installation(monkeypatch: pytest.MonkeyPatch) -> Installation:
     return Installation(monkeypatch)
 
 
-def eligible(
-    device: torch.device, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, ...] = (8, 8)
-) -> set[str]:
+def eligible(device: torch.device, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, ...] = (8, 8)) -> set[str]:
     return set(eligible_backends(OPERATOR, Problem(device, dtype, shape)))
 
 
@@ -64,9 +62,7 @@ def test_a_complete_installation(installation: Installation) -> None:
 def test_float64_is_the_reference_alone(installation: Installation) -> None:
     assert eligible(GPU, torch.float64) == eligible(CPU, torch.float64) == {"reference"}
     for backend, device in (("cuda", GPU), ("triton", GPU), ("cpu", CPU)):
-        assert (
-            failed_requirement(backend, device, dtype=torch.float64) == "dtype bfloat16, float16 or float32"
-        )
+        assert failed_requirement(backend, device, dtype=torch.float64) == "dtype bfloat16, float16 or float32"
 
 
 def test_other_devices_are_the_reference_alone(installation: Installation) -> None:
@@ -76,9 +72,7 @@ def test_other_devices_are_the_reference_alone(installation: Installation) -> No
     assert failed_requirement("cpu", GPU) == "input on the CPU"
 
 
-def test_pytorch_for_amd_is_no_nvidia_gpu(
-    installation: Installation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pytorch_for_amd_is_no_nvidia_gpu(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     assert eligible(GPU) == {"reference"}
 
@@ -175,9 +169,7 @@ def test_forcing_an_ineligible_backend(installation: Installation, monkeypatch: 
     )
 
 
-def test_a_missing_backend_is_logged_once(
-    installation: Installation, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_backend_is_logged_once(installation: Installation, caplog: pytest.LogCaptureFixture) -> None:
     installation.modules.remove("pyprune._core")
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -188,23 +180,17 @@ def test_a_missing_backend_is_logged_once(
     ]
 
 
-def test_what_the_input_decides_is_not_logged(
-    installation: Installation, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_the_input_decides_is_not_logged(installation: Installation, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert choose(OPERATOR, torch.zeros(2, 3, dtype=torch.float64)).backend == "reference"
     assert not caplog.messages
 
 
-def test_describe_lists_every_dtype_with_reasons(
-    installation: Installation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_describe_lists_every_dtype_with_reasons(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     rows = {(row.device, row.dtype): row for row in describe() if row.operator == OPERATOR}
     assert set(rows) == {
-        (device, dtype)
-        for device in ("cpu", "cuda:0")
-        for dtype in ("bfloat16", "float16", "float32", "float64")
+        (device, dtype) for device in ("cpu", "cuda:0") for dtype in ("bfloat16", "float16", "float32", "float64")
     }
     assert rows["cpu", "bfloat16"].backend == "cpu"
     assert rows["cuda:0", "float64"].backend == "reference"

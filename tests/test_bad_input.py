@@ -100,9 +100,7 @@ def test_infinite_activations_name_the_layer(
     refused: Callable[..., str], model: Path, text: Path, tmp_path: Path, method: str
 ) -> None:
     bad = overflowing(model, tmp_path / "bad")
-    line = refused(
-        "prune", bad, tmp_path / "out", "--method", method, "--ratio", 0.3, "--calibration", text, *SMALL
-    )
+    line = refused("prune", bad, tmp_path / "out", "--method", method, "--ratio", 0.3, "--calibration", text, *SMALL)
     assert "layer 1 (mlp.down_proj): NaN or Inf activations in 1 of 160 input channels" in line
 
 
@@ -113,9 +111,7 @@ def test_output_folder_not_empty(refused: Callable[..., str], model: Path, text:
     assert "exists and is not an empty folder" in line
 
 
-def test_no_space(
-    refused: Callable[..., str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_space(refused: Callable[..., str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     line = refused("prune", model, tmp_path / "out", "--method", "magnitude", "--ratio", 0.3)
@@ -136,7 +132,12 @@ def test_no_space(
     ],
 )
 def test_options(
-    refused: Callable[..., str], model: Path, text: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    refused: Callable[..., str],
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
     command = ("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *arguments)
     assert message in refused(*command)

@@ -7,7 +7,6 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,9 +16,9 @@ from pyprune.calibration import (
     check_vocabulary,
     consecutive_windows,
     fingerprint,
-    random_windows,
     read_text,
     sample_from_model,
+    spread_windows,
     tokenize,
 )
 
@@ -102,25 +101,23 @@ def test_tokenize_of_a_long_text_does_not_warn(demo_model: Path) -> None:
         logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize(("length", "samples", "seed"), [(40, 5, 0), (40, 33, 1), (100_000, 64, 2)])
-def test_random_windows_are_a_shuffle_of_all_starts(length: int, samples: int, seed: int) -> None:
-    windows = random_windows(torch.arange(length), samples, 8, seed)
+@pytest.mark.parametrize(("length", "samples", "seed"), [(40, 5, 0), (40, 16, 1), (100_000, 64, 2)])
+def test_spread_windows_come_one_from_each_part(length: int, samples: int, seed: int) -> None:
+    windows = spread_windows(torch.arange(length), samples, 8, seed)
     assert windows.shape == (samples, 8)
     assert torch.equal(windows, windows[:, :1] + torch.arange(8))  # runs of the text
-
-    starts = list(range(length - 7))  # the same shuffle on the whole list
-    for i, raw in enumerate(np.random.PCG64(seed).random_raw(samples).tolist()):
-        j = i + raw % (len(starts) - i)
-        starts[i], starts[j] = starts[j], starts[i]
-    assert windows[:, 0].tolist() == starts[:samples]
-    assert len(set(starts[:samples])) == samples
-    assert not torch.equal(windows, random_windows(torch.arange(length), samples, 8, seed + 1))
+    starts, possible = windows[:, 0].tolist(), length - 7
+    for i, start in enumerate(starts):
+        assert i * possible // samples <= start < (i + 1) * possible // samples
+    assert len(set(starts)) == samples
+    assert torch.equal(windows, spread_windows(torch.arange(length), samples, 8, seed))
+    assert not torch.equal(windows, spread_windows(torch.arange(length), samples, 8, seed + 1))
 
 
-def test_random_windows_cover_the_text_evenly() -> None:
-    # 200 of 1000 starts, 50 seeds: each tenth of the starts gets 1000 ± 5·√900 of the 10 000 draws.
-    starts = [random_windows(torch.arange(1001), 200, 2, seed)[:, 0] for seed in range(50)]
-    counts = torch.cat(starts).div(100, rounding_mode="floor").bincount()
+def test_spread_windows_are_random_within_their_part() -> None:
+    # 200 of 2000 starts, 50 seeds: the place within a part of ten is uniform, 1000 ± 5·√900 each of 10 000.
+    starts = [spread_windows(torch.arange(2001), 200, 2, seed)[:, 0] for seed in range(50)]
+    counts = (torch.cat(starts) % 10).bincount()
     assert len(counts) == 10
     assert (counts - 1000).abs().max() < 5 * 900**0.5
 
@@ -134,12 +131,10 @@ def test_random_windows_cover_the_text_evenly() -> None:
         (7, 9, 8, []),
     ],
 )
-def test_text_too_short_for_random_windows(
-    length: int, samples: int, sequence_length: int, hints: list[str]
-) -> None:
+def test_text_too_short_for_spread_windows(length: int, samples: int, sequence_length: int, hints: list[str]) -> None:
     tokens = torch.arange(length)
     with pytest.raises(InputError) as error:
-        random_windows(tokens, samples, sequence_length, 0)
+        spread_windows(tokens, samples, sequence_length, 0)
     message = str(error.value)
     assert f"has {length} tokens" in message
     assert f"need {sequence_length + samples - 1}" in message
@@ -147,9 +142,9 @@ def test_text_too_short_for_random_windows(
     for hint in hints:  # each hint is in the message, works, and is the largest that does
         assert hint in message
         _, _, most, _, long = hint.split()
-        random_windows(tokens, int(most), int(long), 0)
+        spread_windows(tokens, int(most), int(long), 0)
         with pytest.raises(InputError):
-            random_windows(tokens, int(most) + 1, int(long), 0)
+            spread_windows(tokens, int(most) + 1, int(long), 0)
 
 
 def test_consecutive_windows() -> None:
@@ -164,15 +159,15 @@ def test_consecutive_windows() -> None:
 def test_sizes_out_of_range() -> None:
     tokens = torch.arange(10)
     with pytest.raises(InputError, match="0 windows asked"):
-        random_windows(tokens, 0, 4, 0)
+        spread_windows(tokens, 0, 4, 0)
     with pytest.raises(InputError, match="0 windows asked"):
         consecutive_windows(tokens, 4, max_windows=0)
     with pytest.raises(InputError, match="sequence length is 1"):
-        random_windows(tokens, 1, 1, 0)
+        spread_windows(tokens, 1, 1, 0)
     with pytest.raises(InputError, match="sequence length is 0"):
         consecutive_windows(tokens, 0)
     with pytest.raises(InputError, match="seed is -1"):
-        random_windows(tokens, 1, 4, -1)
+        spread_windows(tokens, 1, 4, -1)
 
 
 def test_check_vocabulary() -> None:
@@ -210,9 +205,7 @@ def test_samples_follow_the_model_at_temperature_1(tiny_checkpoint: Callable[...
     folder = tiny_checkpoint()
     samples = 20_000
     counts = sample_from_model(folder, samples, 2, 0, CPU, torch.float32)[:, 1].bincount(minlength=256)
-    logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([[1]])).logits[
-        0, 0
-    ]
+    logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([[1]])).logits[0, 0]
     logits[2] = -torch.inf  # the EOS
     expected = samples * torch.softmax(logits.detach().double(), dim=-1)
     deviation = (counts - expected).abs() / expected.clamp(min=1).sqrt()
@@ -224,9 +217,7 @@ def test_samples_follow_the_model_at_temperature_1(tiny_checkpoint: Callable[...
 def test_batches_of_samples(tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyprune.calibration._sampling_batch", lambda *_: 2)
     steps: list[tuple[int, int]] = []
-    windows = sample_from_model(
-        tiny_checkpoint(), 5, 8, 0, CPU, torch.float32, lambda *step: steps.append(step)
-    )
+    windows = sample_from_model(tiny_checkpoint(), 5, 8, 0, CPU, torch.float32, lambda *step: steps.append(step))
     assert len({tuple(window) for window in windows.tolist()}) == 5
     assert steps[-1] == (40, 40)
 

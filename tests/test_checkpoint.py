@@ -130,9 +130,7 @@ def test_wrong_shape_and_type(folder: Path) -> None:
     file = shard_of(folder, name)
     tensors = load_file(file)
     save_file(tensors | {name: tensors[name][:-1].contiguous()}, file)
-    refuse(
-        folder, rf"{file.name}: tensor {name} has shape \[159, 64\], but config.json calls for \[160, 64\]"
-    )
+    refuse(folder, rf"{file.name}: tensor {name} has shape \[159, 64\], but config.json calls for \[160, 64\]")
     save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
     refuse(folder, f"tensor {name} is stored as I8")
 
@@ -152,9 +150,7 @@ def test_pickles_are_never_loaded(folder: Path, tmp_path: Path) -> None:
 def test_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        InputError, match="nobody/no-such-model: neither a folder here nor to be had from the hub"
-    ):
+    with pytest.raises(InputError, match="nobody/no-such-model: neither a folder here nor to be had from the hub"):
         checkpoint_folder("nobody/no-such-model")
 
 
@@ -242,9 +238,7 @@ def test_no_space_is_said_before_the_start(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_enospc_error_and_loses_nothing(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
     try:

@@ -109,9 +109,7 @@ def test_a_model_does_not_diverge_from_itself(tiny_checkpoint: Callable[..., Pat
     assert steps == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_a_perplexity_that_is_not_finite_is_an_error(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_perplexity_that_is_not_finite_is_an_error(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     def poison(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.embed_tokens.weight"][200] = torch.nan
 
@@ -171,9 +169,7 @@ def test_folders_that_hold_no_whole_model(tiny_checkpoint: Callable[..., Path], 
         del tensors["model.layers.1.mlp.up_proj.weight"]
 
     folder = changed_copy(tiny_checkpoint(), tmp_path / "missing", drop)
-    with pytest.raises(
-        InputError, match=r"missing lacks model\.layers\.1\.mlp\.up_proj\.weight \(LlamaForCausalLM\)"
-    ):
+    with pytest.raises(InputError, match=r"missing lacks model\.layers\.1\.mlp\.up_proj\.weight \(LlamaForCausalLM\)"):
         load_model(folder, CPU, torch.float32)
 
     def add(tensors: dict[str, torch.Tensor]) -> None:
@@ -195,9 +191,7 @@ def test_folders_that_hold_no_whole_model(tiny_checkpoint: Callable[..., Path], 
 @pytest.mark.shared
 def test_wikitext(shared_dir: Path) -> None:
     folder = shared_dir / "models" / "llama-6m-gqa"
-    tokens = tokenize(
-        read_text(shared_dir / "data" / "wikitext2-test.txt"), AutoTokenizer.from_pretrained(folder)
-    )
+    tokens = tokenize(read_text(shared_dir / "data" / "wikitext2-test.txt"), AutoTokenizer.from_pretrained(folder))
     windows = consecutive_windows(tokens, 1024, max_windows=20)
     result = evaluate(folder, windows, device=CPU, dtype=torch.float32)
     assert result["perplexity"] == pytest.approx(perplexity_by_transformers(folder, windows), rel=RELATIVE)

@@ -43,18 +43,16 @@ def naive_recurrence(x: Tensor) -> Tensor:
     windows, _, channels = x.shape
     baseline = torch.zeros(channels, dtype=torch.float64)
     fluctuation = torch.zeros(channels, dtype=torch.float64)
-    samples = 0
-    for k in range(windows):
-        inp = x[k].double()  # [tokens, channels]
+    for samples in range(windows):
+        inp = x[samples].double()  # [tokens, channels]
         old_baseline = baseline
         baseline *= samples / (samples + 1)
         baseline += inp.mean(0) / (samples + 1)
         if samples == 0:
             fluctuation = torch.zeros(channels, dtype=torch.float64)
         else:
-            fluctuation *= (samples - 1) / (samples + 1 - 1)
+            fluctuation *= (samples - 1) / samples
             fluctuation += ((inp - baseline) * (inp - old_baseline)).sum(0) / (samples + 1)
-        samples += 1
     return fluctuation
 
 
@@ -108,9 +106,7 @@ def test_adaptive_unit_scores_are_means_of_z_scores_over_kv_groups() -> None:
     layer = {ATTENTION: statistics(attention), FFN: statistics(ffn)}
     z = ((attention - attention.mean()) / attention.std()).double()
     scores = Flap().unit_scores(layer, shape)
-    torch.testing.assert_close(
-        scores[ATTENTION], torch.stack([z[:4].mean(), z[4:].mean()]), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(scores[ATTENTION], torch.stack([z[:4].mean(), z[4:].mean()]), rtol=1e-6, atol=0)
     torch.testing.assert_close(scores[FFN], ((ffn - ffn.mean()) / ffn.std()).double(), rtol=1e-6, atol=1e-12)
     uniform = Flap(structure="UL-UM").unit_scores(layer, shape)
     assert uniform[ATTENTION].tolist() == [10.0, 100.0]
@@ -154,9 +150,7 @@ def test_structures_meet_the_ratio(structure: str) -> None:
     manual = {"attention_ratio": 0.125} if structure.endswith("MM") else {}
     method = Flap(structure=structure, **manual)
     choice = method.choose(method.scores(survey, shapes), shapes, 0.3)
-    kept = sum(
-        s.kept(len(c[ATTENTION]), len(c[FFN])).parameters for s, c in zip(shapes, choice.layers, strict=True)
-    )
+    kept = sum(s.kept(len(c[ATTENTION]), len(c[FFN])).parameters for s, c in zip(shapes, choice.layers, strict=True))
     assert 1 - kept / sum(s.parameters for s in shapes) == pytest.approx(0.3, abs=0.005)
     groups = [len(c[ATTENTION]) for c in choice.layers]
     if structure.startswith("UL"):

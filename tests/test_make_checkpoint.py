@@ -21,9 +21,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("sizes", CASES, ids=lambda sizes: " ".join(map(str, sizes.values())))
-def test_transformers_loads_every_tensor(
-    sizes: dict, tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_transformers_loads_every_tensor(sizes: dict, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_checkpoint(**sizes)
     model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not loading["missing_keys"]
@@ -33,9 +31,7 @@ def test_transformers_loads_every_tensor(
 
     # The configuration is to the letter the one that transformers writes beside this model.
     model.save_pretrained(tmp_path)
-    assert json.loads((folder / "config.json").read_text()) == json.loads(
-        (tmp_path / "config.json").read_text()
-    )
+    assert json.loads((folder / "config.json").read_text()) == json.loads((tmp_path / "config.json").read_text())
 
     hidden = model(torch.arange(64)[None], output_hidden_states=True).hidden_states
     for states in hidden:
@@ -56,8 +52,7 @@ def test_sharding_does_not_change_the_tensors(tmp_path: Path) -> None:
 
 def test_seeds_and_scales(tiny_checkpoint: Callable[..., Path]) -> None:
     one, two = (
-        load_file(tiny_checkpoint(family="qwen2", hidden_size=128, seed=seed) / "model.safetensors")
-        for seed in (0, 1)
+        load_file(tiny_checkpoint(family="qwen2", hidden_size=128, seed=seed) / "model.safetensors") for seed in (0, 1)
     )
     for name, tensor in one.items():
         assert not torch.equal(tensor, two[name]), name

@@ -130,9 +130,7 @@ def test_stock_configuration_where_nothing_differs(tiny_checkpoint: Callable[...
     assert AutoModelForCausalLM.from_config(biased).model.layers[0].mlp.down_proj.bias is not None
 
 
-def test_a_pruned_checkpoint_can_be_pruned_again(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_pruned_checkpoint_can_be_pruned_again(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     reader = CheckpointReader(family_checkpoint("qwen2-biases", tiny_checkpoint, tmp_path))
     shapes = [s.kept(2 + layer % 2, 40 + 8 * layer) for layer, s in enumerate(reader.shapes)]
     config = pruned_config(reader.family, reader.config, shapes, True, True)

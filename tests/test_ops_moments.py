@@ -119,9 +119,7 @@ def test_merges_into_a_long_history(backend: str, device: str) -> None:
     mean, m2 = exact_moments(x)
     count = before + len(x)
     delta = mean - mean_before
-    torch.testing.assert_close(
-        moments.mean.double(), mean_before + delta * len(x) / count, rtol=2**-22, atol=0
-    )
+    torch.testing.assert_close(moments.mean.double(), mean_before + delta * len(x) / count, rtol=2**-22, atol=0)
     torch.testing.assert_close(
         moments.m2.double(), m2_before + m2 + delta**2 * before * len(x) / count, rtol=2**-22, atol=0
     )

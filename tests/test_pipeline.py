@@ -100,16 +100,12 @@ def test_another_ratio_runs_no_forward(
     assert not calls
     assert (first["survey_cached"], second["survey_cached"]) == (False, True)
     # Another seed is another text: the cache must not answer for it.
-    other = run(
-        capsys, "prune", demo_model, tmp_path / "c", "--ratio", 0.5, *SMALL, "--seed", 1, "--json"
-    ).json
+    other = run(capsys, "prune", demo_model, tmp_path / "c", "--ratio", 0.5, *SMALL, "--seed", 1, "--json").json
     assert other["survey_cached"] is False
     assert calls
 
 
-def test_seed_makes_the_result_repeatable(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_seed_makes_the_result_repeatable(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         run(
             capsys,
@@ -150,9 +146,7 @@ def test_uniform_result_loads_without_pyprune(
     assert stock.stdout.split() == ["2", "352"]
 
 
-def test_wanda_sp_sees_the_pruned_prefix(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wanda_sp_sees_the_pruned_prefix(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scores of layer 2 recomputed with transformers: pruned layers 0 and 1, then the dense layer 2."""
     output = tmp_path / "pruned"
     run(capsys, "prune", demo_model, output, "--method", "wanda-sp", "--ratio", 0.5, *SMALL)
@@ -191,9 +185,7 @@ def test_half_precision_models_and_computation(
         assert torch.isfinite(logits(loaded, torch.arange(10)[None])).all()
 
 
-def test_evaluate_and_plan_and_lists(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_and_plan_and_lists(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run(capsys, "evaluate", demo_model, "--text", "self", "--max-windows", 4, "--sequence-length", 48,
                   "--reference", demo_model, "--json")  # fmt: skip
     assert outcome.status == 0, outcome.err
@@ -229,9 +221,7 @@ def test_allow_nonfinite_counts_them_as_zero(
 ) -> None:
     from bad_models import overflowing
 
-    model = overflowing(
-        tiny_checkpoint(family="llama", dtype="float32", tokenizer=demo_model), tmp_path / "bad"
-    )
+    model = overflowing(tiny_checkpoint(family="llama", dtype="float32", tokenizer=demo_model), tmp_path / "bad")
     text = tmp_path / "text.txt"
     text.write_text("A plain text about nothing in particular. " * 60)
     arguments = ("--calibration", text, "--samples", 4, "--sequence-length", 16)

@@ -193,9 +193,7 @@ def test_threshold_and_scores(tmp_path: Path) -> None:
 
 def test_everything_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('&\"')</script>"
-    plan = make_plan(
-        model=evil, method=evil, options={evil: evil}, device=evil, dtype=evil, backends={evil: evil}
-    )
+    plan = make_plan(model=evil, method=evil, options={evil: evil}, device=evil, dtype=evil, backends={evil: evil})
     plan["versions"] = {evil: evil}
     plan["calibration"] |= {"text": evil, "fingerprint": evil}
     plan["ratio"]["note"] = evil

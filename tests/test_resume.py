@@ -110,11 +110,15 @@ def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
         write(self, shard, *arguments, **named)
 
     monkeypatch.setattr(CheckpointWriter, "write", full)
-    with pytest.raises(InputError, match=r"out\.partial: no space left on the device; free some and repeat with --resume"):
+    with pytest.raises(
+        InputError, match=r"out\.partial: no space left on the device; free some and repeat with --resume"
+    ):
         prune(options(model, text, tmp_path / "out", "flap"))
     written: list[int] = []
     monkeypatch.setattr(
-        CheckpointWriter, "write", lambda self, shard, *a, **k: (written.append(shard), write(self, shard, *a, **k))
+        CheckpointWriter,
+        "write",
+        lambda self, shard, *a, **k: (written.append(shard), write(self, shard, *a, **k)),
     )
     prune(options(model, text, tmp_path / "out", "flap", resume=True))
     assert written == list(range(5, LAYERS + 2))

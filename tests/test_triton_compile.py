@@ -95,14 +95,10 @@ def test_chunk_moments_fits(target: int, element_size: int) -> None:
             residents.append(code.resident(target, configuration.warps))
             # A column's sum stays in one thread, and x is read 16 bytes at a time.
             assert "shfl" not in code.ptx
-            reads = re.findall(
-                r"(?:cp\.async\.c[ag]\.shared\.global|ld\.global[^\n]*\.v4\.b32)[^\n]*", code.ptx
-            )
+            reads = re.findall(r"(?:cp\.async\.c[ag]\.shared\.global|ld\.global[^\n]*\.v4\.b32)[^\n]*", code.ptx)
             assert reads
             assert all("v4.b32" in read or re.search(r"\], 0x10\b", read) for read in reads), reads
-            assert ("griddepcontrol.launch_dependents" in code.ptx) == (
-                configuration.early_merge and not merge_state
-            )
+            assert ("griddepcontrol.launch_dependents" in code.ptx) == (configuration.early_merge and not merge_state)
     assert configuration.resident == min(residents), "the table's `resident` no longer fits the machine code"
 
 

@@ -110,18 +110,16 @@ def chunk_moments(
         if WHOLE_BLOCKS:
             values = tl.load(tile + offsets, eviction_policy="evict_first").to(tl.float32)
         else:
-            values = tl.load(
-                tile + offsets, mask=inside[None, :], other=0.0, eviction_policy="evict_first"
-            ).to(tl.float32)
+            values = tl.load(tile + offsets, mask=inside[None, :], other=0.0, eviction_policy="evict_first").to(
+                tl.float32
+            )
         tile_mean = tl.sum(values, 0) * (1.0 / TILE_ROWS)
         centred = values - tile_mean[None, :]
         # Full tiles weigh the same, so n_b / (n_a + n_b) = 1 / (index + 1).
         fraction = 1.0 / tl.cast(index + 1, tl.float32)
         delta = tile_mean - mean
         mean += delta * fraction
-        m2 += tl.sum(centred * centred, 0) + delta * delta * (
-            tl.cast(index * TILE_ROWS, tl.float32) * fraction
-        )
+        m2 += tl.sum(centred * centred, 0) + delta * delta * (tl.cast(index * TILE_ROWS, tl.float32) * fraction)
         tile += TILE_ROWS * stride
 
     if EARLY_MERGE:

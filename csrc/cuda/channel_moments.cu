@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -11,13 +13,38 @@ namespace pyprune {
 namespace {
 
 constexpr int WARP = 32;
-constexpr int WARPS_PER_BLOCK = 8;
-// Eight 16-byte loads a lane and 512 lanes a multiprocessor keep 64 KiB in flight on each, twice what
-// HBM3e's latency asks for.
+constexpr int VECTOR_BYTES = 16;  // the widest load of a lane
+// A tile is centred on its own mean and then merged: 8 rows spread the merge over enough elements, and 8
+// columns of them (32 registers) fit beside the moments without spills.
 constexpr int TILE_ROWS = 8;
-// Shorter chunks would read and write more partial results than they save in waiting.
+constexpr int TILE_BYTES = TILE_ROWS * WARP * VECTOR_BYTES;
+// A chunk's partial moments cost 16 bytes a channel to write and read again, a quarter of 32 bf16 rows.
+// Below 64 rows there is one chunk, hence one launch.
 constexpr int64_t MIN_CHUNK_ROWS = 4 * TILE_ROWS;
-constexpr int VECTOR_BYTES = 16;
+
+// How many warps read, and how far ahead: `blocks` blocks of `warps` share a multiprocessor, and each warp
+// keeps `stages` tiles of shared memory, all but one of them in flight.
+struct Geometry {
+  int warps;
+  int blocks;
+  int stages;
+  bool evict_first;  // lines of x leave L2 before any other
+
+  constexpr int threads() const { return warps * WARP; }
+  constexpr int shared_bytes() const { return warps * stages * TILE_BYTES; }
+  constexpr Geometry with_stages(int count) const { return {warps, blocks, count, evict_first}; }
+};
+
+constexpr Geometry GEOMETRIES[] = {
+    // 128 KiB in flight and 192 KiB of shared memory on a multiprocessor. H200, bf16, dirty L2: 65536 x 4096 in
+    // 138.1 us, 262144 x 4096 in 488.3; loads into registers with 3 blocks of 8 warps took 143.4 and 510.4, bulk
+    // copies into the same ring 137.9 and 491.0, and device copies of as many bytes 130.3 and 507.5.
+    {8, 2, 3, false},
+    // 144 KiB in flight and a quarter fewer chunks.
+    {4, 3, 4, true},
+};
+// Where shared memory is smaller: 64 KiB are enough below 2.5 TB/s (A100).
+constexpr int FEWEST_STAGES = 2;
 
 // A warp owns a strip of columns over a chunk of rows; no two warps share anything, so any sizes spread
 // evenly over one resident wave.
@@ -25,8 +52,8 @@ constexpr int64_t strip_columns(int64_t element_bytes) { return WARP * VECTOR_BY
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int row_chunks(DType dtype, int64_t rows, int64_t channels, int multiprocessors, int variant) {
-  const int64_t resident_warps = int64_t{multiprocessors} * (variant == 0 ? 3 : 2) * WARPS_PER_BLOCK;
+int row_chunks(DType dtype, int64_t rows, int64_t channels, int multiprocessors, const Geometry& geometry) {
+  const int64_t resident_warps = int64_t{multiprocessors} * geometry.blocks * geometry.warps;
   const int64_t strips = ceil_div(channels, strip_columns(element_size(dtype)));
   return static_cast<int>(std::max<int64_t>(1, std::min(resident_warps / strips, rows / MIN_CHUNK_ROWS)));
 }
@@ -65,6 +92,11 @@ struct State {
     mean[column] = old_mean + delta * weights.mean;
     m2[column] = old_m2 + (part_m2 + delta * delta * weights.m2);
   }
+
+  __device__ void prefetch(int column) const {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(mean + column));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(m2 + column));
+  }
 };
 
 struct BFloat16 {
@@ -75,158 +107,55 @@ __device__ float to_float(float x) { return x; }
 __device__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 __device__ float to_float(__half x) { return __half2float(x); }
 
-__device__ uint4 load_streaming(const void* address) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
-  return v;
-}
-
-// How a lane reads its columns of one row: 16 bytes at once ...
-template <typename T>
-struct VectorAccess {
+// Reads a warp's strip tile by tile where every row starts on 16 bytes: neighbouring columns to a lane, through
+// a ring in shared memory that cp.async fills. A lane reads only what it copied itself, so nothing but its own
+// copies has to be waited for.
+template <typename T, Geometry G>
+struct RingReader {
   using Element = T;
   using Row = uint4;
   static constexpr int COLUMNS = VECTOR_BYTES / sizeof(T);
-  static constexpr int STEP = 1;
+  static constexpr int STEP = 1;  // between a lane's columns
+  static constexpr int SHARED_BYTES = G.shared_bytes();
+
+  const T* x;  // the row that is copied next
+  int64_t row_stride;
+  int tiles_left;
+  uint32_t ring;  // the lane's first 16 bytes
+  int stage = 0;
+  uint64_t policy = 0;
 
   static __device__ int first_column(int strip, int lane) { return (strip * WARP + lane) * COLUMNS; }
-  static __device__ Row load(const T* x, int) { return load_streaming(x); }
-  static __device__ float value(const Row& row, int j) {
-    const uint32_t word = (&row.x)[j * sizeof(T) / 4];
-    if constexpr (sizeof(T) == 4) return __uint_as_float(word);
-    const uint16_t bits = j % 2 == 0 ? word & 0xffff : word >> 16;
-    return to_float(reinterpret_cast<const T&>(bits));
-  }
-};
 
-// ... or, where rows do not start on 16 bytes, element by element, neighbouring lanes side by side.
-template <typename T>
-struct ScalarAccess {
-  using Element = T;
-  struct Row {
-    T x[2];
-  };
-  static constexpr int COLUMNS = 2;
-  static constexpr int STEP = WARP;
-
-  static __device__ int first_column(int strip, int lane) { return strip * WARP * COLUMNS + lane; }
-  static __device__ Row load(const T* x, int columns_left) {
-    Row row{};
-#pragma unroll
-    for (int j = 0; j < COLUMNS; ++j) {
-      if (j * STEP < columns_left) row.x[j] = x[j * STEP];
+  __device__ RingReader(const T* x, int64_t row_stride, int tiles, int /*columns_left*/, int skip)
+      : x(x), row_stride(row_stride), tiles_left(tiles) {
+    extern __shared__ uint4 shared[];
+    const int first = threadIdx.x / WARP * G.stages * (TILE_BYTES / VECTOR_BYTES) + threadIdx.x % WARP;
+    ring = static_cast<uint32_t>(__cvta_generic_to_shared(shared + first));
+    if constexpr (G.evict_first) {
+      asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     }
-    return row;
+    copy(0, skip);
+#pragma unroll
+    for (int s = 1; s < G.stages - 1; ++s) copy(s, 0);
   }
-  static __device__ float value(const Row& row, int j) { return to_float(row.x[j]); }
-};
 
-template <typename Access>
-struct LaneMoments {
-  float mean[Access::COLUMNS];
-  float m2[Access::COLUMNS];
-  float rows;
+  __device__ uint32_t address(int stage, int row) const {
+    return ring + (stage * TILE_ROWS + row) * (WARP * VECTOR_BYTES);
+  }
 
-  // Centres the tile's rows [skip, TILE_ROWS) on their own mean; the rows before are zero.
-  __device__ void start(const typename Access::Row (&tile)[TILE_ROWS], int skip) {
-    rows = TILE_ROWS - skip;
-    const float inverse = 1.0f / rows;
-#pragma unroll
-    for (int j = 0; j < Access::COLUMNS; ++j) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int r = 0; r < TILE_ROWS; ++r) sum += Access::value(tile[r], j);
-      mean[j] = sum * inverse;
-      m2[j] = 0.0f;
+  // Starts the copy of the next tile; past the last one, of an empty group, so that groups count tiles.
+  __device__ void copy(int stage, int skip) {
+    if (tiles_left > 0) {
 #pragma unroll
       for (int r = 0; r < TILE_ROWS; ++r) {
-        const float deviation = r >= skip ? Access::value(tile[r], j) - mean[j] : 0.0f;
-        m2[j] += deviation * deviation;
-      }
-    }
-  }
-
-  // Centres a whole tile on its own mean, then merges it (Chan, Golub, LeVeque 1979): neither a large
-  // mean nor an outlier in the first row costs digits.
-  __device__ void merge(const typename Access::Row (&tile)[TILE_ROWS]) {
-    const float mean_weight = __fdividef(TILE_ROWS, rows + TILE_ROWS);
-    const float m2_weight = rows * mean_weight;
-#pragma unroll
-    for (int j = 0; j < Access::COLUMNS; ++j) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int r = 0; r < TILE_ROWS; ++r) sum += Access::value(tile[r], j);
-      const float tile_mean = sum * (1.0f / TILE_ROWS);
-      float squares = 0.0f;
-#pragma unroll
-      for (int r = 0; r < TILE_ROWS; ++r) {
-        const float deviation = Access::value(tile[r], j) - tile_mean;
-        squares += deviation * deviation;
-      }
-      const float delta = tile_mean - mean[j];
-      mean[j] += delta * mean_weight;
-      m2[j] += squares + delta * delta * m2_weight;
-    }
-    rows += TILE_ROWS;
-  }
-};
-
-template <typename Access>
-struct RegisterReader {
-  using T = typename Access::Element;
-  static constexpr int BLOCKS = 3;
-  static constexpr int SHARED_BYTES = 0;
-  const T* x;
-  int64_t row_stride;
-  int columns_left;
-
-  __device__ RegisterReader(const T* x, int64_t row_stride, int, int columns_left, void*)
-      : x(x), row_stride(row_stride), columns_left(columns_left) {}
-  __device__ void start(int) {}
-  __device__ void next(typename Access::Row (&tile)[TILE_ROWS], int skip) {
-#pragma unroll
-    for (int r = 0; r < TILE_ROWS; ++r) {
-      tile[r] = r >= skip ? Access::load(x + r * row_stride, columns_left) : typename Access::Row{};
-    }
-    x += TILE_ROWS * row_stride;
-  }
-};
-
-template <typename Access>
-struct DoubleRegisterReader : RegisterReader<Access> {
-  static constexpr int BLOCKS = 2;
-  using RegisterReader<Access>::RegisterReader;
-};
-
-constexpr int STAGES = 3;
-constexpr int TILE_BYTES = TILE_ROWS * WARP * VECTOR_BYTES;
-
-__device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-template <typename Access>
-struct AsyncCopyReader {
-  using T = typename Access::Element;
-  static constexpr int BLOCKS = 2;
-  static constexpr int SHARED_BYTES = WARPS_PER_BLOCK * STAGES * TILE_BYTES;
-  const T* x;
-  int64_t row_stride;
-  int left;
-  uint4* ring;
-  int stage = 0;
-
-  __device__ AsyncCopyReader(const T* x, int64_t row_stride, int tiles, int, unsigned char* shared)
-      : x(x), row_stride(row_stride), left(tiles) {
-    ring = reinterpret_cast<uint4*>(shared + threadIdx.x / WARP * STAGES * TILE_BYTES) + threadIdx.x % WARP;
-  }
-  __device__ void issue(int slot, int skip) {
-    if (left > 0) {
-#pragma unroll
-      for (int r = 0; r < TILE_ROWS; ++r) {
-        if (r >= skip) {
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                           shared_address(ring + (slot * TILE_ROWS + r) * WARP)),
+        if (r < skip) continue;
+        if constexpr (G.evict_first) {
+          asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address(stage, r)),
+                       "l"(x + r * row_stride), "l"(policy)
+                       : "memory");
+        } else {
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(stage, r)),
                        "l"(x + r * row_stride)
                        : "memory");
         }
@@ -234,123 +163,135 @@ struct AsyncCopyReader {
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
     x += TILE_ROWS * row_stride;
-    --left;
+    --tiles_left;
   }
-  __device__ void start(int skip) {
-    issue(0, skip);
-    for (int s = 1; s < STAGES - 1; ++s) issue(s, 0);
-  }
-  __device__ void next(typename Access::Row (&tile)[TILE_ROWS], int skip) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+
+  // The next tile; its first `skip` rows are zero.
+  __device__ void next(Row (&tile)[TILE_ROWS], int skip) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(G.stages - 2) : "memory");
 #pragma unroll
     for (int r = 0; r < TILE_ROWS; ++r) {
-      tile[r] = r >= skip ? ring[(stage * TILE_ROWS + r) * WARP] : typename Access::Row{};
+      tile[r] = {};
+      if (r >= skip) {
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(tile[r].x), "=r"(tile[r].y), "=r"(tile[r].z), "=r"(tile[r].w)
+                     : "r"(address(stage, r))
+                     : "memory");
+      }
     }
-    issue(stage == 0 ? STAGES - 1 : stage - 1, 0);
-    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    copy(stage == 0 ? G.stages - 1 : stage - 1, 0);
+    stage = stage == G.stages - 1 ? 0 : stage + 1;
+  }
+
+  static __device__ float value(const Row& row, int j) {
+    const uint32_t word = (&row.x)[j * sizeof(T) / 4];
+    if constexpr (sizeof(T) == 4) return __uint_as_float(word);
+    const uint16_t bits = j % 2 == 0 ? word & 0xffff : word >> 16;
+    return to_float(reinterpret_cast<const T&>(bits));
+  }
+
+  static __device__ void store(float* target, const float (&values)[COLUMNS], int /*columns_left*/) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j += 4) {
+      *reinterpret_cast<float4*>(target + j) = make_float4(values[j], values[j + 1], values[j + 2], values[j + 3]);
+    }
   }
 };
 
-template <typename Access>
-struct BulkCopyReader {
-  using T = typename Access::Element;
-  static constexpr int BLOCKS = 2;
-  static constexpr int RING_BYTES = STAGES * TILE_BYTES;
-  static constexpr int SHARED_BYTES = WARPS_PER_BLOCK * (RING_BYTES + STAGES * 8);
+// Reads any other strip element by element, neighbouring columns to neighbouring lanes, into registers.
+template <typename T>
+struct ElementReader {
+  using Element = T;
+  static constexpr int COLUMNS = VECTOR_BYTES / sizeof(T);
+  static constexpr int STEP = WARP;
+  static constexpr int SHARED_BYTES = 0;
+  struct Row {
+    T x[COLUMNS];
+  };
+
   const T* x;
   int64_t row_stride;
-  int left;
-  uint4* ring;
-  uint32_t full;  // the first of STAGES barriers
-  uint32_t row_bytes;
-  int stage = 0;
-  uint32_t phase = 0;
-  bool leader;
+  int columns_left;
 
-  __device__ BulkCopyReader(const T* x, int64_t row_stride, int tiles, int columns_left,
-                            unsigned char* shared)
-      : x(x), row_stride(row_stride), left(tiles), leader(threadIdx.x % WARP == 0) {
-    const int warp = threadIdx.x / WARP;
-    ring = reinterpret_cast<uint4*>(shared + warp * RING_BYTES) + threadIdx.x % WARP;
-    full = shared_address(shared + WARPS_PER_BLOCK * RING_BYTES + warp * STAGES * 8);
-    row_bytes = sizeof(T) * min(columns_left, WARP * Access::COLUMNS);
-  }
-  __device__ void issue(int slot, int skip) {
-    if (leader && left > 0) {
-      const uint32_t barrier = full + slot * 8;
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                   "r"((TILE_ROWS - skip) * row_bytes)
-                   : "memory");
+  static __device__ int first_column(int strip, int lane) { return strip * WARP * COLUMNS + lane; }
+
+  __device__ ElementReader(const T* x, int64_t row_stride, int /*tiles*/, int columns_left, int /*skip*/)
+      : x(x), row_stride(row_stride), columns_left(columns_left) {}
+
+  __device__ void next(Row (&tile)[TILE_ROWS], int skip) {
 #pragma unroll
-      for (int r = 0; r < TILE_ROWS; ++r) {
-        if (r >= skip) {
-          asm volatile(
-              "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                  shared_address(ring + (slot * TILE_ROWS + r) * WARP)),
-              "l"(x + r * row_stride), "r"(row_bytes), "r"(barrier)
-              : "memory");
-        }
+    for (int r = 0; r < TILE_ROWS; ++r) {
+      tile[r] = {};
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j) {
+        if (r >= skip && j * STEP < columns_left) tile[r].x[j] = x[r * row_stride + j * STEP];
       }
     }
     x += TILE_ROWS * row_stride;
-    --left;
   }
-  __device__ void start(int skip) {
-    if (leader) {
-      for (int s = 0; s < STAGES; ++s) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + s * 8) : "memory");
-      }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-    __syncwarp();
-    issue(0, skip);
-    for (int s = 1; s < STAGES - 1; ++s) issue(s, 0);
-  }
-  __device__ void next(typename Access::Row (&tile)[TILE_ROWS], int skip) {
-    // Every lane has read the slot before this one.
-    __syncwarp();
-    issue(stage == 0 ? STAGES - 1 : stage - 1, 0);
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra wait;\n"
-        "}" ::"r"(full + stage * 8),
-        "r"(phase)
-        : "memory");
+
+  static __device__ float value(const Row& row, int j) { return to_float(row.x[j]); }
+
+  static __device__ void store(float* target, const float (&values)[COLUMNS], int columns_left) {
 #pragma unroll
-    for (int r = 0; r < TILE_ROWS; ++r) {
-      tile[r] = r >= skip ? ring[(stage * TILE_ROWS + r) * WARP] : typename Access::Row{};
+    for (int j = 0; j < COLUMNS; ++j) {
+      if (j * STEP < columns_left) target[j * STEP] = values[j];
     }
-    stage = stage == STAGES - 1 ? 0 : stage + 1;
-    phase ^= stage == 0;
   }
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// A lane's moments of its columns.
 template <typename Reader>
-struct Supported { using Type = Reader; };
-template <typename Access>
-struct Supported<BulkCopyReader<Access>> { using Type = AsyncCopyReader<Access>; };
-#else
-template <typename Reader>
-struct Supported { using Type = Reader; };
-#endif
+struct LaneMoments {
+  static constexpr int COLUMNS = Reader::COLUMNS;
+  using Tile = typename Reader::Row[TILE_ROWS];
+  float mean[COLUMNS];
+  float m2[COLUMNS];
+  float rows;
+
+  // Those of a tile without its first `skip` rows, which are zero.
+  __device__ LaneMoments(const Tile& tile, int skip) : rows(TILE_ROWS - skip) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int r = 0; r < TILE_ROWS; ++r) sum += Reader::value(tile[r], j);
+      mean[j] = sum / rows;
+      m2[j] = 0.0f;
+#pragma unroll
+      for (int r = 0; r < TILE_ROWS; ++r) {
+        const float deviation = r >= skip ? Reader::value(tile[r], j) - mean[j] : 0.0f;
+        m2[j] += deviation * deviation;
+      }
+    }
+  }
+
+  // Chan, Golub, LeVeque 1983: neither a large mean nor an outlier in the first row costs digits.
+  __device__ void merge(const LaneMoments& part) {
+    const float mean_weight = __fdividef(part.rows, rows + part.rows);
+    const float m2_weight = rows * mean_weight;
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) {
+      const float delta = part.mean[j] - mean[j];
+      mean[j] += delta * mean_weight;
+      m2[j] += part.m2[j] + delta * delta * m2_weight;
+    }
+    rows += part.rows;
+  }
+};
 
 // With one chunk, its moments go straight into the state; with more, into [chunks, channels] planes of
 // means and M2s that merge_chunks reads.
-template <typename Access, typename Reader>
-__global__ void __launch_bounds__(WARPS_PER_BLOCK* WARP, Reader::BLOCKS)
-    chunk_moments(const typename Access::Element* __restrict__ x, int channels, int64_t row_stride,
-                  int strips, Chunks chunks, float* __restrict__ partial, State state) {
+template <typename Reader, Geometry G>
+__global__ void __launch_bounds__(G.threads(), G.blocks)
+    chunk_moments(const typename Reader::Element* __restrict__ x, int channels, int64_t row_stride, int strips,
+                  Chunks chunks, float* __restrict__ partial, State state) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  using Row = typename Access::Row;
-  const int warp = blockIdx.x * WARPS_PER_BLOCK + threadIdx.x / WARP;
+  const int warp = blockIdx.x * G.warps + threadIdx.x / WARP;
   const int chunk = warp / strips;
-  const int column = Access::first_column(warp % strips, threadIdx.x % WARP);
+  const int column = Reader::first_column(warp % strips, threadIdx.x % WARP);
   const int columns_left = channels - column;
   if (chunk >= chunks.count || columns_left <= 0) return;
 
@@ -361,41 +302,25 @@ __global__ void __launch_bounds__(WARPS_PER_BLOCK* WARP, Reader::BLOCKS)
   const int skip = static_cast<int>(tiles * TILE_ROWS - rows);
   const int64_t offset = (chunks.begin(chunk) - skip) * row_stride + column;
 
-  extern __shared__ __align__(128) unsigned char shared[];
-  typename Supported<Reader>::Type reader(x + offset, row_stride, tiles, columns_left, shared);
-  Row tile[TILE_ROWS];
-  LaneMoments<Access> moments;
-  reader.start(skip);
+  Reader reader(x + offset, row_stride, tiles, columns_left, skip);
+  typename Reader::Row tile[TILE_ROWS];
   reader.next(tile, skip);
-  moments.start(tile, skip);
+  LaneMoments<Reader> moments(tile, skip);
   for (int t = 1; t < tiles; ++t) {
     reader.next(tile, 0);
-    moments.merge(tile);
+    moments.merge(LaneMoments<Reader>(tile, 0));
   }
 
-  float* chunk_mean = partial + int64_t{chunk} * channels + column;
-  float* chunk_m2 = chunk_mean + int64_t{chunks.count} * channels;
   if (chunks.count == 1) {
 #pragma unroll
-    for (int j = 0; j < Access::COLUMNS; ++j) {
-      if (j * Access::STEP < columns_left) state.merge(column + j * Access::STEP, moments.mean[j], moments.m2[j]);
-    }
-  } else if constexpr (Access::STEP == 1) {
-#pragma unroll
-    for (int j = 0; j < Access::COLUMNS; j += 4) {
-      const float* mean = moments.mean + j;
-      const float* m2 = moments.m2 + j;
-      *reinterpret_cast<float4*>(chunk_mean + j) = make_float4(mean[0], mean[1], mean[2], mean[3]);
-      *reinterpret_cast<float4*>(chunk_m2 + j) = make_float4(m2[0], m2[1], m2[2], m2[3]);
+    for (int j = 0; j < Reader::COLUMNS; ++j) {
+      const int step = j * Reader::STEP;
+      if (step < columns_left) state.merge(column + step, moments.mean[j], moments.m2[j]);
     }
   } else {
-#pragma unroll
-    for (int j = 0; j < Access::COLUMNS; ++j) {
-      if (j * Access::STEP < columns_left) {
-        chunk_mean[j * Access::STEP] = moments.mean[j];
-        chunk_m2[j * Access::STEP] = moments.m2[j];
-      }
-    }
+    float* chunk_mean = partial + int64_t{chunk} * channels + column;
+    Reader::store(chunk_mean, moments.mean, columns_left);
+    Reader::store(chunk_mean + int64_t{chunks.count} * channels, moments.m2, columns_left);
   }
 }
 
@@ -414,13 +339,15 @@ __device__ float warp_sum(float x) {
 // A block merges 32 columns: warp w its share of the chunks, a column to a lane (so that loads coalesce);
 // then a warp merges the shares of one column, a share to a lane.
 __global__ void merge_chunks(const float* __restrict__ partial, int channels, Chunks chunks, State state) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
   __shared__ Part shares[WARP][WARP + 1];
   const int lane = threadIdx.x;
   const int warp = threadIdx.y;
   const int first_column = blockIdx.x * WARP;
+  // The chunks do not touch the state: it comes from memory while they are still being read.
+  if (warp == 0 && first_column + lane < channels) state.prefetch(first_column + lane);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 
   Part share = {0.0f, 0.0f, 0.0f};
   if (first_column + lane < channels) {
@@ -463,43 +390,74 @@ bool rows_allow_16_byte_loads(const Rows& x) {
          x.channels * size % VECTOR_BYTES == 0;
 }
 
-template <typename Access, template <typename> typename ReaderOf>
+// What the launches depend on beside the sizes.
+struct Device {
+  bool deep_ring;    // shared memory holds all stages of all blocks
+  bool early_merge;  // the loaded code is sm_90's or later, where merge_chunks waits for the chunks on the device
+};
+
+// Above 48 KiB shared memory has to be asked for.
+template <Geometry G, typename... Elements>
+void allow_rings() {
+  (check(cudaFuncSetAttribute(chunk_moments<RingReader<Elements, G>, G>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              G.shared_bytes())),
+   ...);
+}
+
+template <Geometry G>
+Device prepare_device(int index) {
+  int shared, reserved;
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
+  check(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, index));
+  cudaFuncAttributes merge;
+  check(cudaFuncGetAttributes(&merge, merge_chunks));
+  const Device device = {G.blocks * (G.shared_bytes() + reserved) <= shared, merge.ptxVersion >= 90};
+  if (device.deep_ring) {
+    allow_rings<G, float, BFloat16, __half>();
+  } else {
+    allow_rings<G.with_stages(FEWEST_STAGES), float, BFloat16, __half>();
+  }
+  return device;
+}
+
+// The current device, prepared at its first use: the driver's answers do not change.
+template <Geometry G>
+Device current_device() {
+  static std::mutex mutex;
+  static std::map<int, Device> prepared;
+  int index;
+  check(cudaGetDevice(&index));
+  const std::lock_guard lock(mutex);
+  const auto known = prepared.find(index);
+  return known != prepared.end() ? known->second : prepared.emplace(index, prepare_device<G>(index)).first->second;
+}
+
+template <typename Reader, Geometry G>
 void launch_chunk_moments(const Rows& x, const Chunks& chunks, float* partial, const State& state,
                           cudaStream_t stream) {
   const int channels = static_cast<int>(x.channels);
-  const int strips = static_cast<int>(ceil_div(channels, WARP * Access::COLUMNS));
-  const int blocks = static_cast<int>(ceil_div(int64_t{strips} * chunks.count, WARPS_PER_BLOCK));
-  using Reader = ReaderOf<Access>;
-  if (Reader::SHARED_BYTES > 0)
-    check(cudaFuncSetAttribute(chunk_moments<Access, Reader>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               Reader::SHARED_BYTES));
-  chunk_moments<Access, Reader><<<blocks, WARPS_PER_BLOCK * WARP, Reader::SHARED_BYTES, stream>>>(
-      static_cast<const typename Access::Element*>(x.x), channels, x.row_stride, strips, chunks, partial, state);
+  const int strips = static_cast<int>(ceil_div(channels, WARP * Reader::COLUMNS));
+  const int blocks = static_cast<int>(ceil_div(int64_t{strips} * chunks.count, G.warps));
+  chunk_moments<Reader, G><<<blocks, G.threads(), Reader::SHARED_BYTES, stream>>>(
+      static_cast<const typename Reader::Element*>(x.x), channels, x.row_stride, strips, chunks, partial, state);
   check(cudaGetLastError());
 }
 
-template <typename T>
-void launch_chunk_moments_of(const Rows& x, const Chunks& chunks, float* partial, const State& state,
-                             cudaStream_t stream, int variant) {
+template <typename T, Geometry G>
+void launch_chunk_moments_of(const Rows& x, const Device& device, const Chunks& chunks, float* partial,
+                             const State& state, cudaStream_t stream) {
+  constexpr Geometry SHALLOW = G.with_stages(FEWEST_STAGES);
   if (!rows_allow_16_byte_loads(x)) {
-    launch_chunk_moments<ScalarAccess<T>, RegisterReader>(x, chunks, partial, state, stream);
-  } else if (variant == 0) {
-    launch_chunk_moments<VectorAccess<T>, RegisterReader>(x, chunks, partial, state, stream);
-  } else if (variant == 1) {
-    launch_chunk_moments<VectorAccess<T>, AsyncCopyReader>(x, chunks, partial, state, stream);
-  } else if (variant == 3) {
-    launch_chunk_moments<VectorAccess<T>, DoubleRegisterReader>(x, chunks, partial, state, stream);
+    launch_chunk_moments<ElementReader<T>, G>(x, chunks, partial, state, stream);
+  } else if (device.deep_ring) {
+    launch_chunk_moments<RingReader<T, G>, G>(x, chunks, partial, state, stream);
   } else {
-    launch_chunk_moments<VectorAccess<T>, BulkCopyReader>(x, chunks, partial, state, stream);
+    launch_chunk_moments<RingReader<T, SHALLOW>, SHALLOW>(x, chunks, partial, state, stream);
   }
 }
 
-// On sm_90 its blocks start while the last chunks are still being read, and wait for them on the device.
-void launch_merge_chunks(int channels, const Chunks& chunks, const float* partial, const State& state,
-                         cudaStream_t stream) {
-  int device, major;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+void launch_merge_chunks(int channels, const Device& device, const Chunks& chunks, const float* partial,
+                         const State& state, cudaStream_t stream) {
   cudaLaunchAttribute early_start;
   early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early_start.val.programmaticStreamSerializationAllowed = 1;
@@ -508,31 +466,41 @@ void launch_merge_chunks(int channels, const Chunks& chunks, const float* partia
   config.blockDim = dim3(WARP, static_cast<unsigned>(std::min<int64_t>(WARP, chunks.count)));
   config.stream = stream;
   config.attrs = &early_start;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.numAttrs = device.early_merge ? 1 : 0;
   check(cudaLaunchKernelEx(&config, merge_chunks, partial, channels, chunks, state));
+}
+
+template <Geometry G>
+void update(const Rows& x, const MomentsState& moments, float* partial, int multiprocessors, cudaStream_t stream) {
+  const Device device = current_device<G>();
+  const int count = row_chunks(x.dtype, x.rows, x.channels, multiprocessors, G);
+  const Chunks chunks = {count, static_cast<int>(x.rows % count), x.rows / count};
+  const State state = {moments.mean, moments.m2, merge_weights(moments.count, x.rows)};
+  switch (x.dtype) {
+    case DType::float32: launch_chunk_moments_of<float, G>(x, device, chunks, partial, state, stream); break;
+    case DType::bfloat16: launch_chunk_moments_of<BFloat16, G>(x, device, chunks, partial, state, stream); break;
+    case DType::float16: launch_chunk_moments_of<__half, G>(x, device, chunks, partial, state, stream); break;
+  }
+  if (count > 1) launch_merge_chunks(static_cast<int>(x.channels), device, chunks, partial, state, stream);
 }
 
 }  // namespace
 
 size_t channel_moments_cuda_workspace(DType dtype, int64_t rows, int64_t channels, int multiprocessors) {
   if (rows == 0 || channels == 0) return 0;
-  const int64_t chunks = row_chunks(dtype, rows, channels, multiprocessors, 0);
+  const int64_t chunks = row_chunks(dtype, rows, channels, multiprocessors, GEOMETRIES[0]);
   return chunks == 1 ? 0 : 2 * sizeof(float) * chunks * channels;
 }
 
 void channel_moments_cuda(const Rows& x, const MomentsState& moments, void* workspace, int multiprocessors,
-                          CUstream_st* stream, int variant) {
+                          CUstream_st* stream, int candidate) {
   if (x.rows == 0 || x.channels == 0) return;
-  const int count = row_chunks(x.dtype, x.rows, x.channels, multiprocessors, variant);
-  const Chunks chunks = {count, static_cast<int>(x.rows % count), x.rows / count};
-  const State state = {moments.mean, moments.m2, merge_weights(moments.count, x.rows)};
   float* partial = static_cast<float*>(workspace);
-  switch (x.dtype) {
-    case DType::float32: launch_chunk_moments_of<float>(x, chunks, partial, state, stream, variant); break;
-    case DType::bfloat16: launch_chunk_moments_of<BFloat16>(x, chunks, partial, state, stream, variant); break;
-    case DType::float16: launch_chunk_moments_of<__half>(x, chunks, partial, state, stream, variant); break;
+  if (candidate == 0) {
+    update<GEOMETRIES[0]>(x, moments, partial, multiprocessors, stream);
+  } else {
+    update<GEOMETRIES[1]>(x, moments, partial, multiprocessors, stream);
   }
-  if (count > 1) launch_merge_chunks(static_cast<int>(x.channels), chunks, partial, state, stream);
 }
 
 }  // namespace pyprune

@@ -55,9 +55,7 @@ class LayerShape:
         return self.group_cost if module == ATTENTION else 1.0
 
     def kept(self, kv_groups: int, intermediate_channels: int) -> "LayerShape":
-        return LayerShape(
-            self.hidden_size, self.head_dim, kv_groups, self.heads_per_group, intermediate_channels
-        )
+        return LayerShape(self.hidden_size, self.head_dim, kv_groups, self.heads_per_group, intermediate_channels)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,4 @@
 
 from .family import Family
 
-MISTRAL = Family(
-    name="mistral", prefix="Mistral", sliding=lambda config, layer: config.sliding_window is not None
-)
+MISTRAL = Family(name="mistral", prefix="Mistral", sliding=lambda config, layer: config.sliding_window is not None)

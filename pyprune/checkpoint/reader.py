@@ -17,9 +17,7 @@ from ..errors import InputError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_IGNORED = (
-    "rotary_emb.inv_freq",
-)  # a buffer that old Llama checkpoints saved; computed from the config today
+_IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old Llama checkpoints saved; computed from the config today
 _SAMPLES_PER_FILE, _SAMPLE_BYTES = 64, 4096
 
 
@@ -85,7 +83,7 @@ class CheckpointReader:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for file, inside in by_file.items():
             with safe_open(file, framework="pt") as f:
                 tensors |= {name: f.get_tensor(name) for name in inside}
@@ -141,7 +139,8 @@ class CheckpointReader:
                 raise InputError(f"{self.folder}: tensor {name} is missing from the checkpoint")
             if stored.shape != shape:
                 raise InputError(
-                    f"{stored.file}: tensor {name} has shape {list(stored.shape)}, but config.json calls for {list(shape)}"
+                    f"{stored.file}: tensor {name} has shape {list(stored.shape)}, "
+                    f"but config.json calls for {list(shape)}"
                 )
         spare = {self.family.head} if self.tied else set()
         for name in self.tensors.keys() - expected.keys() - spare:
@@ -176,9 +175,7 @@ def _read_config(folder: Path) -> tuple[Any, Family]:
         reason = str(error).strip().replace("\n", " ")
         raise InputError(f"{path}: transformers refuses this configuration: {reason}") from error
     if heads % groups:
-        raise InputError(
-            f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
-        )
+        raise InputError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     return config, family
 
 

@@ -34,9 +34,7 @@ class CheckpointWriter:
         check_free(output)
         journal = self.partial / JOURNAL
         if self.partial.exists() and not resume:
-            raise InputError(
-                f"{self.partial}: an unfinished run; add --resume to finish it, or delete that folder"
-            )
+            raise InputError(f"{self.partial}: an unfinished run; add --resume to finish it, or delete that folder")
         self._lines: list[dict[str, Any]] = [{"identity": identity}]
         if journal.exists():
             self._restore(journal, identity)
@@ -118,9 +116,7 @@ class CheckpointWriter:
         if missing:
             raise RuntimeError(f"shards {missing} were never written")
         weight_map = {
-            name: self.done[shard]["file"]
-            for shard in range(self.shards)
-            for name in self.done[shard]["tensors"]
+            name: self.done[shard]["file"] for shard in range(self.shards) for name in self.done[shard]["tensors"]
         }
         index = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}
         (self.partial / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
@@ -161,6 +157,4 @@ def check_space(output: Path, needed: int) -> None:
     parent = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise InputError(
-            f"{parent}: {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB; free some space"
-        )
+        raise InputError(f"{parent}: {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB; free some space")

@@ -102,10 +102,7 @@ class Flap(Method):
         groups = choose_globally(scores, shapes, attention, (ATTENTION,))
         channels = choose_globally(scores, shapes, sum(c[FFN] for c in counts), (FFN,))
         return Choice(
-            [
-                {ATTENTION: g[ATTENTION], FFN: c[FFN]}
-                for g, c in zip(groups.layers, channels.layers, strict=True)
-            ]
+            [{ATTENTION: g[ATTENTION], FFN: c[FFN]} for g, c in zip(groups.layers, channels.layers, strict=True)]
         )
 
 

@@ -44,8 +44,7 @@ def pruned_config(
 
     config_class, _, causal_lm_class = PRUNED_CLASSES[family.name]
     per_layer = {
-        layer: {name: value for name, value in own.items() if value != largest[name]}
-        for layer, own in enumerate(sizes)
+        layer: {name: value for name, value in own.items() if value != largest[name]} for layer, own in enumerate(sizes)
     }
     return config_class(
         **common,

@@ -80,9 +80,7 @@ class _PrunedModel:
     def __init__(self, config: Any) -> None:
         with _without_layers(config):
             super().__init__(config)  # type: ignore[call-arg]
-        self.layers = nn.ModuleList(
-            self.family.build_layer(config, layer) for layer in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(self.family.build_layer(config, layer) for layer in range(config.num_hidden_layers))
         self.post_init()  # type: ignore[attr-defined]
 
 

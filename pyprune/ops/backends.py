@@ -147,9 +147,7 @@ ON_CPU = Requirement("input on the CPU", lambda problem: problem.device.type == 
 KERNEL_DTYPE = Requirement(
     "dtype bfloat16, float16 or float32",
     lambda problem: problem.dtype in KERNEL_DTYPES,
-    lambda problem: (
-        f"the input is {dtype_name(problem.dtype)}; the kernels read bfloat16, float16 and float32"
-    ),
+    lambda problem: f"the input is {dtype_name(problem.dtype)}; the kernels read bfloat16, float16 and float32",
 )
 CORE_BUILT = Requirement(
     "compiled core installed",
@@ -249,9 +247,7 @@ def forced_backend() -> str | None:
     """
     name = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if name and name not in BACKENDS:
-        raise InputError(
-            f"{ENVIRONMENT_VARIABLE}={name} is not a backend; choose {', '.join(BACKENDS)} or unset it"
-        )
+        raise InputError(f"{ENVIRONMENT_VARIABLE}={name} is not a backend; choose {', '.join(BACKENDS)} or unset it")
     return name or None
 
 
@@ -311,9 +307,7 @@ def describe() -> list[BackendRow]:
     The backend is "none" where PYPRUNE_BACKEND forces one that is not eligible.
     """
     forced = forced_backend()
-    devices = [torch.device("cpu")] + [
-        torch.device("cuda", index) for index in range(torch.cuda.device_count())
-    ]
+    devices = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     rows = []
     for operator in REQUIREMENTS:
         for device in devices:
@@ -322,9 +316,7 @@ def describe() -> list[BackendRow]:
                 eligible = eligible_backends(operator, problem)
                 backend = forced or eligible[0]
                 choice = explain(operator, problem, backend if backend in eligible else "none", forced)
-                rows.append(
-                    BackendRow(operator, str(device), dtype_name(dtype), choice.backend, choice.reasons)
-                )
+                rows.append(BackendRow(operator, str(device), dtype_name(dtype), choice.backend, choice.reasons))
     return rows
 
 
