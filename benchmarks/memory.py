@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import describe_machine
 from make_checkpoint import SHAPES, make_checkpoint
 
@@ -47,7 +48,7 @@ def main() -> None:
         "dense_bytes": reader.bytes,
         "hidden_state_bytes": hidden,
         "windows": [arguments.samples, arguments.sequence_length],
-        "machine": describe_machine(),
+        "machine": describe_machine(torch.device("cpu")),
         "rows": rows,
     }
     if arguments.output:

@@ -19,7 +19,8 @@ from machine import describe_machine
 from pyprune.checkpoint import CheckpointReader
 from pyprune.device import select_device, select_dtype
 from pyprune.evaluate import evaluate
-from pyprune.pipeline import PruneOptions, prune
+from pyprune.options import PruneOptions
+from pyprune.pipeline import prune
 from pyprune.windows import evaluation_windows
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,7 +124,7 @@ def main() -> None:
                         f"{Path(arguments.text).name}",
                         "dtype": "float32",
                     },
-                    "machine": describe_machine(),
+                    "machine": describe_machine(device),
                     "rows": rows,
                 }
                 arguments.output.write_text(json.dumps(document, indent=1) + "\n")

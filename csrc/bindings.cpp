@@ -15,28 +15,26 @@ using namespace pyprune;
 
 namespace {
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 DType parse_dtype(const std::string& name) {
   if (name == "float32") return DType::float32;
   if (name == "bfloat16") return DType::bfloat16;
   if (name == "float16") return DType::float16;
-  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, not " + name);
+  refuse("dtype must be float32, bfloat16 or float16, not " + name);
 }
 
 void require_not_negative(const char* name, int64_t value) {
-  require(value >= 0, std::string(name) + " must not be negative, got " + std::to_string(value));
+  if (value < 0) refuse(std::string(name) + " must not be negative, got " + std::to_string(value));
 }
 
 void require_positive(const char* name, int64_t value) {
-  require(value > 0, std::string(name) + " must be positive, got " + std::to_string(value));
+  if (value <= 0) refuse(std::string(name) + " must be positive, got " + std::to_string(value));
 }
 
 void require_address(const char* name, uintptr_t address, int64_t alignment) {
-  require(address != 0, std::string(name) + " is null");
-  require(address % alignment == 0, std::string(name) + " is not aligned to " + std::to_string(alignment) + " bytes");
+  if (address == 0) refuse(std::string(name) + " is null");
+  if (address % alignment != 0) refuse(std::string(name) + " is not aligned to " + std::to_string(alignment) + " bytes");
 }
 
 // Memory that no allocation reaches: larger sizes are mistakes, and their products would overflow.
@@ -49,8 +47,9 @@ Rows checked_rows(uintptr_t x, const std::string& dtype_name, int64_t rows, int6
   require_not_negative("row_stride", row_stride);
   if (rows > 0 && channels > 0) {
     require_address("x_ptr", x, element_size(dtype));
-    require(std::max(channels, row_stride) <= MAX_BYTES / element_size(dtype) / rows,
-            "rows, channels and row_stride describe more memory than can exist");
+    if (std::max(channels, row_stride) > MAX_BYTES / element_size(dtype) / rows) {
+      refuse("rows, channels and row_stride describe more memory than can exist");
+    }
   }
   return {reinterpret_cast<const void*>(x), dtype, rows, channels, row_stride};
 }
@@ -76,7 +75,7 @@ void moments_cpu(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64_
 #ifdef PYPRUNE_CUDA_VERSION
 
 void require_int32(const char* name, int64_t value) {
-  require(value <= INT32_MAX, std::string(name) + " must be below 2^31 on CUDA, got " + std::to_string(value));
+  if (value > INT32_MAX) refuse(std::string(name) + " must be below 2^31 on CUDA, got " + std::to_string(value));
 }
 
 size_t moments_cuda_workspace(const std::string& dtype, int64_t rows, int64_t channels, int multiprocessors) {
@@ -89,18 +88,19 @@ size_t moments_cuda_workspace(const std::string& dtype, int64_t rows, int64_t ch
 
 void moments_cuda(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64_t channels, int64_t row_stride,
                   int64_t count, uintptr_t mean_ptr, uintptr_t m2_ptr, uintptr_t workspace_ptr,
-                  int64_t workspace_bytes, int multiprocessors, uintptr_t stream, int variant) {
+                  int64_t workspace_bytes, int multiprocessors, uintptr_t stream, int candidate) {
   const Rows x = checked_rows(x_ptr, dtype, rows, channels, row_stride);
   const MomentsState state = checked_state(count, mean_ptr, m2_ptr, x);
   require_int32("channels", channels);
   require_positive("multiprocessors", multiprocessors);
   const size_t needed = channel_moments_cuda_workspace(x.dtype, rows, channels, multiprocessors);
-  require(workspace_bytes >= 0 && static_cast<size_t>(workspace_bytes) >= needed,
-          "the workspace has " + std::to_string(workspace_bytes) + " bytes and needs " + std::to_string(needed));
+  if (workspace_bytes < static_cast<int64_t>(needed)) {
+    refuse("the workspace has " + std::to_string(workspace_bytes) + " bytes and needs " + std::to_string(needed));
+  }
   if (needed > 0) require_address("workspace_ptr", workspace_ptr, 16);
   py::gil_scoped_release released;
   channel_moments_cuda(x, state, reinterpret_cast<void*>(workspace_ptr), multiprocessors,
-                       reinterpret_cast<CUstream_st*>(stream), variant);
+                       reinterpret_cast<CUstream_st*>(stream), candidate);
 }
 
 #endif
@@ -136,6 +136,6 @@ PYBIND11_MODULE(_core, m) {
         "As channel_moments_cpu, asynchronously on a stream of the current device.", py::arg("x_ptr"),
         py::arg("dtype"), py::arg("rows"), py::arg("channels"), py::arg("row_stride"), py::arg("count"),
         py::arg("mean_ptr"), py::arg("m2_ptr"), py::arg("workspace_ptr"), py::arg("workspace_bytes"),
-        py::arg("multiprocessors"), py::arg("stream"), py::arg("variant") = 0);
+        py::arg("multiprocessors"), py::arg("stream"), py::arg("candidate") = 0);
 #endif
 }

@@ -9,6 +9,7 @@ import click
 import transformers
 
 from .console import Console
+from .device import return_freed_blocks
 from .errors import InputError
 from .methods import METHODS
 from .methods.flap import COMPENSATIONS, METRICS, MODES, STRUCTURES
@@ -88,11 +89,12 @@ def prune(model: str, output: Path, **options: Any) -> None:
     OUTPUT appears whole or not at all. Load it with `import pyprune` and
     AutoModelForCausalLM.from_pretrained(OUTPUT).
     """
-    from . import pipeline
+    from .options import Evaluation, PruneOptions
+    from .pipeline import prune as run_pruning
 
     evaluation = None
     if options["text"]:
-        evaluation = pipeline.Evaluation(options["text"], options["evaluation_length"], options["max_windows"])
+        evaluation = Evaluation(options["text"], options["evaluation_length"], options["max_windows"])
     shared = {
         name: options[name]
         for name in (
@@ -102,8 +104,8 @@ def prune(model: str, output: Path, **options: Any) -> None:
     }
     console = Console(options["as_json"])
     with console.progress() as progress:
-        plan = pipeline.prune(
-            pipeline.PruneOptions(model, output, method_options=_given(options), evaluation=evaluation, **shared),
+        plan = run_pruning(
+            PruneOptions(model, output, method_options=_given(options), evaluation=evaluation, **shared),
             progress,
         )
     console.pruned(plan, output)
@@ -194,7 +196,8 @@ def methods(as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (sys.argv unless given); one line on stderr and status 2 for what the user can mend."""
-    # Its notes on reading a pruned configuration's global sizes, and its own bars, say nothing to our user.
+    return_freed_blocks()
+    # transformers' notes on reading a pruned configuration's global sizes, and its own bars, say nothing to our user.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

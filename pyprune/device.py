@@ -1,5 +1,6 @@
 """Where a run computes, in which type, and how much memory it takes there."""
 
+import ctypes
 import os
 import resource
 import time
@@ -93,6 +94,19 @@ class Meter:
             "peak_memory_bytes": self.peak_memory_bytes,
             "layers": self.layers,
         }
+
+
+def return_freed_blocks() -> None:
+    """Have glibc give every freed block of a megabyte or more back to the system at once.
+
+    By default it raises that size to 32 MB as such blocks are freed and keeps them, and a layer's temporaries are
+    of that size: over the 24 layers of a 1.5 B model the resident set grew by 200 MB. It costs no measurable time.
+    A setting of the whole process, so for the program to make, not for a library. Elsewhere nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_threshold = -3  # M_MMAP_THRESHOLD in malloc.h
+        mallopt(mmap_threshold, 1 << 20)
 
 
 def resident_peak() -> int:

@@ -1,6 +1,6 @@
 """Runs decoder layers one at a time over hidden states, with transformers' own layer classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -70,13 +70,15 @@ class LayerForward:
             hidden[k] = self.reader.embed(self.windows[k]).to(self.dtype)
         return hidden
 
-    def build(self, tensors: dict[str, Tensor], layer: int, config: Any = None) -> nn.Module:
+    def build(self, tensors: Iterable[tuple[str, Tensor]], layer: int, config: Any = None) -> nn.Module:
         """The layer as a module on the device in the compute type; `config` is the dense one unless given."""
         with torch.device("meta"):
             block = self.family.build_layer(config or self.config, layer)
-        block.load_state_dict(
-            {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}, assign=True
-        )
+        state = {}
+        for name, tensor in tensors:
+            state[name] = tensor.to(self.device, self.dtype)
+            del tensor  # the next one is read after this one is gone
+        block.load_state_dict(state, assign=True)
         return block.eval()
 
     @torch.no_grad()

@@ -2,10 +2,6 @@
 
 import copy
 import errno
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -19,78 +15,21 @@ from .architectures import ATTENTION, FFN, MODULES, LayerShape
 from .checkpoint import CheckpointReader, CheckpointWriter, check_free, check_space, checkpoint_folder
 from .device import Meter, select_device, select_dtype
 from .errors import InputError
-from .evaluate import evaluate
+from .finish import finish
 from .forward import LayerForward
 from .methods import LayerStatistics, Method, make_method
-from .modeling import pruned_config
 from .ops import backends
+from .options import Evaluation, Progress, PruneOptions, silent
 from .plan import (
     FILE,
     FORMAT,
-    dense_summary,
     kept_from_entry,
-    kept_shapes,
     layer_entry,
-    parameter_counts,
-    ratio_summary,
     read_plan,
-    versions,
-    write_plan,
 )
-from .report import write_report
 from .rewrite import compensation_bias, rewrite_layer
 from .survey import load_survey, observe_layer, save_survey, survey_key, survey_model, survey_weights
 from .windows import SELF, calibration_windows, evaluation_windows
-
-Progress = Callable[[str, int, int], None]  # what is under way, units done, units in all
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """The progress of a caller that shows none."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Perplexity before and after, for the report: a text (or `self`) in consecutive windows."""
-
-    text: str
-    sequence_length: int = 1024
-    max_windows: int | None = None
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """What `pyprune prune` is told. Sizes in windows and tokens; `ratio` of the decoder linears' parameters."""
-
-    model: str
-    output: Path
-    method: str
-    ratio: float
-    method_options: dict[str, Any] = field(default_factory=dict)
-    calibration: str | None = None
-    samples: int = 128
-    sequence_length: int = 2048
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    cache: Path | None = None
-    resume: bool = False
-    allow_nonfinite: bool = False
-    trust_remote_code: bool = False
-    evaluation: Evaluation | None = None
 
 
 def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
@@ -102,13 +41,17 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
     if options.resume and (options.output / FILE).is_file():
         return _finished(options)
     check_free(options.output)
-    run = _Run(options, progress)
+    run = Run(options, progress)
+    fresh = not run.writer.done
     run.writer.begin()
     try:
-        return run.execute()
-    except InputError:
-        run.writer.discard()
-        raise
+        try:
+            choice, scores = run.execute()
+        except InputError:
+            if fresh:  # this model cannot be pruned so: nothing to resume
+                run.writer.discard()
+            raise
+        return finish(run, choice, scores)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -120,18 +63,17 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
 def _finished(options: PruneOptions) -> dict[str, Any]:
     """The plan of an output that is already there, if it is what these options ask for."""
     plan = read_plan(options.output)
-    asked = make_method(options.method, options.method_options)
-    if (plan["method"], plan["options"], plan["ratio"]["asked"], plan["seed"]) != (
-        asked.name,
-        asked.options,
-        options.ratio,
-        options.seed,
-    ):
+    method = make_method(options.method, options.method_options)
+    text = plan["calibration"] or {}
+    done = (plan["method"], plan["options"], plan["ratio"]["asked"], plan["seed"])
+    asked = (method.name, method.options, options.ratio, options.seed)
+    texts = (options.calibration, options.samples, options.sequence_length)
+    if done != asked or (text and (text["text"], text["samples"], text["sequence_length"]) != texts):
         raise InputError(f"{options.output}: finished already, with other settings; name another output")
     return plan
 
 
-class _Run:
+class Run:
     """One pruning from arguments to finished folder."""
 
     def __init__(self, options: PruneOptions, progress: Progress) -> None:
@@ -143,6 +85,8 @@ class _Run:
         self.dtype = select_dtype(options.dtype, self.reader.dtype, self.device)
         check_ratio(self.reader.shapes, options.ratio)
         self.windows = self._windows() if self.method.needs_text else None
+        # Before the first layer: a text that cannot be read must not cost the whole run.
+        self.evaluation_windows = None if options.evaluation is None else self._evaluation_windows(options.evaluation)
         self.meters: dict[str, Meter] = {}
         self.cached = False
         self.model_fingerprint = self.reader.fingerprint()
@@ -156,6 +100,7 @@ class _Run:
             "calibration": self.text_fingerprint,
             "dtype": str(self.dtype),
             "device": self.device.type,
+            "backend": self.backend() if self.method.needs_text else None,
             "allow_nonfinite": options.allow_nonfinite,
         }
         # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
@@ -185,20 +130,34 @@ class _Run:
             lambda done, total: self.progress("sampling text", done, total),
         )
 
+    def _evaluation_windows(self, evaluation: Evaluation) -> Tensor:
+        return evaluation_windows(
+            evaluation.text,
+            self.reader.folder,
+            self.reader.config.vocab_size,
+            evaluation.sequence_length,
+            evaluation.max_windows,
+            self.options.seed + 1,  # sampled text must not be the text of the calibration
+            self.device,
+            self.dtype,
+            self.options.trust_remote_code,
+            lambda done, total: self.progress("sampling text", done, total),
+        )
+
     def _bytes_to_write(self) -> int:
         outside = sum(self.reader.tensors[n].bytes for n in self.reader.outside_layers())
         kept = self.reader.bytes - self.options.ratio * (self.reader.bytes - outside)
         return max(0, int(kept) - sum(entry["bytes"] for entry in self.writer.done.values()))
 
-    def execute(self) -> dict[str, Any]:
+    def execute(self) -> tuple[Choice, list[UnitScores]]:
+        """Both passes; every layer is written afterwards. Returns the kept units and the scores of all."""
         if self.method.sequential:
-            choice, scores = self._prune_in_sequence()
-        else:
-            scores_survey = self._survey()
-            scores = self.method.scores(scores_survey, self.reader.shapes)
-            choice = self.method.choose(scores, self.reader.shapes, self.options.ratio)
-            self._prune_by_choice(choice, scores_survey)
-        return self._finish(choice, scores)
+            return self._prune_in_sequence()
+        survey = self._survey()
+        scores = self.method.scores(survey, self.reader.shapes)
+        choice = self.method.choose(scores, self.reader.shapes, self.options.ratio)
+        self._prune_by_choice(choice, survey)
+        return choice, scores
 
     # --- survey ---
 
@@ -212,7 +171,7 @@ class _Run:
             "by_window": self.method.by_window,
             "dtype": str(self.dtype),
             "device": self.device.type,
-            "backend": self._backend(),
+            "backend": self.backend(),
             "allow_nonfinite": self.options.allow_nonfinite,
             "torch": torch.__version__,
         }
@@ -233,7 +192,7 @@ class _Run:
         assert self.windows is not None
         return LayerForward(self.reader, self.windows, self.device, self.dtype, self.options.allow_nonfinite)
 
-    def _backend(self) -> str:
+    def backend(self) -> str:
         sample = torch.empty(1, 8, dtype=self.dtype, device=self.device)
         return backends.choose("channel_moments", sample).backend
 
@@ -272,20 +231,25 @@ class _Run:
                 scores.append(own)
                 if layer < last:
                     config = self._layer_config(layer, shape, kept)
-                    forward.run(forward.build(pruned, layer, config), layer, hidden, {})
+                    forward.run(forward.build(pruned.items(), layer, config), layer, hidden, {})
         self._copy_head()
         return Choice(layers), scores
 
     def _chosen(
         self, forward: LayerForward, layer: int, hidden: Tensor, removed: dict[str, int]
     ) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
-        tensors = self.reader.read_layer(layer)
         statistics = observe_layer(
-            forward, forward.build(tensors, layer), layer, hidden, self.method.by_window, advance=False
+            forward,
+            forward.build(self.reader.stream_layer(layer), layer),
+            layer,
+            hidden,
+            self.method.by_window,
+            advance=False,
         )
         scores = self.method.unit_scores(statistics, self.reader.shapes[layer])
         kept = {module: keep_highest(scores[module], removed[module]) for module in MODULES}
-        return kept, scores, self._rewritten(layer, tensors, kept, statistics)
+        # Read again: holding the stored layer beside the one in the compute type would cost half as much more memory.
+        return kept, scores, self._rewritten(layer, self.reader.read_layer(layer), kept, statistics)
 
     def _restored(self, layer: int) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
         """What a killed run already wrote of a layer; its output is computed again, which gives the same bits."""
@@ -334,101 +298,3 @@ class _Run:
         last = self.reader.layers + 1
         if last not in self.writer.done:
             self.writer.write(last, self.reader.read(self.reader.outside_layers()[1:]))
-
-    # --- finish ---
-
-    def _finish(self, choice: Choice, scores: list[UnitScores]) -> dict[str, Any]:
-        partial = self.writer.partial
-        shapes = kept_shapes(self.reader.shapes, choice)
-        biased = self.method.biased
-        own = self.reader.config
-        config = pruned_config(
-            self.reader.family,
-            own,
-            shapes,
-            biased or getattr(own, "o_proj_bias", False),
-            biased or getattr(own, "down_proj_bias", False),
-        )
-        config.save_pretrained(partial)
-        for pattern in _COPIED:
-            for file in self.reader.folder.glob(pattern):
-                shutil.copyfile(file, partial / file.name)
-        self.writer.write_index()
-        plan = self._plan(choice, scores, shapes)
-        if self.options.evaluation is not None:
-            plan["evaluation"] = self._evaluate(self.options.evaluation, partial)
-        plan["seconds"] = round(perf_counter() - self.start, 3)
-        write_plan(plan, partial)
-        write_report(plan, partial / "report.html")
-        self.writer.finish()
-        return plan
-
-    def _plan(self, choice: Choice, scores: list[UnitScores], shapes: list[LayerShape]) -> dict[str, Any]:
-        o = self.options
-        parameters = parameter_counts(self.reader, shapes)
-        passes = {
-            name: meter.summary() | {"cached": name == "survey" and self.cached} for name, meter in self.meters.items()
-        }
-        return {
-            "format": FORMAT,
-            "model": o.model,
-            "model_fingerprint": self.model_fingerprint,
-            "method": self.method.name,
-            "options": self.method.options,
-            "seed": o.seed,
-            "calibration": None
-            if self.windows is None
-            else {
-                "text": o.calibration,
-                "samples": o.samples,
-                "sequence_length": o.sequence_length,
-                "fingerprint": self.text_fingerprint,
-            },
-            "ratio": ratio_summary(o.ratio, parameters, self.reader.shapes),
-            "parameters": {name: list(counts) for name, counts in parameters.items()},
-            "bytes": [self.reader.bytes, self.writer.tensor_bytes],
-            "dense": dense_summary(self.reader.shapes),
-            "layers": [layer_entry(k, s) for k, s in zip(choice.layers, scores, strict=True)],
-            "threshold": choice.threshold,
-            "passes": passes,
-            "peak_memory_bytes": max(meter.peak_memory_bytes for meter in self.meters.values()),
-            "versions": versions(),
-            "device": self._device_name(),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "backends": {"channel_moments": self._backend()} if self.windows is not None else {},
-        }
-
-    def _device_name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"cpu, {torch.get_num_threads()} threads"
-
-    def _evaluate(self, evaluation: Evaluation, pruned: Path) -> dict[str, Any]:
-        o, dense = self.options, self.reader.folder
-        windows = evaluation_windows(
-            evaluation.text,
-            dense,
-            self.reader.config.vocab_size,
-            evaluation.sequence_length,
-            evaluation.max_windows,
-            # Sampled text must not be the text of the calibration.
-            o.seed + 1,
-            self.device,
-            self.dtype,
-            o.trust_remote_code,
-            lambda done, total: self.progress("sampling text", done, total),
-        )
-        result = evaluate(
-            pruned,
-            windows,
-            reference_folder=dense,
-            device=self.device,
-            dtype=self.dtype,
-            progress=lambda done, total: self.progress("evaluate", done, total),
-        )
-        same = {name: result[name] for name in ("windows", "sequence_length")}
-        return {
-            "text": evaluation.text,
-            "dense": {"perplexity": result["reference_perplexity"], **same},
-            "pruned": result,
-        }

@@ -54,7 +54,7 @@ def survey_model(forward: LayerForward, by_window: bool, meter: Meter, progress:
             survey.append(
                 observe_layer(
                     forward,
-                    forward.build(reader.read_layer(layer), layer),
+                    forward.build(reader.stream_layer(layer), layer),
                     layer,
                     hidden,
                     by_window,

@@ -161,3 +161,42 @@ def test_commands(refused: Callable[..., str], model: Path, text: Path, tmp_path
     assert "no such folder" in refused("evaluate", tmp_path / "nowhere", "--text", text)
     assert "the text has" in refused("evaluate", model, "--text", text, "--sequence-length", 5000)
     assert "outside (0, 1)" in refused("plan", model, "--ratio", 2)
+
+
+def test_evaluation_text_is_checked_before_the_first_layer(
+    refused: Callable[..., str], model: Path, tmp_path: Path
+) -> None:
+    line = refused(
+        *("prune", model, tmp_path / "out", "--method", "magnitude", "--ratio", 0.3),
+        *("--evaluate", tmp_path / "missing.txt"),
+    )
+    assert "missing.txt" in line
+
+
+def test_a_refused_resume_keeps_what_was_done(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyprune.checkpoint import CheckpointWriter
+
+    command = ("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *SMALL)
+    write = CheckpointWriter.write
+
+    def killed(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
+        if shard == 2:
+            raise KeyboardInterrupt
+        write(self, shard, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", killed)
+        assert run(capsys, *command).status == 1
+    before = sorted(tmp_path.rglob("*"))
+    assert (tmp_path / "out.partial" / "journal.jsonl").exists()
+    with monkeypatch.context() as patch:
+        patch.setenv("PYPRUNE_BACKEND", "reference")
+        outcome = run(capsys, *command, "--resume")
+        assert outcome.status == 2
+        assert "cannot resume with other settings: backend (was 'cpu', now 'reference')" in outcome.err
+    other = run(capsys, *command, "--resume", "--ratio", 0.4)
+    assert "ratio (was 0.3, now 0.4)" in other.err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(capsys, *command, "--resume").status == 0

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu"))
+SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
 KERNEL_FILES = sorted((CSRC / "cuda").glob("*.cu"))
 
 COMPILE_SECONDS = 120  # about 3 s alone on one core: room for a loaded machine, none for a PyTorch header
 REGISTER_FILE = 65536  # 32-bit registers of one multiprocessor, sm_80 and sm_90
-# Threads that must fit on a multiprocessor for the kernel to keep enough bytes in flight.
+# Threads that must fit on a multiprocessor: of chunk_moments all that read at once, of merge_chunks one block.
 RESIDENT_THREADS = {"chunk_moments": 512, "merge_chunks": 1024}
 
 

@@ -42,7 +42,7 @@ def test_layer_by_layer_equals_the_whole_model(checkpoint: Path) -> None:
         torch.testing.assert_close(hidden, expected[layer], rtol=1e-5, atol=1e-5)
         # The oracle is not sdpa alone: eager attention with transformers' own mask is causal as well.
         torch.testing.assert_close(hidden, eager_states[layer], rtol=1e-3, atol=1e-4)
-        block = forward.build(reader.read_layer(layer), layer)
+        block = forward.build(reader.stream_layer(layer), layer)
         forward.run(block, layer, hidden, {m: seen[m].append for m in MODULES})
     torch.testing.assert_close(hidden, expected[reader.layers - 1], rtol=1e-5, atol=1e-5)
     for module, width in ((ATTENTION, reader.shapes[0].group_width * reader.shapes[0].kv_groups), (FFN, 160)):
@@ -142,5 +142,5 @@ def test_a_pruned_checkpoint_can_be_pruned_again(tiny_checkpoint: Callable[..., 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "once", dtype=FLOAT32)
     with torch.no_grad():
         expected = model(windows(), output_hidden_states=True).hidden_states
-    forward.run(forward.build(again.read_layer(0), 0), 0, hidden, {})
+    forward.run(forward.build(again.stream_layer(0), 0), 0, hidden, {})
     torch.testing.assert_close(hidden, expected[1], rtol=1e-5, atol=1e-5)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pyprune.errors import InputError
-from pyprune.pipeline import PruneOptions, prune
+from pyprune.options import PruneOptions
+from pyprune.pipeline import prune
 
 LAYERS = 12
 # A clean process that has the libraries loaded forks the runs: each starts at once, none inherits a thread.

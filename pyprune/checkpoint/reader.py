@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,12 @@ class CheckpointReader:
         prefix = self.layer_prefix(layer)
         names = [prefix + name for name in self.family.layer_state_shapes(self.config, layer)]
         return {name.removeprefix(prefix): tensor for name, tensor in self.read(names).items()}
+
+    def stream_layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """As `read_layer`, one tensor at a time: whoever converts and drops each holds one stored tensor at most."""
+        for name in self.family.layer_state_shapes(self.config, layer):
+            full = self.layer_prefix(layer) + name
+            yield name, self.read([full])[full]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of token ids [...] -> [..., hidden_size], stored type; touches only the rows that occur."""

@@ -7,6 +7,7 @@ The statistic behind FLAP's fluctuation, and behind every centred statistic. The
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -181,9 +182,14 @@ def launch_cpu(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
     core.channel_moments_cpu(*core_arguments(rows, count, mean, m2), threads=torch.get_num_threads())
 
 
+@cache
+def multiprocessors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def launch_cuda(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
     core = backends.required_core()
-    multiprocessors = torch.cuda.get_device_properties(rows.device).multi_processor_count
+    multiprocessors = multiprocessors_of(rows.device)
     dtype = backends.dtype_name(rows.dtype)
     size = core.channel_moments_cuda_workspace(dtype, *rows.shape, multiprocessors)
     with torch.cuda.device(rows.device):

@@ -70,7 +70,7 @@ template <typename T>
 void add_ragged_tile(const T* x, int rows, int64_t row_stride, int columns, const Weights& weights, float* mean,
                      float* m2) {
   for (int c = 0; c < columns; c += VECTOR_WIDTH) {
-    Vector tile[TILE_ROWS];
+    Vector tile[TILE_ROWS] = {};
     const int lanes = columns - c < VECTOR_WIDTH ? columns - c : VECTOR_WIDTH;
     for (int r = 0; r < rows; ++r) tile[r] = load_first(x + r * row_stride + c, lanes);
     merge_tile(tile, rows, weights, mean + c, m2 + c);

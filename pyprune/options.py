@@ -1,0 +1,43 @@
+"""What a pruning is told, whoever calls it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[str, int, int], None]  # what is under way, units done, units in all
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress of a caller that shows none."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity before and after, for the report: a text (or `self`) in consecutive windows."""
+
+    text: str
+    sequence_length: int = 1024
+    max_windows: int | None = None
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What `pyprune prune` is told. Sizes in windows and tokens; `ratio` of the decoder linears' parameters."""
+
+    model: str
+    output: Path
+    method: str
+    ratio: float
+    method_options: dict[str, Any] = field(default_factory=dict)
+    calibration: str | None = None
+    samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    cache: Path | None = None
+    resume: bool = False
+    allow_nonfinite: bool = False
+    trust_remote_code: bool = False
+    evaluation: Evaluation | None = None
