@@ -34,7 +34,9 @@ void require_positive(const char* name, int64_t value) {
 
 void require_address(const char* name, uintptr_t address, int64_t alignment) {
   if (address == 0) refuse(std::string(name) + " is null");
-  if (address % alignment != 0) refuse(std::string(name) + " is not aligned to " + std::to_string(alignment) + " bytes");
+  if (address % alignment != 0) {
+    refuse(std::string(name) + " is not aligned to " + std::to_string(alignment) + " bytes");
+  }
 }
 
 // Memory that no allocation reaches: larger sizes are mistakes, and their products would overflow.

@@ -1,7 +1,8 @@
 """Fixtures that several test files share."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from make_checkpoint import make_checkpoint  # noqa: E402
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With PYPRUNE_REQUIRE_SHARED=1 a test that needs the shared models and texts may not be skipped."""
+    report = yield
+    if report.skipped and item.get_closest_marker("shared") and os.environ.get("PYPRUNE_REQUIRE_SHARED") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, but PYPRUNE_REQUIRE_SHARED=1: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")

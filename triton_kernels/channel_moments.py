@@ -62,8 +62,8 @@ CONFIGURATIONS: dict[tuple[int, int], Configuration] = {
 SMALLEST_CHUNK_TILES = 8
 
 # Stage 2: chunks × channels that one program reads at a time. 128 covers the 99 chunks of a 4096-wide bf16 input
-# (132 multiprocessors) in one step; 32 channels are one 128-byte line, and 128 programs at 4096 channels. 80 registers, no
-# spills with 8 warps (128 with 4).
+# (132 multiprocessors) in one step; 32 channels are one 128-byte line, and 128 programs at 4096 channels.
+# 80 registers, no spills with 8 warps (128 with 4).
 MERGE_GROUP = 128
 MERGE_CHANNELS = 32
 MERGE_WARPS = 8
