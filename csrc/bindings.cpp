@@ -90,7 +90,7 @@ size_t moments_cuda_workspace(const std::string& dtype, int64_t rows, int64_t ch
 
 void moments_cuda(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64_t channels, int64_t row_stride,
                   int64_t count, uintptr_t mean_ptr, uintptr_t m2_ptr, uintptr_t workspace_ptr,
-                  int64_t workspace_bytes, int multiprocessors, uintptr_t stream, int candidate) {
+                  int64_t workspace_bytes, int multiprocessors, uintptr_t stream) {
   const Rows x = checked_rows(x_ptr, dtype, rows, channels, row_stride);
   const MomentsState state = checked_state(count, mean_ptr, m2_ptr, x);
   require_int32("channels", channels);
@@ -102,7 +102,7 @@ void moments_cuda(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64
   if (needed > 0) require_address("workspace_ptr", workspace_ptr, 16);
   py::gil_scoped_release released;
   channel_moments_cuda(x, state, reinterpret_cast<void*>(workspace_ptr), multiprocessors,
-                       reinterpret_cast<CUstream_st*>(stream), candidate);
+                       reinterpret_cast<CUstream_st*>(stream));
 }
 
 #endif
@@ -138,6 +138,6 @@ PYBIND11_MODULE(_core, m) {
         "As channel_moments_cpu, asynchronously on a stream of the current device.", py::arg("x_ptr"),
         py::arg("dtype"), py::arg("rows"), py::arg("channels"), py::arg("row_stride"), py::arg("count"),
         py::arg("mean_ptr"), py::arg("m2_ptr"), py::arg("workspace_ptr"), py::arg("workspace_bytes"),
-        py::arg("multiprocessors"), py::arg("stream"), py::arg("candidate") = 0);
+        py::arg("multiprocessors"), py::arg("stream"));
 #endif
 }

@@ -15,7 +15,7 @@ KERNEL_FILES = sorted((CSRC / "cuda").glob("*.cu"))
 COMPILE_SECONDS = 120  # about 3 s alone on one core: room for a loaded machine, none for a PyTorch header
 REGISTER_FILE = 65536  # 32-bit registers of one multiprocessor, sm_80 and sm_90
 # Threads that must fit on a multiprocessor: of chunk_moments all that read at once, of merge_chunks one block.
-RESIDENT_THREADS = {"chunk_moments": 512, "merge_chunks": 1024}
+RESIDENT_THREADS = {"chunk_moments": 384, "merge_chunks": 1024}
 
 
 def includes(source: Path) -> list[str]:

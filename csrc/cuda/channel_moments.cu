@@ -17,39 +17,21 @@ namespace {
 // Below 64 rows there is one chunk, hence one launch.
 constexpr int64_t MIN_CHUNK_ROWS = 4 * TILE_ROWS;
 
-// BLOCKS blocks of WARPS warps share a multiprocessor, and each warp reads through a ring of STAGES tiles, all
-// but one of them in flight. EVICT_FIRST: lines of x leave L2 before any others.
-template <int CANDIDATE>
-struct Geometry;
-
-// 128 KiB in flight on a multiprocessor. H200, bf16, us of a whole update with L2 full of dirty lines:
+// BLOCKS blocks of WARPS warps share a multiprocessor, and each warp reads through a ring of STAGES tiles: 144 KiB
+// in flight. H200, bf16, us of a whole update with L2 full of clean lines (benchmarks/moments.py has the run of today):
 //                        65536 x 4096   262144 x 4096   65536 x 11008   32768 x 28672
-//   this                        138.1           488.3           339.4           442.3
-//   TMA into the ring           137.9           491.0           340.1           445.6
-//   into registers, 3 blocks    143.4           510.4           356.0           457.4
-//   copy of as many bytes       130.3           507.5           343.0           441.7
-template <>
-struct Geometry<0> {
-  static constexpr int WARPS = 8;
-  static constexpr int BLOCKS = 2;
-  static constexpr int STAGES = 3;
-  static constexpr bool EVICT_FIRST = false;
-};
-
-// 144 KiB in flight and a quarter fewer chunks: what is fastest in Triton (H200).
-template <>
-struct Geometry<1> {
-  static constexpr int WARPS = 4;
-  static constexpr int BLOCKS = 3;
-  static constexpr int STAGES = 4;
-  static constexpr bool EVICT_FIRST = true;
-};
+//   this                        131.1           493.4           335.9           433.9
+//   8 warps, 2 blocks, 3        131.9           490.4           337.0           441.7
+//   half a copy                 126.7           501.4           337.4           437.1
+constexpr int WARPS = 4;
+constexpr int BLOCKS = 3;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A warp owns a strip of columns over a chunk of rows. No two warps share anything, so any sizes spread evenly
 // over one wave of resident warps.
-int row_chunks(DType dtype, int64_t rows, int64_t channels, int64_t resident_warps) {
+int row_chunks(DType dtype, int64_t rows, int64_t channels, int multiprocessors) {
+  const int64_t resident_warps = int64_t{multiprocessors} * BLOCKS * WARPS;
   const int64_t strips = ceil_div(channels, WARP * VECTOR_BYTES / element_size(dtype));
   return static_cast<int>(std::max<int64_t>(1, std::min(resident_warps / strips, rows / MIN_CHUNK_ROWS)));
 }
@@ -137,14 +119,14 @@ struct LaneMoments {
 
 // With one chunk, its moments go straight into the state; with more, into [chunks, channels] planes of
 // means and M2s that merge_chunks reads.
-template <typename Reader, typename G>
-__global__ void __launch_bounds__(G::WARPS* WARP, G::BLOCKS)
+template <typename Reader>
+__global__ void __launch_bounds__(WARPS* WARP, BLOCKS)
     chunk_moments(const typename Reader::Element* __restrict__ x, int channels, int64_t row_stride, int strips,
                   Chunks chunks, float* __restrict__ partial, State state) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  const int warp = blockIdx.x * G::WARPS + threadIdx.x / WARP;
+  const int warp = blockIdx.x * WARPS + threadIdx.x / WARP;
   const int chunk = warp / strips;
   const int column = Reader::first_column(warp % strips, threadIdx.x % WARP);
   const int columns_left = channels - column;
@@ -246,10 +228,10 @@ bool rows_allow_16_byte_loads(const Rows& x) {
 }
 
 // Above 48 KiB a kernel's shared memory has to be asked for.
-template <typename G, typename... Elements>
+template <typename... Elements>
 void allow_rings() {
-  (check(cudaFuncSetAttribute(chunk_moments<RingReader<Elements, G>, G>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              RingReader<Elements, G>::SHARED_BYTES)),
+  (check(cudaFuncSetAttribute(chunk_moments<RingReader<Elements>>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              RingReader<Elements>::WARP_SHARED_BYTES * WARPS)),
    ...);
 }
 
@@ -263,31 +245,30 @@ bool prepare_current_device() {
   check(cudaGetDevice(&device));
   const std::lock_guard lock(mutex);
   if (const auto known = prepared.find(device); known != prepared.end()) return known->second;
-  allow_rings<Geometry<0>, float, BFloat16, __half>();
-  allow_rings<Geometry<1>, float, BFloat16, __half>();
+  allow_rings<float, BFloat16, __half>();
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, merge_chunks));
   return prepared[device] = code.ptxVersion >= 90;
 }
 
-template <typename Reader, typename G>
+template <typename Reader>
 void launch_chunk_moments(const Rows& x, const Chunks& chunks, float* partial, const State& state,
                           cudaStream_t stream) {
   const int channels = static_cast<int>(x.channels);
   const int strips = static_cast<int>(ceil_div(channels, WARP * Reader::COLUMNS));
-  const int blocks = static_cast<int>(ceil_div(int64_t{strips} * chunks.count, G::WARPS));
-  chunk_moments<Reader, G><<<blocks, G::WARPS * WARP, Reader::SHARED_BYTES, stream>>>(
+  const int blocks = static_cast<int>(ceil_div(int64_t{strips} * chunks.count, WARPS));
+  chunk_moments<Reader><<<blocks, WARPS * WARP, Reader::WARP_SHARED_BYTES * WARPS, stream>>>(
       static_cast<const typename Reader::Element*>(x.x), channels, x.row_stride, strips, chunks, partial, state);
   check(cudaGetLastError());
 }
 
-template <typename T, typename G>
+template <typename T>
 void launch_chunk_moments_of(const Rows& x, const Chunks& chunks, float* partial, const State& state,
                              cudaStream_t stream) {
   if (rows_allow_16_byte_loads(x)) {
-    launch_chunk_moments<RingReader<T, G>, G>(x, chunks, partial, state, stream);
+    launch_chunk_moments<RingReader<T>>(x, chunks, partial, state, stream);
   } else {
-    launch_chunk_moments<ElementReader<T>, G>(x, chunks, partial, state, stream);
+    launch_chunk_moments<ElementReader<T>>(x, chunks, partial, state, stream);
   }
 }
 
@@ -306,34 +287,28 @@ void launch_merge_chunks(int channels, const Chunks& chunks, const float* partia
   check(cudaLaunchKernelEx(&config, merge_chunks, partial, channels, chunks, state));
 }
 
-template <typename G>
-void update(const Rows& x, const MomentsState& moments, float* partial, int multiprocessors, cudaStream_t stream) {
-  const bool early_merge = prepare_current_device();
-  const int count = row_chunks(x.dtype, x.rows, x.channels, int64_t{multiprocessors} * G::BLOCKS * G::WARPS);
-  const Chunks chunks = {count, static_cast<int>(x.rows % count), x.rows / count};
-  const State state = {moments.mean, moments.m2, merge_weights(moments.count, x.rows)};
-  switch (x.dtype) {
-    case DType::float32: launch_chunk_moments_of<float, G>(x, chunks, partial, state, stream); break;
-    case DType::bfloat16: launch_chunk_moments_of<BFloat16, G>(x, chunks, partial, state, stream); break;
-    case DType::float16: launch_chunk_moments_of<__half, G>(x, chunks, partial, state, stream); break;
-  }
-  if (count > 1) launch_merge_chunks(static_cast<int>(x.channels), chunks, partial, state, early_merge, stream);
-}
-
 }  // namespace
 
 size_t channel_moments_cuda_workspace(DType dtype, int64_t rows, int64_t channels, int multiprocessors) {
   if (rows == 0 || channels == 0) return 0;
-  using G = Geometry<0>;
-  const int64_t chunks = row_chunks(dtype, rows, channels, int64_t{multiprocessors} * G::BLOCKS * G::WARPS);
+  const int64_t chunks = row_chunks(dtype, rows, channels, multiprocessors);
   return chunks == 1 ? 0 : 2 * sizeof(float) * chunks * channels;
 }
 
 void channel_moments_cuda(const Rows& x, const MomentsState& moments, void* workspace, int multiprocessors,
-                          CUstream_st* stream, int candidate) {
+                          CUstream_st* stream) {
   if (x.rows == 0 || x.channels == 0) return;
-  const auto update_of = candidate == 0 ? update<Geometry<0>> : update<Geometry<1>>;
-  update_of(x, moments, static_cast<float*>(workspace), multiprocessors, stream);
+  const bool early_merge = prepare_current_device();
+  const int count = row_chunks(x.dtype, x.rows, x.channels, multiprocessors);
+  const Chunks chunks = {count, static_cast<int>(x.rows % count), x.rows / count};
+  const State state = {moments.mean, moments.m2, merge_weights(moments.count, x.rows)};
+  const auto partial = static_cast<float*>(workspace);
+  switch (x.dtype) {
+    case DType::float32: launch_chunk_moments_of<float>(x, chunks, partial, state, stream); break;
+    case DType::bfloat16: launch_chunk_moments_of<BFloat16>(x, chunks, partial, state, stream); break;
+    case DType::float16: launch_chunk_moments_of<__half>(x, chunks, partial, state, stream); break;
+  }
+  if (count > 1) launch_merge_chunks(static_cast<int>(x.channels), chunks, partial, state, early_merge, stream);
 }
 
 }  // namespace pyprune

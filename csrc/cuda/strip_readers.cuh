@@ -25,31 +25,32 @@ inline __device__ float to_float(__half x) { return __half2float(x); }
 
 // Reads a strip whose rows all start on 16 bytes, a lane's columns side by side, through a ring in shared
 // memory. A lane reads only what it copied itself: its own copies are all that it waits for.
-template <typename T, typename G>
+template <typename T>
 struct RingReader {
   using Element = T;
   using Row = uint4;
   static constexpr int COLUMNS = VECTOR_BYTES / sizeof(T);
   static constexpr int STEP = 1;  // between a lane's columns
-  static constexpr int SHARED_BYTES = G::WARPS * G::STAGES * TILE_VECTORS * VECTOR_BYTES;
+  static constexpr int STAGES = 4;  // tiles in the ring, all but one of them in flight
+  static constexpr int WARP_SHARED_BYTES = STAGES * TILE_VECTORS * VECTOR_BYTES;
 
   const T* x;  // the row to copy next
   int64_t row_stride;
   int tiles_left;
   uint4* ring;
   int stage = 0;
-  uint64_t policy = 0;
+  uint64_t policy;  // lines of x leave L2 before any others
 
   static __device__ int first_column(int strip, int lane) { return (strip * WARP + lane) * COLUMNS; }
 
   __device__ RingReader(const T* x, int64_t row_stride, int tiles, int skip, int /*columns_left*/)
       : x(x), row_stride(row_stride), tiles_left(tiles) {
     extern __shared__ uint4 shared[];
-    ring = shared + threadIdx.x / WARP * G::STAGES * TILE_VECTORS + threadIdx.x % WARP;
-    if constexpr (G::EVICT_FIRST) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    ring = shared + threadIdx.x / WARP * STAGES * TILE_VECTORS + threadIdx.x % WARP;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     copy(0, skip);
 #pragma unroll
-    for (int s = 1; s < G::STAGES - 1; ++s) copy(s, 0);
+    for (int s = 1; s < STAGES - 1; ++s) copy(s, 0);
   }
 
   // Starts to copy the next tile. Past the last one the group is empty, so that groups count tiles.
@@ -60,12 +61,8 @@ struct RingReader {
         const void* from = x + r * row_stride;
         const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(ring + stage * TILE_VECTORS + r * WARP));
         if (r < skip) continue;
-        if constexpr (G::EVICT_FIRST) {
-          asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
-                       : "memory");
-        } else {
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-        }
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
+                     : "memory");
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -74,11 +71,11 @@ struct RingReader {
 
   // The next tile; its first `skip` rows are zero.
   __device__ void next(Row (&tile)[TILE_ROWS], int skip) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(G::STAGES - 2) : "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
 #pragma unroll
     for (int r = 0; r < TILE_ROWS; ++r) tile[r] = r >= skip ? ring[stage * TILE_VECTORS + r * WARP] : Row{};
-    copy(stage == 0 ? G::STAGES - 1 : stage - 1, 0);
-    stage = stage == G::STAGES - 1 ? 0 : stage + 1;
+    copy(stage == 0 ? STAGES - 1 : stage - 1, 0);
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
   }
 
   static __device__ float value(const Row& row, int j) {
@@ -102,7 +99,7 @@ struct ElementReader {
   using Element = T;
   static constexpr int COLUMNS = VECTOR_BYTES / sizeof(T);
   static constexpr int STEP = WARP;
-  static constexpr int SHARED_BYTES = 0;
+  static constexpr int WARP_SHARED_BYTES = 0;
   struct Row {
     T x[COLUMNS];
   };

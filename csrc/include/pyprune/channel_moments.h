@@ -38,6 +38,6 @@ size_t channel_moments_cuda_workspace(DType dtype, int64_t rows, int64_t channel
 
 // Asynchronous on `stream` of the current device. Throws std::runtime_error with CUDA's text.
 void channel_moments_cuda(const Rows& x, const MomentsState& state, void* workspace, int multiprocessors,
-                          CUstream_st* stream, int candidate = 0);
+                          CUstream_st* stream);
 
 }  // namespace pyprune
