@@ -1,5 +1,6 @@
 """The machine that a figure was measured on."""
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -13,7 +14,9 @@ def describe_machine(device: torch.device) -> dict[str, str | int | None]:
     """Processor, GPU and driver, versions of what the figure depends on, commit and date."""
     facts: dict[str, str | int | None] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        # Where the sources were copied without their repository, whoever copied them can say which commit they are.
+        "commit": os.environ.get("PYPRUNE_COMMIT")
+        or output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "cpu": processor_name(),
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),

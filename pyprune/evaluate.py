@@ -38,8 +38,8 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch_size: int | 
     """exp of the mean over windows of each window's mean cross-entropy.
 
     `windows` is int64 [windows, sequence_length]; token 0 predicts token 1 and so on, so a window has
-    sequence_length − 1 predictions. Log-softmax in float32, means in float64. `batch_size` is the number of
-    windows in a forward pass (None: 8192 tokens on a GPU, 1024 on a CPU). InputError: token ids outside the vocabulary, or a
+    sequence_length − 1 predictions. Log-softmax in float32, means in float64. `batch_size`: windows in
+    a forward pass (None: 8192 tokens on a GPU, 1024 on a CPU). InputError: token ids outside the vocabulary, or a
     perplexity that is not finite.
     """
     predictions = windows.shape[1] - 1
