@@ -31,6 +31,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flap, no bias": ("flap", {"compensation": "none"}),
 }
 
+# What of the machine goes with every row: a run may be finished elsewhere.
+MACHINE = ("cpu", "cpu_threads", "gpu", "torch", "commit")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,6 +113,7 @@ def main() -> None:
                         "ratio_met": met,
                         "seed": seed,
                         "perplexity": value,
+                        "machine": {k: v for k, v in describe_machine(device).items() if k in MACHINE},
                     }
                 )
                 print(
@@ -124,7 +128,6 @@ def main() -> None:
                         f"{Path(arguments.text).name}",
                         "dtype": "float32",
                     },
-                    "machine": describe_machine(device),
                     "rows": rows,
                 }
                 arguments.output.write_text(json.dumps(document, indent=1) + "\n")
