@@ -146,7 +146,7 @@ def test_options(
 def test_unknown_backend(
     refused: Callable[..., str], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *SMALL)
+    command = ("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *SMALL, "--device", "cpu")
     monkeypatch.setenv("PYPRUNE_BACKEND", "rocm")
     assert "PYPRUNE_BACKEND=rocm is not a backend; choose cuda, triton, cpu, reference" in refused(*command)
     monkeypatch.setenv("PYPRUNE_BACKEND", "triton")
@@ -178,7 +178,7 @@ def test_a_refused_resume_keeps_what_was_done(
 ) -> None:
     from pyprune.checkpoint import CheckpointWriter
 
-    command = ("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *SMALL)
+    command = ("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *SMALL, "--device", "cpu")
     write = CheckpointWriter.write
 
     def killed(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
