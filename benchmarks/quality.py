@@ -65,7 +65,7 @@ def main() -> None:
             windows = evaluation_windows(
                 arguments.text,
                 model,
-                reader.config.vocab_size,
+                reader.config,
                 arguments.window_length,
                 arguments.windows,
                 0,

@@ -65,6 +65,11 @@ def uniform_counts(
             groups = min(groups + math.ceil(missing / shape.group_cost), shape.kv_groups - 1)
             channels = round(budget - groups * shape.group_cost)
         if not 0 <= channels < shape.intermediate_channels:
+            if attention_ratio is None:
+                raise InputError(
+                    f"ratio {ratio:g} is impossible with the same share in every layer: one of "
+                    f"{shape.kv_groups} KV groups and {shape.intermediate_channels} FFN channels is too small for it"
+                )
             raise InputError(
                 f"attention ratio {own:g} with ratio {ratio:g} would remove {channels} of "
                 f"{shape.intermediate_channels} FFN channels; bring the two closer together"

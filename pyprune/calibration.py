@@ -53,15 +53,15 @@ def _jsonl_text(line: str, place: str) -> str:
     return text
 
 
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, bos_token_id: int | None = None) -> torch.Tensor:
-    """Token ids of the whole text, int64 [tokens]: one BOS first where there is a BOS, and no EOS.
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Token ids of the whole text, int64 [tokens]: one BOS first where the tokenizer has a BOS, and no EOS.
 
-    `bos_token_id` is for a tokenizer that names no BOS (the model's configuration may). The text is
-    tokenized once, so no window starts with a token that only a cut produced.
+    A BOS that only the model's configuration names is left out: Qwen's names one that it was not trained with.
+    The text is tokenized once, so no window starts with a token that only a cut produced.
     """
     # verbose=False: no warning about the tokenizer's maximum length, since windows are cut afterwards.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else bos_token_id
+    bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos]:  # the text may spell the BOS out
         ids = [bos, *ids]
     return torch.tensor(ids, dtype=torch.int64)

@@ -23,7 +23,9 @@ def _device_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--trust-remote-code", is_flag=True, help="Run a tokenizer's own Python code."),
         click.option("--dtype", default="auto", help="Compute type: auto, float32, bfloat16, float16."),
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
-        click.option("--seed", default=0, help="Seed of the windows and of sampled text."),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**63 - 2), default=0, help="Seed of windows and of sampled text."
+        ),
     ):
         command = option(command)
     return command
@@ -41,8 +43,8 @@ def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--mode", help=f"flap: {' or '.join(MODES)}.  [default: exact]"),
         click.option("--structure", help=f"flap: {', '.join(STRUCTURES)}.  [default: AL-AM]"),
         click.option("--metric", help=f"flap: {', '.join(METRICS)}.  [default: WIFV]"),
-        click.option("--sequence-length", default=2048, help="Tokens in a calibration window."),
-        click.option("--samples", default=128, help="Calibration windows."),
+        click.option("--sequence-length", type=click.IntRange(2), default=2048, help="Tokens in a calibration window."),
+        click.option("--samples", type=click.IntRange(1), default=128, help="Calibration windows."),
         click.option(
             "--calibration",
             metavar="TEXT",
@@ -80,8 +82,8 @@ def cli() -> None:
 @click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
 @click.option("--allow-nonfinite", is_flag=True, help="Count NaN and Inf activations as zero.")
 @click.option("--evaluate", "text", metavar="TEXT", help="Perplexity before and after on a text, or `self`.")
-@click.option("--evaluation-length", default=1024, help="Tokens in an evaluation window.")
-@click.option("--max-windows", type=int, help="Evaluation windows at most.")
+@click.option("--evaluation-length", type=click.IntRange(2), default=1024, help="Tokens in an evaluation window.")
+@click.option("--max-windows", type=click.IntRange(1), help="Evaluation windows at most.")
 @_device_options
 def prune(model: str, output: Path, **options: Any) -> None:
     """Prune MODEL into the new folder OUTPUT, which holds a checkpoint, plan.json and report.html.
@@ -114,8 +116,8 @@ def prune(model: str, output: Path, **options: Any) -> None:
 @cli.command(context_settings=SETTINGS)
 @click.argument("model")
 @click.option("--text", required=True, metavar="TEXT", help="A .txt, a .jsonl, or `self` (sampled).")
-@click.option("--sequence-length", default=2048, help="Tokens in a window.")
-@click.option("--max-windows", type=int, help="Windows at most.  [default: all; 64 for `self`]")
+@click.option("--sequence-length", type=click.IntRange(2), default=2048, help="Tokens in a window.")
+@click.option("--max-windows", type=click.IntRange(1), help="Windows at most.  [default: all; 64 for `self`]")
 @click.option("--reference", metavar="DENSE", help="Also KL divergence and top-1 agreement with this model.")
 @_device_options
 def evaluate(model: str, **options: Any) -> None:
@@ -132,6 +134,8 @@ def evaluate(model: str, **options: Any) -> None:
     console = Console(options["as_json"])
     folder = checkpoint_folder(model)
     reference = checkpoint_folder(options["reference"]) if options["reference"] else None
+    if reference is not None:
+        CheckpointReader(reference)  # says what is wrong with it in our words
     device = select_device(options["device"])
     reader = CheckpointReader(folder)
     dtype = select_dtype(options["dtype"], reader.dtype, device)
@@ -139,7 +143,7 @@ def evaluate(model: str, **options: Any) -> None:
         windows = evaluation_windows(
             options["text"],
             reference or folder,
-            reader.config.vocab_size,
+            reader.config,
             options["sequence_length"],
             options["max_windows"],
             options["seed"] + 1,  # sampled text must not be what a pruning with this seed was calibrated on
@@ -212,6 +216,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{error.format_message()} (see {command} --help)")
     except click.ClickException as error:
         _fail(error.format_message())
+    except OSError as error:
+        click.echo(f"pyprune: {error.filename or 'operating system'}: {error.strerror or error}", err=True)
+        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         click.echo("pyprune: interrupted; --resume goes on where a pruning stopped", err=True)
         sys.exit(1)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from .methods import Method
 from .ops.backends import BackendRow
-
-Advance = Callable[[str, int, int], None]
+from .options import Progress as Advance
 
 
 class Console:
@@ -29,7 +30,8 @@ class Console:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.out = RichConsole(soft_wrap=False)
+        # Into a file or a pipe lines are as long as they are.
+        self.out = RichConsole(width=None if sys.stdout.isatty() else 400)
         self.err = RichConsole(stderr=True)
 
     @contextmanager
@@ -58,7 +60,8 @@ class Console:
     def _rows(self, rows: list[tuple[str, str]]) -> None:
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, value in rows:
-            table.add_row(name, value)
+            # Text: a path may hold what looks like markup; folded, never cut.
+            table.add_row(name, Text(value, overflow="fold"))
         self.out.print(table)
 
     def pruned(self, plan: dict[str, Any], output: Path) -> None:
@@ -74,6 +77,7 @@ class Console:
                 "bytes": plan["bytes"],
                 "seconds": plan["seconds"],
                 "peak_memory_bytes": plan["peak_memory_bytes"],
+                "nonfinite": plan["nonfinite"],
                 "survey_cached": plan["passes"].get("survey", {}).get("cached", False),
             }
             self._json(summary | ({"evaluation": plan["evaluation"]} if "evaluation" in plan else {}))
@@ -87,6 +91,8 @@ class Console:
             ("peak memory", f"{plan['peak_memory_bytes'] / 1e6:,.0f} MB"),
             ("report", str(output / "report.html")),
         ]
+        for driver, count in plan["nonfinite"].items():
+            rows.append(("counted as zero", f"{count} NaN or Inf activations in {driver}"))
         if "note" in ratio:
             rows.insert(2, ("", ratio["note"]))
         if "evaluation" in plan:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .allocation import check_ratio, total_cost, uniform_counts
+from .allocation import check_ratio, total_cost
 from .architectures import ATTENTION, FFN, LayerShape
 from .checkpoint import CheckpointReader
 from .device import resident_peak
@@ -33,7 +33,7 @@ def estimate(
     check_ratio(reader.shapes, ratio)
     before = sum(s.parameters for s in reader.shapes)
     removed = ratio * total_cost(reader.shapes) * 3 * reader.shapes[0].hidden_size
-    layers = _uniform_layers(reader.shapes, ratio) if _uniform(method) else None
+    layers = _uniform_layers(reader.shapes, method, ratio) if _uniform(method) else None
     passes = []
     rate = matmul_rate(device, dtype) if method.needs_text else 0.0
     flops = sum(forward_flops(s, samples, sequence_length) for s in reader.shapes)
@@ -61,13 +61,13 @@ def _uniform(method: Method) -> bool:
     return not method.options.get("structure", "UL").startswith("AL")
 
 
-def _uniform_layers(shapes: list[LayerShape], ratio: float) -> list[dict[str, int]]:
+def _uniform_layers(shapes: list[LayerShape], method: Method, ratio: float) -> list[dict[str, int]]:
     return [
         {
             "kv_groups": s.kv_groups - c[ATTENTION],
             "intermediate_channels": s.intermediate_channels - c[FFN],
         }
-        for s, c in zip(shapes, uniform_counts(shapes, ratio), strict=True)
+        for s, c in zip(shapes, method.counts(shapes, ratio), strict=True)
     ]
 
 

@@ -1,15 +1,20 @@
 """The last step of a run: configuration, tokenizer, index, evaluation, plan and report; then the rename."""
 
 import shutil
+from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .allocation import Choice, UnitScores
 from .architectures import LayerShape
+from .checkpoint import CheckpointWriter
+from .device import Meter
+from .errors import InputError
 from .evaluate import evaluate
+from .job import Job
 from .modeling import pruned_config
 from .plan import (
     FORMAT,
@@ -21,9 +26,6 @@ from .plan import (
     versions,
     write_plan,
 )
-
-if TYPE_CHECKING:
-    from .pipeline import Run
 
 # What else of a checkpoint folder goes along.
 _COPIED = (
@@ -41,67 +43,73 @@ _COPIED = (
 )
 
 
-def finish(run: "Run", choice: Choice, scores: list[UnitScores]) -> dict[str, Any]:
-    """Complete the partial folder of a run whose shards are all written, and make it the output."""
-    partial = run.writer.partial
-    shapes = kept_shapes(run.reader.shapes, choice)
-    biased = run.method.biased
-    own = run.reader.config
-    config = pruned_config(
-        run.reader.family,
-        own,
-        shapes,
-        biased or getattr(own, "o_proj_bias", False),
-        biased or getattr(own, "down_proj_bias", False),
-    )
-    config.save_pretrained(partial)
+def finish(
+    job: Job,
+    writer: CheckpointWriter,
+    meters: dict[str, Meter],
+    cached: bool,
+    nonfinite: dict[str, int],
+    choice: Choice,
+    scores: list[UnitScores],
+) -> dict[str, Any]:
+    """Complete the partial folder, whose shards are all written, and make it the output. Returns the plan."""
+    partial = writer.partial
+    shapes = kept_shapes(job.reader.shapes, choice)
+    pruned_config(job.reader.family, job.reader.config, shapes, **job.biases).save_pretrained(partial)
     for pattern in _COPIED:
-        for file in run.reader.folder.glob(pattern):
-            shutil.copyfile(file, partial / file.name)
-    run.writer.write_index()
-    plan = _plan(run, choice, scores, shapes)
-    if run.evaluation_windows is not None:
-        plan["evaluation"] = _evaluate(run, run.evaluation_windows)
-    plan["seconds"] = round(perf_counter() - run.start, 3)
+        for file in job.reader.folder.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, partial / file.name)
+    writer.write_index()
+    plan = _plan(job, choice, scores, shapes) | {
+        "bytes": [job.reader.bytes, writer.tensor_bytes],
+        "passes": {name: meter.summary() | {"cached": name == "survey" and cached} for name, meter in meters.items()},
+        "peak_memory_bytes": max(meter.peak_memory_bytes for meter in meters.values()),
+        "nonfinite": nonfinite,
+    }
+    if job.evaluation_windows is not None:
+        try:
+            plan["evaluation"] = _evaluate(job, partial, job.evaluation_windows)
+        except InputError as error:
+            raise InputError(
+                f"{error}; the pruned model is complete all the same: repeat with --resume and without --evaluate"
+            ) from error
+    plan["seconds"] = round(perf_counter() - job.start, 3)
     write_plan(plan, partial)
     from .report import write_report  # here: matplotlib would take 25 MB all through the passes
 
     write_report(plan, partial / "report.html")
-    run.writer.finish()
+    writer.finish()
     return plan
 
 
-def _plan(run: "Run", choice: Choice, scores: list[UnitScores], shapes: list[LayerShape]) -> dict[str, Any]:
-    o = run.options
-    parameters = parameter_counts(run.reader, shapes)
-    passes = {name: meter.summary() | {"cached": name == "survey" and run.cached} for name, meter in run.meters.items()}
+def _plan(job: Job, choice: Choice, scores: list[UnitScores], shapes: list[LayerShape]) -> dict[str, Any]:
+    o = job.options
+    parameters = parameter_counts(job.reader, shapes)
     return {
         "format": FORMAT,
+        "identity": job.identity,
         "model": o.model,
-        "model_fingerprint": run.model_fingerprint,
-        "method": run.method.name,
-        "options": run.method.options,
+        "method": job.method.name,
+        "options": job.method.options,
         "seed": o.seed,
         "calibration": None
-        if run.windows is None
+        if job.windows is None
         else {
             "text": o.calibration,
             "samples": o.samples,
             "sequence_length": o.sequence_length,
-            "fingerprint": run.text_fingerprint,
+            "fingerprint": job.text_fingerprint,
         },
-        "ratio": ratio_summary(o.ratio, parameters, run.reader.shapes),
+        "ratio": ratio_summary(o.ratio, parameters, job.reader.shapes),
         "parameters": {name: list(counts) for name, counts in parameters.items()},
-        "bytes": [run.reader.bytes, run.writer.tensor_bytes],
-        "dense": dense_summary(run.reader.shapes),
+        "dense": dense_summary(job.reader.shapes),
         "layers": [layer_entry(k, s) for k, s in zip(choice.layers, scores, strict=True)],
         "threshold": choice.threshold,
-        "passes": passes,
-        "peak_memory_bytes": max(meter.peak_memory_bytes for meter in run.meters.values()),
         "versions": versions(),
-        "device": _device_name(run.device),
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "backends": {"channel_moments": run.backend()} if run.windows is not None else {},
+        "device": _device_name(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "backends": {} if job.backend is None else {"channel_moments": job.backend},
     }
 
 
@@ -111,20 +119,20 @@ def _device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def _evaluate(run: "Run", windows: Tensor) -> dict[str, Any]:
+def _evaluate(job: Job, pruned: Path, windows: Tensor) -> dict[str, Any]:
     """Perplexity of the dense and of the pruned model, read back from what was written."""
-    assert run.options.evaluation is not None
+    assert job.options.evaluation is not None
     result = evaluate(
-        run.writer.partial,
+        pruned,
         windows,
-        reference_folder=run.reader.folder,
-        device=run.device,
-        dtype=run.dtype,
-        progress=lambda done, total: run.progress("evaluate", done, total),
+        reference_folder=job.reader.folder,
+        device=job.device,
+        dtype=job.dtype,
+        progress=lambda done, total: job.progress("evaluate", done, total),
     )
     same = {name: result[name] for name in ("windows", "sequence_length")}
     return {
-        "text": run.options.evaluation.text,
+        "text": job.options.evaluation.text,
         "dense": {"perplexity": result["reference_perplexity"], **same},
         "pruned": result,
     }

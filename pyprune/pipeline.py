@@ -2,34 +2,26 @@
 
 import copy
 import errno
-from time import perf_counter
+import json
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from . import calibration
-from .allocation import Choice, Kept, UnitScores, check_ratio, keep_highest
+from .allocation import Choice, Kept, UnitScores, keep_highest
 from .architectures import ATTENTION, FFN, MODULES, LayerShape
-from .checkpoint import CheckpointReader, CheckpointWriter, check_free, check_space, checkpoint_folder
-from .device import Meter, select_device, select_dtype
+from .checkpoint import JOURNAL, CheckpointWriter, check_free, check_space, differences
+from .device import Meter
 from .errors import InputError
 from .finish import finish
-from .forward import LayerForward
-from .methods import LayerStatistics, Method, make_method
-from .ops import backends
-from .options import Evaluation, Progress, PruneOptions, silent
-from .plan import (
-    FILE,
-    FORMAT,
-    kept_from_entry,
-    layer_entry,
-    read_plan,
-)
+from .forward import LayerForward, layer_name
+from .job import Job
+from .methods import LayerStatistics
+from .options import Progress, PruneOptions, silent
+from .plan import FILE, kept_from_entry, layer_entry, read_plan
 from .rewrite import compensation_bias, rewrite_layer
-from .survey import load_survey, observe_layer, save_survey, survey_key, survey_model, survey_weights
-from .windows import SELF, calibration_windows, evaluation_windows
+from .survey import load_survey, observe_layer, save_survey, survey_model, survey_weights
 
 
 def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
@@ -38,189 +30,120 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
     Raises InputError for anything wrong with the arguments or the input; then nothing is left behind. A run
     that was killed, or that ran out of disk space, leaves `<output>.partial`, which `resume` finishes.
     """
-    if options.resume and (options.output / FILE).is_file():
-        return _finished(options)
-    check_free(options.output)
-    run = Run(options, progress)
-    fresh = not run.writer.done
-    run.writer.begin()
+    finished = options.resume and (options.output / FILE).is_file()
+    if not finished:
+        check_free(options.output)  # before the windows, which may cost a whole model's sampling
+    job = Job(options, progress)
+    if finished:
+        return _finished(job)
+    # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
+    writer = CheckpointWriter(options.output, job.reader.layers + 2, job.identity, options.resume)
+    check_space(writer.output, _bytes_to_write(job, writer))
+    fresh = not writer.done
+    passes = Passes(job, writer)
     try:
+        writer.begin()
         try:
-            choice, scores = run.execute()
+            choice, scores = passes.execute()
         except InputError:
             if fresh:  # this model cannot be pruned so: nothing to resume
-                run.writer.discard()
+                writer.discard()
             raise
-        return finish(run, choice, scores)
+        return finish(job, writer, passes.meters, passes.cached, passes.nonfinite, choice, scores)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise InputError(
-            f"{run.writer.partial}: no space left on the device; free some and repeat with --resume"
+            f"{writer.partial}: no space left on the device; free some and repeat with --resume"
         ) from error
 
 
-def _finished(options: PruneOptions) -> dict[str, Any]:
-    """The plan of an output that is already there, if it is what these options ask for."""
-    plan = read_plan(options.output)
-    method = make_method(options.method, options.method_options)
-    text = plan["calibration"] or {}
-    done = (plan["method"], plan["options"], plan["ratio"]["asked"], plan["seed"])
-    asked = (method.name, method.options, options.ratio, options.seed)
-    texts = (options.calibration, options.samples, options.sequence_length)
-    if done != asked or (text and (text["text"], text["samples"], text["sequence_length"]) != texts):
-        raise InputError(f"{options.output}: finished already, with other settings; name another output")
+def _finished(job: Job) -> dict[str, Any]:
+    """The plan of an output that is already there, if it is what the job would make."""
+    output = job.options.output
+    try:
+        plan = read_plan(output)
+        changed = differences(plan["identity"], json.loads(json.dumps(job.identity)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{output / FILE}: not a plan of pyprune ({error!r}); name another output") from error
+    if changed:
+        raise InputError(f"{output}: finished already, with other settings: {changed}; name another output")
+    if job.options.evaluation is not None and "evaluation" not in plan:
+        raise InputError(f"{output}: finished already, without an evaluation; use `pyprune evaluate` on it")
+    (output / JOURNAL).unlink(missing_ok=True)
     return plan
 
 
-class Run:
-    """One pruning from arguments to finished folder."""
+def _bytes_to_write(job: Job, writer: CheckpointWriter) -> int:
+    outside = sum(job.reader.tensors[n].bytes for n in job.reader.outside_layers())
+    kept = job.reader.bytes - job.options.ratio * (job.reader.bytes - outside)
+    return max(0, int(kept) - sum(entry["bytes"] for entry in writer.done.values()))
 
-    def __init__(self, options: PruneOptions, progress: Progress) -> None:
-        self.start = perf_counter()
-        self.options, self.progress = options, progress
-        self.method: Method = make_method(options.method, options.method_options)
-        self.device = select_device(options.device)
-        self.reader = CheckpointReader(checkpoint_folder(options.model))
-        self.dtype = select_dtype(options.dtype, self.reader.dtype, self.device)
-        check_ratio(self.reader.shapes, options.ratio)
-        self.windows = self._windows() if self.method.needs_text else None
-        # Before the first layer: a text that cannot be read must not cost the whole run.
-        self.evaluation_windows = None if options.evaluation is None else self._evaluation_windows(options.evaluation)
+
+class Passes:
+    """The survey and the prune pass of one job, which write every shard."""
+
+    def __init__(self, job: Job, writer: CheckpointWriter) -> None:
+        self.job, self.writer = job, writer
+        self.reader, self.method, self.device = job.reader, job.method, job.device
         self.meters: dict[str, Meter] = {}
         self.cached = False
-        self.model_fingerprint = self.reader.fingerprint()
-        self.text_fingerprint = None if self.windows is None else calibration.fingerprint(self.windows)
-        identity = {
-            "format": FORMAT,
-            "model": self.model_fingerprint,
-            "method": self.method.name,
-            "options": self.method.options,
-            "ratio": options.ratio,
-            "calibration": self.text_fingerprint,
-            "dtype": str(self.dtype),
-            "device": self.device.type,
-            "backend": self.backend() if self.method.needs_text else None,
-            "allow_nonfinite": options.allow_nonfinite,
-        }
-        # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
-        self.writer = CheckpointWriter(options.output, self.reader.layers + 2, identity, options.resume)
-        check_space(options.output, self._bytes_to_write())
-
-    def _windows(self) -> Tensor:
-        o = self.options
-        if o.calibration is None:
-            raise InputError(
-                f"method {self.method.name} looks at activations: give --calibration FILE (.txt or .jsonl), "
-                f"or --calibration {SELF} for text sampled from the model itself"
-            )
-        limit = self.reader.config.max_position_embeddings
-        if o.sequence_length > limit:
-            raise InputError(f"sequence length {o.sequence_length} exceeds the model's max_position_embeddings {limit}")
-        return calibration_windows(
-            o.calibration,
-            self.reader.folder,
-            self.reader.config.vocab_size,
-            o.samples,
-            o.sequence_length,
-            o.seed,
-            self.device,
-            self.dtype,
-            o.trust_remote_code,
-            lambda done, total: self.progress("sampling text", done, total),
-        )
-
-    def _evaluation_windows(self, evaluation: Evaluation) -> Tensor:
-        return evaluation_windows(
-            evaluation.text,
-            self.reader.folder,
-            self.reader.config.vocab_size,
-            evaluation.sequence_length,
-            evaluation.max_windows,
-            self.options.seed + 1,  # sampled text must not be the text of the calibration
-            self.device,
-            self.dtype,
-            self.options.trust_remote_code,
-            lambda done, total: self.progress("sampling text", done, total),
-        )
-
-    def _bytes_to_write(self) -> int:
-        outside = sum(self.reader.tensors[n].bytes for n in self.reader.outside_layers())
-        kept = self.reader.bytes - self.options.ratio * (self.reader.bytes - outside)
-        return max(0, int(kept) - sum(entry["bytes"] for entry in self.writer.done.values()))
+        self.nonfinite: dict[str, int] = {}  # driver, as in messages -> NaN and Inf counted as zero
 
     def execute(self) -> tuple[Choice, list[UnitScores]]:
-        """Both passes; every layer is written afterwards. Returns the kept units and the scores of all."""
+        """Both passes. Returns the kept units and the scores of all."""
         if self.method.sequential:
             return self._prune_in_sequence()
         survey = self._survey()
+        for layer, statistics in enumerate(survey):
+            self._count_nonfinite(layer, statistics)
         scores = self.method.scores(survey, self.reader.shapes)
-        choice = self.method.choose(scores, self.reader.shapes, self.options.ratio)
-        self._prune_by_choice(choice, survey)
+        choice = self.method.choose(scores, self.reader.shapes, self.job.options.ratio)
+        self._prune_by_choice(choice, scores, survey)
         return choice, scores
 
-    # --- survey ---
+    def _count_nonfinite(self, layer: int, statistics: LayerStatistics) -> None:
+        for module in MODULES:
+            if statistics[module].nonfinite:
+                self.nonfinite[layer_name(self.reader.family, layer, module)] = statistics[module].nonfinite
 
     def _survey(self) -> list[LayerStatistics]:
         meter = self.meters["survey"] = Meter(self.device)
-        if self.windows is None:
-            return survey_weights(self.reader, self.device, meter, self.progress)
-        identity = {
-            "model": self.model_fingerprint,
-            "calibration": self.text_fingerprint,
-            "by_window": self.method.by_window,
-            "dtype": str(self.dtype),
-            "device": self.device.type,
-            "backend": self.backend(),
-            "allow_nonfinite": self.options.allow_nonfinite,
-            "torch": torch.__version__,
-        }
-        cache = self.options.cache or self.options.output.absolute().parent / ".pyprune-cache"
-        path = cache / f"survey-{survey_key(identity)}.safetensors"
+        if self.job.windows is None:
+            return survey_weights(self.reader, self.device, meter, self.job.progress)
+        path, identity = self.job.survey_file()
         if path.is_file():
             self.cached = True
-            try:
-                return load_survey(path, self.reader.layers)
-            except (SafetensorError, KeyError, ValueError) as error:
-                raise InputError(f"{path}: a damaged survey ({error}); delete it") from error
-        forward = self._forward()
-        survey = survey_model(forward, self.method.by_window, meter, self.progress)
+            return load_survey(path, self.reader.layers)
+        survey = survey_model(self.job.forward(), self.method.by_window, meter, self.job.progress)
         save_survey(path, survey, identity)
         return survey
 
-    def _forward(self) -> LayerForward:
-        assert self.windows is not None
-        return LayerForward(self.reader, self.windows, self.device, self.dtype, self.options.allow_nonfinite)
-
-    def backend(self) -> str:
-        sample = torch.empty(1, 8, dtype=self.dtype, device=self.device)
-        return backends.choose("channel_moments", sample).backend
-
-    # --- prune ---
-
-    def _prune_by_choice(self, choice: Choice, survey: list[LayerStatistics]) -> None:
+    def _prune_by_choice(self, choice: Choice, scores: list[UnitScores], survey: list[LayerStatistics]) -> None:
         """Slice every layer as chosen beforehand; no forward."""
         meter = self.meters["prune"] = Meter(self.device)
         self._copy_embeddings()
         for layer, kept in enumerate(choice.layers):
-            self.progress("prune", layer, self.reader.layers)
-            if layer + 1 not in self.writer.done:
+            self.job.progress("prune", layer, self.reader.layers)
+            record = layer_entry(kept, scores[layer])
+            # A shard of a killed run counts only if it keeps the same units as this choice.
+            if self.writer.record(layer + 1) != record:
                 with meter.layer():
                     tensors = self.reader.read_layer(layer)
-                    self._write_layer(layer, self._rewritten(layer, tensors, kept, survey[layer]), None)
+                    self._write_layer(layer, self._rewritten(tensors, layer, kept, survey[layer]), record)
         self._copy_head()
 
     def _prune_in_sequence(self) -> tuple[Choice, list[UnitScores]]:
         """Score, slice and propagate layer by layer: each sees the output of the pruned layers before it."""
         meter = self.meters["prune"] = Meter(self.device)
         self._copy_embeddings()
-        counts = self.method.counts(self.reader.shapes, self.options.ratio)
-        forward, last = self._forward(), self.reader.layers - 1
+        counts = self.method.counts(self.reader.shapes, self.job.options.ratio)
+        forward, last = self.job.forward(), self.reader.layers - 1
         hidden = forward.embed()
         layers: list[Kept] = []
         scores: list[UnitScores] = []
         for layer, shape in enumerate(self.reader.shapes):
-            self.progress("prune", layer, self.reader.layers)
+            self.job.progress("prune", layer, self.reader.layers)
             with meter.layer():
                 if layer + 1 in self.writer.done:
                     kept, own, pruned = self._restored(layer)
@@ -246,14 +169,15 @@ class Run:
             self.method.by_window,
             advance=False,
         )
+        self._count_nonfinite(layer, statistics)
         scores = self.method.unit_scores(statistics, self.reader.shapes[layer])
         kept = {module: keep_highest(scores[module], removed[module]) for module in MODULES}
         # Read again: holding the stored layer beside the one in the compute type would cost half as much more memory.
-        return kept, scores, self._rewritten(layer, self.reader.read_layer(layer), kept, statistics)
+        return kept, scores, self._rewritten(self.reader.read_layer(layer), layer, kept, statistics)
 
     def _restored(self, layer: int) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
         """What a killed run already wrote of a layer; its output is computed again, which gives the same bits."""
-        record = self.writer.done[layer + 1]["record"]
+        record = self.writer.record(layer + 1)
         prefix = self.reader.layer_prefix(layer)
         with safe_open(self.writer.file(layer + 1), framework="pt") as f:
             tensors = {name.removeprefix(prefix): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
@@ -264,7 +188,7 @@ class Run:
         return kept_from_entry(record), scores, tensors
 
     def _rewritten(
-        self, layer: int, tensors: dict[str, Tensor], kept: Kept, statistics: LayerStatistics
+        self, tensors: dict[str, Tensor], layer: int, kept: Kept, statistics: LayerStatistics
     ) -> dict[str, Tensor]:
         shape, family = self.reader.shapes[layer], self.reader.family
         bias = {}
@@ -279,10 +203,13 @@ class Run:
     def _layer_config(self, layer: int, shape: LayerShape, kept: Kept) -> Any:
         """The dense configuration with one layer's pruned sizes, to build just that layer."""
         config = copy.copy(self.reader.config.per_layer_config[layer])
-        config.num_attention_heads = len(kept[ATTENTION]) * shape.heads_per_group
-        config.num_key_value_heads = len(kept[ATTENTION])
-        config.intermediate_size = len(kept[FFN])
-        config.o_proj_bias = config.down_proj_bias = self.method.biased
+        sizes = {
+            "num_attention_heads": len(kept[ATTENTION]) * shape.heads_per_group,
+            "num_key_value_heads": len(kept[ATTENTION]),
+            "intermediate_size": len(kept[FFN]),
+        }
+        for name, value in (sizes | self.job.biases).items():
+            setattr(config, name, value)
         return config
 
     def _write_layer(self, layer: int, tensors: dict[str, Tensor], record: Any) -> None:
@@ -294,7 +221,7 @@ class Run:
             self.writer.write(0, self.reader.read([self.reader.family.embeddings]))
 
     def _copy_head(self) -> None:
-        self.progress("prune", self.reader.layers, self.reader.layers)
+        self.job.progress("prune", self.reader.layers, self.reader.layers)
         last = self.reader.layers + 1
         if last not in self.writer.done:
             self.writer.write(last, self.reader.read(self.reader.outside_layers()[1:]))

@@ -8,8 +8,7 @@ from typing import Any
 
 from . import report_plots as plots
 from .errors import InputError
-
-PLAN_FORMAT = "pyprune-plan-1"
+from .plan import FORMAT
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -42,8 +41,8 @@ def write_report(plan: dict[str, Any], path: str | Path) -> None:
 
     InputError: `plan` is not of the format that this version reads.
     """
-    if plan.get("format") != PLAN_FORMAT:
-        raise InputError(f"the plan's format is {plan.get('format')!r}: this version reads {PLAN_FORMAT!r}")
+    if plan.get("format") != FORMAT:
+        raise InputError(f"the plan's format is {plan.get('format')!r}: this version reads {FORMAT!r}")
     sections = [
         _section("Result", _result_table(plan)),
         _section("What each layer keeps", _kept_plots(plan)),
@@ -232,19 +231,14 @@ def _settings_table(plan: dict[str, Any]) -> str:
 
 def _layer_table(plan: dict[str, Any]) -> str:
     dense = plan["dense"]
-    with_dead = any("dead_channels" in layer for layer in plan["layers"])
     head = [
         "layer",
         f"{_attention_unit(plan)}s kept of {dense['kv_groups']}",
         f"FFN channels kept of {dense['intermediate_channels']}",
-        *(["dead FFN channels"] if with_dead else []),
     ]
     rows = []
     for number, layer in enumerate(plan["layers"]):
-        row = [str(number), _count(len(layer["kv_groups"])), _count(len(layer["intermediate_channels"]))]
-        if with_dead:
-            row.append(_count(layer.get("dead_channels", 0)))
-        rows.append(row)
+        rows.append([str(number), _count(len(layer["kv_groups"])), _count(len(layer["intermediate_channels"]))])
     return _table(rows, "figures", head)
 
 

@@ -14,13 +14,16 @@ def rewrite_layer(
 
     `bias` holds, by module, what is added to the driver's bias ([hidden_size] float32); a bias made here stays
     float32 in the checkpoint whatever the weights are, since rounding it would cost quality and saves nothing.
+    Everything is a copy: nothing keeps the file mapped that `tensors` are views of.
     """
-    pruned = dict(tensors)
+    pruned: dict[str, Tensor] = {}
     for module in MODULES:
         for name, (dimension, index) in family.unit_rows(shape, module, kept[module]).items():
             for suffix in (".weight", ".bias"):
                 if name + suffix in tensors and (suffix == ".weight" or dimension == 0):
                     pruned[name + suffix] = tensors[name + suffix].index_select(dimension, index)
+    pruned |= {name: tensor.clone() for name, tensor in tensors.items() if name not in pruned}
+    for module in MODULES:
         if module in bias:
             name = family.driver(module) + ".bias"
             own = tensors[name].float() if name in tensors else torch.zeros(shape.hidden_size)

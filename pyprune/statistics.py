@@ -14,7 +14,8 @@ class DriverStatistics:
     """Statistics of one driver W (out x in) and its input X (tokens x in). All tensors are [in], on the CPU.
 
     `weight_squares` = Σ_o W_oj² and `weight_mean` = mean_o |W_oj|, float32. Without a text `count` is 0 and the
-    moments are None. `reference_fluctuation` is FLAP's as its authors' code computes it (float64), where asked for.
+    moments are None. `nonfinite` entries of the input were NaN or Inf and counted as zero. `reference_fluctuation`
+    is FLAP's as its authors' code computes it (float64), where asked for.
     """
 
     weight_squares: Tensor
@@ -24,6 +25,7 @@ class DriverStatistics:
     mean: Tensor | None = None
     m2: Tensor | None = None
     reference_fluctuation: Tensor | None = None
+    nonfinite: int = 0
 
     def fluctuation(self) -> Tensor:
         """Unbiased variance of each channel, v = M2 / (T - 1), float64 [in] (FLAP, arXiv 2312.11983, eq. 4)."""
@@ -80,7 +82,7 @@ class DriverObserver:
         self.reference = ReferenceFluctuation(channels, weight.device) if by_window else None
         self.windows = 0
         self.nonfinite = 0
-        self.weight_squares, self.weight_mean = column_norms(weight)
+        self.weight_squares, self.weight_mean = column_norms(weight, where)
 
     def observe(self, x: Tensor) -> None:
         """x: [windows, tokens, channels], the driver's input."""
@@ -114,11 +116,18 @@ class DriverObserver:
             mean=mean,
             m2=m2,
             reference_fluctuation=None if self.reference is None else self.reference.value().cpu(),
+            nonfinite=self.nonfinite,
         )
 
 
-def column_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ_o W_oj², mean_o |W_oj|) of W [out, in], float32 [in] on the CPU, without a temporary of W's size."""
+def column_norms(weight: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """(Σ_o W_oj², mean_o |W_oj|) of W [out, in], float32 [in] on the CPU, without a temporary of W's size.
+
+    InputError, naming `where`, if a column holds NaN or Inf.
+    """
     squares = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) ** 2
     absolute = torch.linalg.vector_norm(weight, ord=1, dim=0, dtype=torch.float32) / weight.shape[0]
+    bad = int((~torch.isfinite(squares)).sum())
+    if bad:
+        raise InputError(f"{where}: NaN or Inf weights in {bad} of {len(squares)} columns; check the checkpoint")
     return squares.cpu(), absolute.cpu()

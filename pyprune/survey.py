@@ -1,24 +1,23 @@
 """The first pass: a forward of the dense model, layer by layer, and the statistics of every driver; cached."""
 
-import hashlib
 import json
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 
 from .architectures import MODULES
-from .checkpoint import CheckpointReader
+from .checkpoint import CheckpointReader, save_tensors
 from .device import Meter
+from .errors import InputError
 from .forward import LayerForward, layer_name
 from .methods import LayerStatistics
+from .options import Progress
 from .statistics import DriverObserver, DriverStatistics, column_norms
 
-Progress = Callable[[str, int, int], None]  # pass, layers done, layers in all
-FORMAT = "pyprune-survey-1"
+FORMAT = "pyprune-survey-1"  # part of a survey's name: a change of the formulas makes old ones unfindable
 
 
 def observe_layer(
@@ -75,29 +74,34 @@ def survey_weights(
         with meter.layer():
             names = {m: f"{reader.layer_prefix(layer)}{reader.family.driver(m)}.weight" for m in MODULES}
             weights = reader.read(list(names.values()))
-            survey.append({m: DriverStatistics(*column_norms(weights[name].to(device))) for m, name in names.items()})
+            survey.append(
+                {
+                    m: DriverStatistics(*column_norms(weights[name].to(device), layer_name(reader.family, layer, m)))
+                    for m, name in names.items()
+                }
+            )
     progress("survey", reader.layers, reader.layers)
     return survey
 
 
-def survey_key(identity: dict[str, Any]) -> str:
-    """Name of a survey: a digest of everything that its numbers depend on."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def load_survey(path: Path, layers: int) -> list[LayerStatistics]:
-    with safe_open(path, framework="pt") as f:
-        counts = json.loads(f.metadata()["counts"])
-        stored = set(f.keys())
-        survey: list[LayerStatistics] = [{} for _ in range(layers)]
-        for layer in range(layers):
-            for module in MODULES:
-                prefix = f"{layer}.{module}."
-                tensors = {
-                    name: f.get_tensor(prefix + name) for name in DriverStatistics.TENSORS if prefix + name in stored
-                }
-                count, windows = counts[f"{layer}.{module}"]
-                survey[layer][module] = DriverStatistics(count=count, windows=windows, **tensors)
+    """What `save_survey` wrote; InputError if the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            counts = json.loads(f.metadata()["counts"])
+            stored = set(f.keys())
+            survey: list[LayerStatistics] = [{} for _ in range(layers)]
+            for layer in range(layers):
+                for module in MODULES:
+                    prefix = f"{layer}.{module}."
+                    names = [name for name in DriverStatistics.TENSORS if prefix + name in stored]
+                    tensors = {name: f.get_tensor(prefix + name) for name in names}
+                    count, windows, nonfinite = counts[f"{layer}.{module}"]
+                    survey[layer][module] = DriverStatistics(
+                        count=count, windows=windows, nonfinite=nonfinite, **tensors
+                    )
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: a damaged survey ({error}); delete it") from error
     return survey
 
 
@@ -107,10 +111,9 @@ def save_survey(path: Path, survey: list[LayerStatistics], identity: dict[str, A
     counts: dict[str, list[int]] = {}
     for layer, modules in enumerate(survey):
         for module, statistics in modules.items():
-            counts[f"{layer}.{module}"] = [statistics.count, statistics.windows]
+            counts[f"{layer}.{module}"] = [statistics.count, statistics.windows, statistics.nonfinite]
             tensors |= {f"{layer}.{module}.{name}": t for name, t in statistics.tensors().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    metadata = {"format": FORMAT, "identity": json.dumps(identity), "counts": json.dumps(counts)}
-    save_file(tensors, temporary, metadata=metadata)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may compute the same survey at once
+    save_tensors(tensors, temporary, {"identity": json.dumps(identity), "counts": json.dumps(counts)})
     temporary.replace(path)

@@ -1,13 +1,17 @@
 """From what the user names as a text (.txt, .jsonl, `self`) to the token windows of a model."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import calibration
+from .checkpoint import save_tensors
 from .errors import InputError
 
 SELF = "self"
@@ -24,18 +28,18 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise InputError(f"{folder}: no tokenizer can be loaded from there ({reason})") from error
 
 
-def text_tokens(source: str, folder: Path, vocab_size: int, trust_remote_code: bool = False) -> Tensor:
+def text_tokens(source: str, folder: Path, config: Any, trust_remote_code: bool = False) -> Tensor:
     """Token ids of a whole text by the tokenizer of the checkpoint folder, int64 [tokens]."""
     text = calibration.read_text(source)
     tokens = calibration.tokenize(text, load_tokenizer(folder, trust_remote_code))
-    calibration.check_vocabulary(tokens, vocab_size)
+    calibration.check_vocabulary(tokens, config.vocab_size)
     return tokens
 
 
 def calibration_windows(
     source: str,
     folder: Path,
-    vocab_size: int,
+    config: Any,
     samples: int,
     sequence_length: int,
     seed: int,
@@ -45,16 +49,17 @@ def calibration_windows(
     progress: Tokens | None = None,
 ) -> Tensor:
     """Windows to calibrate on, int64 [samples, sequence_length]: spread over a text, or sampled."""
+    check_length(sequence_length, config)
     if source == SELF:
         return calibration.sample_from_model(folder, samples, sequence_length, seed, device, dtype, progress)
-    tokens = text_tokens(source, folder, vocab_size, trust_remote_code)
+    tokens = text_tokens(source, folder, config, trust_remote_code)
     return calibration.spread_windows(tokens, samples, sequence_length, seed)
 
 
 def evaluation_windows(
     source: str,
     folder: Path,
-    vocab_size: int,
+    config: Any,
     sequence_length: int,
     max_windows: int | None,
     seed: int,
@@ -67,7 +72,29 @@ def evaluation_windows(
 
     `self` samples from the model in `folder`; 64 windows unless told otherwise.
     """
+    check_length(sequence_length, config)
     if source == SELF:
-        return calibration.sample_from_model(folder, max_windows or 64, sequence_length, seed, device, dtype, progress)
-    tokens = text_tokens(source, folder, vocab_size, trust_remote_code)
+        samples = 64 if max_windows is None else max_windows
+        return calibration.sample_from_model(folder, samples, sequence_length, seed, device, dtype, progress)
+    tokens = text_tokens(source, folder, config, trust_remote_code)
     return calibration.consecutive_windows(tokens, sequence_length, max_windows)
+
+
+def check_length(sequence_length: int, config: Any) -> None:
+    limit = config.max_position_embeddings
+    if sequence_length > limit:
+        raise InputError(f"sequence length {sequence_length} exceeds the model's max_position_embeddings {limit}")
+
+
+def save_windows(path: Path, windows: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_tensors({"windows": windows}, temporary, {})
+    temporary.replace(path)
+
+
+def load_windows(path: Path) -> Tensor:
+    try:
+        return load_file(path)["windows"]
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"{path}: damaged sampled text ({error}); delete it") from error

@@ -85,7 +85,7 @@ def test_text(refused: Callable[..., str], model: Path, text: Path, tmp_path: Pa
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "one"}\n{"no": 1}\n')
     assert "bad.jsonl, line 2" in line(bad)
-    assert "samples" in line(text, "--samples", 0) or "windows" in line(text, "--samples", 0)
+    assert "0 is not in the range x>=1" in line(text, "--samples", 0)
 
 
 def test_no_tokenizer(refused: Callable[..., str], tiny_checkpoint: Any, text: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_no_space(refused: Callable[..., str], model: Path, tmp_path: Path, monk
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     line = refused("prune", model, tmp_path / "out", "--method", "magnitude", "--ratio", 0.3)
-    assert "GB free, the output needs" in line
+    assert "MB free, the output needs" in line
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,32 @@ def test_commands(refused: Callable[..., str], model: Path, text: Path, tmp_path
     assert "Missing option '--ratio'" in refused("prune", model, tmp_path / "out")
     assert "Missing option '--text'" in refused("evaluate", model)
     assert "no such folder" in refused("evaluate", tmp_path / "nowhere", "--text", text)
-    assert "the text has" in refused("evaluate", model, "--text", text, "--sequence-length", 5000)
+    assert "the text has" in refused("evaluate", model, "--text", text, "--sequence-length", 4000)
     assert "outside (0, 1)" in refused("plan", model, "--ratio", 2)
+    assert "-3 is not in the range" in refused("plan", model, "--ratio", 0.3, "--samples", -3)
+    assert "no such folder" in refused("evaluate", model, "--text", text, "--reference", tmp_path / "nowhere")
+    assert "0 is not in the range" in refused("evaluate", model, "--text", "self", "--max-windows", 0)
+    assert "-1 is not in the range" in refused("evaluate", model, "--text", "self", "--seed", -1)
+
+
+def test_attention_ratio_is_checked_before_the_survey(
+    refused: Callable[..., str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    line = refused(
+        *("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text),
+        *("--structure", "UL-MM", "--attention-ratio", 2),
+    )
+    assert "attention ratio 2 is outside [0, 1)" in line
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda-sp", "flap"])
+def test_nan_weights_name_the_layer(
+    refused: Callable[..., str], model: Path, text: Path, tmp_path: Path, method: str
+) -> None:
+    bad = overflowing(model, tmp_path / "bad", layer=2, matrix="down_proj")
+    given = () if method == "magnitude" else ("--calibration", text, *SMALL)
+    line = refused("prune", bad, tmp_path / "out", "--method", method, "--ratio", 0.3, *given)
+    assert "layer 2 (mlp.down_proj): NaN or Inf weights in 1 of 160 columns" in line
 
 
 def test_evaluation_text_is_checked_before_the_first_layer(

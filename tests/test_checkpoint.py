@@ -63,12 +63,12 @@ def test_fingerprint_follows_the_weights(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     assert CheckpointReader(copy).fingerprint() == first
-    name = "model.layers.1.mlp.down_proj.weight"
-    file = shard_of(copy, name)
-    tensors = load_file(file)
-    tensors[name] = tensors[name] * 1.01
-    save_file(tensors, file, metadata={"format": "pt"})
-    assert CheckpointReader(copy).fingerprint() != first
+    for name in CheckpointReader(copy).tensors:  # one tensor changed at a time, each must be seen
+        file = shard_of(copy, name)
+        original, tensors = file.read_bytes(), load_file(file)
+        save_file(tensors | {name: tensors[name] * 2}, file, metadata={"format": "pt"})
+        assert CheckpointReader(copy).fingerprint() != first, name
+        file.write_bytes(original)
 
 
 def test_missing_folder_and_config(folder: Path, tmp_path: Path) -> None:
@@ -76,18 +76,31 @@ def test_missing_folder_and_config(folder: Path, tmp_path: Path) -> None:
     refuse(tmp_path, "no config.json there")
     (folder / "config.json").write_text("{")
     refuse(folder, "config.json: not valid JSON")
+    (folder / "config.json").write_text("[]")
+    refuse(folder, "config.json: not a model's configuration")
+
+
+def test_broken_index(folder: Path) -> None:
+    for text in ("[]", "{", '{"weight_map": 3}'):
+        (folder / "model.safetensors.index.json").write_text(text)
+        refuse(folder, "not a safetensors index")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "unknown architecture 'gpt2' .*known: llama, mistral, qwen2, qwen3"),
-        ({"model_type": None}, "unknown architecture None"),
+        ({"model_type": None}, "not a model's configuration: an object with a model_type is needed"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoint cannot be pruned"),
         (
             {"hidden_size": 96},
             r"tensor model.embed_tokens.weight has shape \[\d+, 64\], but config.json calls for",
         ),
+        ({"num_hidden_layers": 0}, "transformers refuses this configuration: num_hidden_layers is 0"),
+        ({"num_key_value_heads": 0}, "transformers refuses this configuration"),
+        ({"head_dim": 0}, "transformers refuses this configuration"),
+        ({"hidden_act": "swoosh"}, "transformers refuses this configuration"),
+        ({"model_type": ["llama"]}, "not a model's configuration"),
         ({"num_hidden_layers": 4}, r"tensor model.layers.3.\S+ is missing"),
         ({"num_hidden_layers": 2}, r"tensor model.layers.2.\S+ is not part of a llama model"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
@@ -213,14 +226,29 @@ def test_resume_with_other_settings_says_which(tmp_path: Path) -> None:
         CheckpointWriter(tmp_path / "out", 2, IDENTITY | {"ratio": 0.5}, resume=True)
 
 
-def test_output_that_is_taken(tmp_path: Path) -> None:
+def test_output_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(InputError, match="exists and is not an empty folder"):
             CheckpointWriter(taken, 2, IDENTITY, resume=False)
     with pytest.raises(InputError, match="is not a folder that can be written"):
         CheckpointWriter(tmp_path / "file" / "out", 2, IDENTITY, resume=False)
-    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match="cannot be replaced; name a new folder inside it"):
+        CheckpointWriter(Path("."), 2, IDENTITY, resume=False)
+    with pytest.raises(InputError, match="too long a name"):
+        CheckpointWriter(tmp_path / ("x" * 250), 2, IDENTITY, resume=False)
+    (tmp_path / "way.partial").write_text("a file")
+    with pytest.raises(InputError, match="is in the way"):
+        CheckpointWriter(tmp_path / "way", 2, IDENTITY, resume=True)
+    (tmp_path / "torn.partial").mkdir()
+    (tmp_path / "torn.partial" / "journal.jsonl").write_text("not JSON\n")
+    with pytest.raises(InputError, match="not a journal of pyprune"):
+        CheckpointWriter(tmp_path / "torn", 2, IDENTITY, resume=True)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "empty").symlink_to(tmp_path / "target")
     w = writer(tmp_path / "empty")
     w.write(0, {"a": torch.ones(1)})
     w.write(1, {"b": torch.ones(1)})
@@ -230,7 +258,7 @@ def test_output_that_is_taken(tmp_path: Path) -> None:
 
 
 def test_no_space_is_said_before_the_start(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"GB free, the output needs 1000000000.00 GB"):
+    with pytest.raises(InputError, match=r"MB free, the output needs 1000000000000.0 MB"):
         check_space(tmp_path / "out", 10**18)
     check_space(tmp_path / "out", 1)
 

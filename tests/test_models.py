@@ -95,6 +95,7 @@ def test_pruned_model_equals_the_dense_one_with_its_units_zeroed(
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, after)
         loaded.set_attn_implementation("eager")
+        assert loaded.model.layers[1].self_attn.config._attn_implementation == "eager"
         torch.testing.assert_close(loaded(ids).logits, after, rtol=1e-3, atol=1e-4)
         loaded.set_attn_implementation("sdpa")
         cached = loaded.generate(ids[:1], max_new_tokens=8, do_sample=False, use_cache=True)
@@ -144,3 +145,22 @@ def test_a_pruned_checkpoint_can_be_pruned_again(tiny_checkpoint: Callable[..., 
         expected = model(windows(), output_hidden_states=True).hidden_states
     forward.run(forward.build(again.stream_layer(0), 0), 0, hidden, {})
     torch.testing.assert_close(hidden, expected[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_hidden_states_in_host_memory_give_the_same_bits(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = CheckpointReader(family_checkpoint("llama-gqa-tied", tiny_checkpoint, Path()))
+    states = []
+    for free in (1 << 40, 0):
+        monkeypatch.setattr("pyprune.forward.free_memory", lambda _, free=free: free)
+        forward = LayerForward(reader, windows(8, 33), torch.device("cuda", 0), torch.bfloat16)
+        forward.batch = 3
+        hidden = forward.embed()
+        assert hidden.is_cuda == bool(free)
+        assert hidden.is_pinned() != bool(free)
+        for layer in range(reader.layers):
+            forward.run(forward.build(reader.stream_layer(layer), layer), layer, hidden, {})
+        states.append(hidden.cpu())
+    assert torch.equal(*states)

@@ -11,7 +11,7 @@ import torch
 from command_line import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pyprune import modeling
+from pyprune import calibration, modeling
 from pyprune.architectures import ATTENTION, FFN, MODULES
 from pyprune.checkpoint import CheckpointReader
 from pyprune.forward import LayerForward
@@ -96,6 +96,8 @@ def test_another_ratio_runs_no_forward(
     calls: list[int] = []
     forward = LayerForward.run
     monkeypatch.setattr(LayerForward, "run", lambda *a, **k: (calls.append(1), forward(*a, **k)))
+    load = calibration.load_model
+    monkeypatch.setattr(calibration, "load_model", lambda *a, **k: (calls.append(1), load(*a, **k))[1])
     second = run(capsys, "prune", demo_model, tmp_path / "b", "--ratio", 0.5, *SMALL, "--json").json
     assert not calls
     assert (first["survey_cached"], second["survey_cached"]) == (False, True)
@@ -153,7 +155,9 @@ def test_wanda_sp_sees_the_pruned_prefix(demo_model: Path, tmp_path: Path, capsy
     plan = read_plan(output)
     from pyprune.windows import calibration_windows
 
-    ids = calibration_windows("self", demo_model, 8192, 24, 64, 0, torch.device("cpu"), torch.float32)
+    ids = calibration_windows(
+        "self", demo_model, CheckpointReader(demo_model).config, 24, 64, 0, torch.device("cpu"), torch.float32
+    )
     dense = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
     mixed = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     mixed.model.layers[2] = dense.model.layers[2]
@@ -227,5 +231,62 @@ def test_allow_nonfinite_counts_them_as_zero(
     arguments = ("--calibration", text, "--samples", 4, "--sequence-length", 16)
     outcome = run(capsys, "prune", model, tmp_path / "out", "--ratio", 0.3, *arguments, "--allow-nonfinite")
     assert outcome.status == 0, outcome.err
-    assert FFN in MODULES
-    assert len(read_plan(tmp_path / "out")["layers"]) == 3
+    # Channel 7 is Inf at every token, times a finite gate: all 64 tokens of layer 1, and nothing after it.
+    counted = read_plan(tmp_path / "out")["nonfinite"]
+    assert counted == {"layer 1 (mlp.down_proj)": 64}
+    assert "64 NaN or Inf activations in layer 1 (mlp.down_proj)" in outcome.out
+
+
+def test_what_pyprune_wrote_can_be_pruned_again(
+    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Uneven layers and biases of the first pruning survive the second, whatever the method."""
+    once = tmp_path / "once"
+    run(capsys, "prune", demo_model, once, "--ratio", 0.2, *SMALL)
+    for method in ("flap", "wanda-sp", "magnitude"):
+        twice = tmp_path / method
+        text = () if method == "magnitude" else SMALL
+        outcome = run(capsys, "prune", once, twice, "--method", method, "--ratio", 0.2, *text, "--json")
+        assert outcome.status == 0, outcome.err
+        assert outcome.json["ratio"] == pytest.approx(0.2, abs=0.01)
+        assert "model.layers.0.mlp.down_proj.bias" in CheckpointReader(twice).tensors
+        loaded = AutoModelForCausalLM.from_pretrained(twice, dtype=torch.float32)
+        assert torch.isfinite(logits(loaded, torch.arange(12)[None])).all()
+
+
+def test_a_survey_answers_only_for_what_it_was_made_of(
+    tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_model: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A plain text about nothing in particular. " * 60)
+    fixed = ("--calibration", text, "--samples", 4, "--sequence-length", 16, "--device", "cpu", "--ratio", 0.3)
+
+    def cached(name: str, *changes: object, seed: int = 0) -> bool:
+        model = tiny_checkpoint(family="llama", dtype="float32", tokenizer=demo_model, seed=seed)
+        outcome = run(capsys, "prune", model, tmp_path / name, *fixed, *changes, "--json")
+        assert outcome.status == 0, outcome.err
+        return outcome.json["survey_cached"]
+
+    assert not cached("first")
+    assert cached("same")
+    assert cached("metric", "--metric", "IFV")
+    assert not cached("mode", "--mode", "reference")
+    assert not cached("dtype", "--dtype", "bfloat16")
+    assert not cached("samples", "--samples", 5)
+    assert not cached("model", seed=1)
+    assert not cached("allowed", "--allow-nonfinite")
+    for file in (tmp_path / ".pyprune-cache").glob("survey-*"):
+        file.write_bytes(b"damaged")
+    assert "a damaged survey" in run(capsys, "prune", tiny_checkpoint(
+        family="llama", dtype="float32", tokenizer=demo_model, seed=0), tmp_path / "last", *fixed).err  # fmt: skip
+
+
+def test_plan_shows_what_prune_does(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manual = ("--structure", "UL-MM", "--attention-ratio", 0)
+    (expected,) = {
+        tuple(layer.values())
+        for layer in run(capsys, "plan", demo_model, "--ratio", 0.3, *manual, "--json").json["layers"]
+    }
+    run(capsys, "prune", demo_model, tmp_path / "out", "--ratio", 0.3, *manual, *SMALL)
+    for layer in read_plan(tmp_path / "out")["layers"]:
+        assert (len(layer["kv_groups"]), len(layer["intermediate_channels"])) == expected == (4, 416)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from pyprune.checkpoint import CheckpointReader
 from pyprune.evaluate import perplexity
 from pyprune.loading import load_model
 from pyprune.options import PruneOptions
@@ -19,7 +20,9 @@ CPU = torch.device("cpu")
 def test_order_of_the_methods(demo_model: Path, shared_dir: Path, tmp_path: Path) -> None:
     """At 50 %, where the margins on this model are 30 % and more: 12 windows of the test text suffice."""
     test_text = str(shared_dir / "data" / "wikitext2-test.txt")
-    windows = evaluation_windows(test_text, demo_model, 8192, 512, 12, 0, CPU, torch.float32)
+    windows = evaluation_windows(
+        test_text, demo_model, CheckpointReader(demo_model).config, 512, 12, 0, CPU, torch.float32
+    )
 
     def pruned(method: str, **options: Any) -> float:
         output = tmp_path / "-".join([method, *map(str, options.values())])

@@ -114,7 +114,6 @@ def test_the_page_says_what_the_plan_says(tmp_path: Path) -> None:
     ):
         assert expected in text
     assert "perplexity" not in text.lower()
-    assert "dead" not in text
 
 
 def test_what_may_be_absent_or_present(tmp_path: Path) -> None:
@@ -128,7 +127,6 @@ def test_what_may_be_absent_or_present(tmp_path: Path) -> None:
     )
     plan["ratio"]["note"] = "A layer kept its last unit."
     plan["passes"]["survey"] |= {"cached": True, "layers": []}
-    plan["layers"][3]["dead_channels"] = 7
     text = text_of(page_of(plan, tmp_path))
     for expected in (
         "120.50 perplexity, from 98.37",
@@ -140,7 +138,6 @@ def test_what_may_be_absent_or_present(tmp_path: Path) -> None:
         "survey 12.3 s 5.00 MiB statistics from the cache",
         "Calibration none: the method needs no data",
         "Attention: heads (32 channels a head)",
-        "dead FFN channels",
     ):
         assert expected in text
     assert "threshold" not in text

@@ -124,3 +124,35 @@ def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
     prune(options(model, text, tmp_path / "out", "flap", resume=True))
     assert written == list(range(5, LAYERS + 2))
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_shards_that_keep_other_units_are_written_again(
+    model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The survey of the killed run is gone and the new one differs: nothing of the old choice may remain."""
+    from pyprune.checkpoint import CheckpointReader, CheckpointWriter
+    from pyprune.survey import load_survey, save_survey
+
+    model, text = model_and_text
+    write = CheckpointWriter.write
+
+    def killed(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
+        if shard == 6:
+            raise KeyboardInterrupt
+        write(self, shard, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(options(model, text, tmp_path / "out", "flap"))
+    (file,) = (tmp_path / "cache").glob("survey-*")
+    survey = load_survey(file, LAYERS)
+    for statistics in survey[1].values():
+        assert statistics.m2 is not None
+        statistics.m2 = statistics.m2.flip(0).contiguous()
+    save_survey(file, survey, {})
+    plan = prune(options(model, text, tmp_path / "out", "flap", resume=True))
+    shapes = CheckpointReader(tmp_path / "out").shapes
+    for shape, layer in zip(shapes, plan["layers"], strict=True):
+        assert shape.kv_groups == len(layer["kv_groups"])
+        assert shape.intermediate_channels == len(layer["intermediate_channels"])

@@ -2,6 +2,17 @@
 
 from .hub import checkpoint_folder
 from .reader import CheckpointReader
-from .writer import CheckpointWriter, check_free, check_space
+from .writer import JOURNAL, CheckpointWriter, check_free, check_place, check_space, differences, digest, save_tensors
 
-__all__ = ["CheckpointReader", "CheckpointWriter", "check_free", "check_space", "checkpoint_folder"]
+__all__ = [
+    "JOURNAL",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "check_free",
+    "check_place",
+    "check_space",
+    "checkpoint_folder",
+    "differences",
+    "digest",
+    "save_tensors",
+]

@@ -1,6 +1,7 @@
 """Writes a checkpoint whole or not at all: one shard a layer into OUTPUT.partial, a journal, one final rename."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, output: Path, shards: int, identity: dict[str, Any], resume: bool) -> None:
-        self.output = output
+        self.output = output = output.resolve()
         self.partial = output.with_name(output.name + ".partial")
         self.shards = shards
         self.done: dict[int, dict[str, Any]] = {}
@@ -35,6 +36,8 @@ class CheckpointWriter:
         journal = self.partial / JOURNAL
         if self.partial.exists() and not resume:
             raise InputError(f"{self.partial}: an unfinished run; add --resume to finish it, or delete that folder")
+        if self.partial.exists() and not self.partial.is_dir():
+            raise InputError(f"{self.partial}: is in the way; move that file, or name another output")
         self._lines: list[dict[str, Any]] = [{"identity": identity}]
         if journal.exists():
             self._restore(journal, identity)
@@ -57,15 +60,15 @@ class CheckpointWriter:
     def _restore(self, journal: Path, identity: dict[str, Any]) -> None:
         lines = journal.read_text(encoding="utf-8").split("\n")
         # What follows the last newline is a line that a killed run did not finish.
-        first, *entries = [json.loads(line) for line in lines[:-1]] or [{"identity": identity}]
-        changed = [
-            f"{key} (was {first['identity'].get(key)!r}, now {identity.get(key)!r})"
-            for key in sorted(first["identity"].keys() | identity.keys())
-            if first["identity"].get(key) != identity.get(key)
-        ]
+        try:
+            first, *entries = [json.loads(line) for line in lines[:-1]] or [{"identity": identity}]
+            first["identity"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{journal}: not a journal of pyprune ({error!r}); delete {self.partial}") from error
+        changed = differences(first["identity"], identity)
         if changed:
             raise InputError(
-                f"{self.partial}: cannot resume with other settings: {'; '.join(changed)}; "
+                f"{self.partial}: cannot resume with other settings: {changed}; "
                 "repeat the first command, or delete that folder"
             )
         for entry in entries:
@@ -77,16 +80,15 @@ class CheckpointWriter:
         """File of a shard, 0-based, in the numbering that transformers uses."""
         return self.partial / f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
 
+    def record(self, shard: int) -> Any:
+        """The record of a finished shard; None of one that is not."""
+        return self.done[shard]["record"] if shard in self.done else None
+
     def write(self, shard: int, tensors: dict[str, Tensor], record: Any = None) -> None:
         """Write one shard (full tensor names, CPU tensors) and enter it in the journal."""
         file = self.file(shard)
         temporary = file.with_suffix(".tmp")
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            if "os error 28" in str(error):  # ENOSPC; safetensors hands the number on in its text only
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary)) from error
-            raise
+        save_tensors({k: v.contiguous() for k, v in tensors.items()}, temporary, {"format": "pt"})
         # safetensors makes files that only their owner reads; a checkpoint gets what the umask allows.
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as f:
@@ -141,15 +143,47 @@ def _umask() -> int:
     return mask
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """safetensors' save_file, with a full disk raised as the OSError that it is."""
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:
+        if "os error 28" in str(error):  # ENOSPC; safetensors hands the number on in its text only
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
+        raise
+
+
+def digest(identity: dict[str, Any]) -> str:
+    """A file name's worth of everything that a file's contents follow from."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which entries of two identities differ, for people; empty if none does."""
+    return "; ".join(
+        f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    )
+
+
 def check_free(output: Path) -> None:
-    """Refuse an output that exists and holds anything, or a place where none can be made."""
-    if output.is_dir() and not any(output.iterdir()):
-        return
+    """Refuse an output that exists and holds anything, or a place where none can be made by a rename."""
     if output.exists():
-        raise InputError(f"{output}: exists and is not an empty folder; name another output")
-    parent = next(p for p in output.absolute().parents if p.exists())
+        if not output.is_dir() or any(output.iterdir()):
+            raise InputError(f"{output}: exists and is not an empty folder; name another output")
+        if output.is_mount() or output.samefile(Path.cwd()):
+            raise InputError(f"{output}: cannot be replaced; name a new folder inside it")
+    check_place(output)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a path that cannot be made: nothing above it is a folder that can be written."""
+    parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{output}: cannot be made, {parent} is not a folder that can be written")
+        raise InputError(f"{path}: cannot be made, {parent} is not a folder that can be written")
+    if len(path.name.encode()) > 200:  # .partial is appended, and file systems end at 255 bytes
+        raise InputError(f"{path.name[:40]}...: too long a name; file systems end at 255 bytes")
 
 
 def check_space(output: Path, needed: int) -> None:
@@ -157,4 +191,4 @@ def check_space(output: Path, needed: int) -> None:
     parent = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise InputError(f"{parent}: {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB; free some space")
+        raise InputError(f"{parent}: {free / 1e6:.1f} MB free, the output needs {needed / 1e6:.1f} MB; free some space")

@@ -48,7 +48,7 @@ class Method(ABC):
         }
 
     def counts(self, shapes: list[LayerShape], ratio: float) -> list[dict[str, int]]:
-        """Units that each layer loses, for methods that know it beforehand."""
+        """Units that each layer loses, if all layers lose the same share."""
         return uniform_counts(shapes, ratio)
 
     def scores(self, survey: list[LayerStatistics], shapes: list[LayerShape]) -> list[UnitScores]:

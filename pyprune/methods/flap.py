@@ -32,7 +32,8 @@ class Flap(Method):
     `structure`: UL/AL uniform or adaptive over layers; UM/MM/AM the attention's share equal, manual
     (`attention_ratio`), or adaptive.
     `mode`: `exact` meets the budget with the unbiased variance and true unit costs; `reference` computes what the
-    authors' code computes, for comparison with published numbers (ALGORITHMS in the README names the differences).
+    authors' code computes, for comparison with published numbers (the README names the differences).
+    `square_attention` squares the attention's channel scores before z-scoring: unless said, in `reference` mode only.
     """
 
     name = "flap"
@@ -40,7 +41,7 @@ class Flap(Method):
     structure: str = "AL-AM"
     mode: str = "exact"
     compensation: str = "bias"
-    square_attention: bool = False
+    square_attention: bool | None = None
     attention_ratio: float | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +55,8 @@ class Flap(Method):
                 raise InputError(f"flap has no {what} {value!r}; one of {', '.join(known)}")
         if self.attention_ratio is not None and not self.structure.endswith("MM"):
             raise InputError("attention_ratio goes with the structures UL-MM and AL-MM only")
+        if self.square_attention is None:
+            object.__setattr__(self, "square_attention", self.mode == "reference")  # the class is frozen
 
     @property
     def by_window(self) -> bool:
@@ -74,8 +77,7 @@ class Flap(Method):
                 score = statistics.fluctuation()
             if self.metric == "WIFV":
                 score = score * statistics.weight_squares.double()
-        squared = module == ATTENTION and (self.square_attention or self.mode == "reference")
-        return score**2 if squared else score
+        return score**2 if module == ATTENTION and self.square_attention else score
 
     def unit_scores(self, layer: LayerStatistics, shape: LayerShape) -> UnitScores:
         """UL: sums over a unit's channels. AL: means of the channels' z-scores within layer and module."""
@@ -88,13 +90,16 @@ class Flap(Method):
             for module in MODULES
         }
 
+    def counts(self, shapes: list[LayerShape], ratio: float) -> list[dict[str, int]]:
+        return uniform_counts(shapes, ratio, self.attention_ratio)
+
     def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> Choice:
         check_ratio(shapes, ratio)
         if self.structure == "AL-AM":
             if self.mode == "reference":
                 return choose_above(scores, shapes, reference_threshold(scores, shapes, ratio))
             return choose_globally(scores, shapes, ratio * total_cost(shapes))
-        counts = uniform_counts(shapes, ratio, self.attention_ratio)
+        counts = self.counts(shapes, ratio)
         if self.structure.startswith("UL"):
             return choose_by_counts(scores, counts)
         # AL-MM: the same number of units of each module as with uniform layers, taken from the whole model.
