@@ -66,11 +66,24 @@ sanitize() {
     return $status
 }
 
+# The whole path on the device, with both kinds of method.
+prune() {
+    local scratch status=0 method
+    scratch=$(mktemp -d)
+    for method in flap wanda-sp; do
+        python3 -m pyprune prune models/llama-6m-gqa "$scratch/$method" --method $method --ratio 0.3 --device cuda \
+            --calibration self --samples 32 --sequence-length 128 --evaluate self --evaluation-length 64 || status=1
+    done
+    rm -r "$scratch"
+    return $status
+}
+
 # So that `timeout` can run them.
-export -f build facts sanitize
+export -f build facts prune sanitize
 step build 120 bash -c build
 step facts 60 bash -c facts
 step tests 150 python3 -m pytest -q -m gpu -p no:cacheprovider tests
+step prune 90 bash -c prune
 step moments 150 python3 benchmarks/moments.py --device cuda --sweep --output "$out/moments.json"
 step sanitize 90 bash -c sanitize
 
