@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -80,6 +81,12 @@ def _bytes_to_write(job: Job, writer: CheckpointWriter) -> int:
     return max(0, int(kept) - sum(entry["bytes"] for entry in writer.done.values()))
 
 
+def _drain(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The entries of a dictionary, each gone from it as it is handed over: the layer is never there twice."""
+    while tensors:
+        yield tensors.popitem()
+
+
 class Passes:
     """The survey and the prune pass of one job, which write every shard."""
 
@@ -154,7 +161,7 @@ class Passes:
                 scores.append(own)
                 if layer < last:
                     config = self._layer_config(layer, shape, kept)
-                    forward.run(forward.build(pruned.items(), layer, config), layer, hidden, {})
+                    forward.run(forward.build(_drain(pruned), layer, config), layer, hidden, {})
         self._copy_head()
         return Choice(layers), scores
 
