@@ -1,7 +1,6 @@
 """The first pass: a forward of the dense model, layer by layer, and the statistics of every driver; cached."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .architectures import MODULES
-from .checkpoint import CheckpointReader, save_tensors
+from .checkpoint import CheckpointReader, save_cached
 from .device import Meter
 from .errors import InputError
 from .forward import LayerForward, layer_name
@@ -113,7 +112,4 @@ def save_survey(path: Path, survey: list[LayerStatistics], identity: dict[str, A
         for module, statistics in modules.items():
             counts[f"{layer}.{module}"] = [statistics.count, statistics.windows, statistics.nonfinite]
             tensors |= {f"{layer}.{module}.{name}": t for name, t in statistics.tensors().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may compute the same survey at once
-    save_tensors(tensors, temporary, {"identity": json.dumps(identity), "counts": json.dumps(counts)})
-    temporary.replace(path)
+    save_cached(tensors, path, {"identity": json.dumps(identity), "counts": json.dumps(counts)})

@@ -1,6 +1,5 @@
 """From what the user names as a text (.txt, .jsonl, `self`) to the token windows of a model."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import calibration
-from .checkpoint import save_tensors
+from .checkpoint import save_cached
 from .errors import InputError
 
 SELF = "self"
@@ -87,10 +86,7 @@ def check_length(sequence_length: int, config: Any) -> None:
 
 
 def save_windows(path: Path, windows: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_tensors({"windows": windows}, temporary, {})
-    temporary.replace(path)
+    save_cached({"windows": windows}, path, {})
 
 
 def load_windows(path: Path) -> Tensor:

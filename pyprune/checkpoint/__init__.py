@@ -2,7 +2,7 @@
 
 from .hub import checkpoint_folder
 from .reader import CheckpointReader
-from .writer import JOURNAL, CheckpointWriter, check_free, check_place, check_space, differences, digest, save_tensors
+from .writer import JOURNAL, CheckpointWriter, check_free, check_place, check_space, differences, digest, save_cached
 
 __all__ = [
     "JOURNAL",
@@ -14,5 +14,5 @@ __all__ = [
     "checkpoint_folder",
     "differences",
     "digest",
-    "save_tensors",
+    "save_cached",
 ]

@@ -153,6 +153,14 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str
         raise
 
 
+def save_cached(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a file of a cache, whole or not at all; two runs may write the same one at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    save_tensors(tensors, temporary, metadata)
+    temporary.replace(file)
+
+
 def digest(identity: dict[str, Any]) -> str:
     """A file name's worth of everything that a file's contents follow from."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
