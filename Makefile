@@ -9,7 +9,7 @@ DEMO := demo-output/llama-6m-gqa-30
 
 .PHONY: demo test clean
 
-$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*.* csrc/*/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[test]"

@@ -88,7 +88,7 @@ class Toolchain:
     nvcc: str | None
 
     def defines(self) -> list[str]:
-        """What csrc/bindings.cpp reports as build_info()."""
+        """What csrc/bindings/module.cpp reports as build_info()."""
         defines = [f'-DPYPRUNE_COMPILER="{first_output_line(self.compiler, "--version")}"']
         if self.nvcc:
             names = ",".join(f'"{name}"' for name in CUDA_TARGETS)
@@ -150,7 +150,8 @@ class Toolchain:
             lines.append(f"build {target}: {name} {ninja_path(source)}")
             lines.append(f"  flags = {ninja_command(flags)}")
 
-        compile_with("cxx", CSRC / "bindings.cpp", flags=python + self.defines())
+        for source in sorted((CSRC / "bindings").glob("*.cpp")):
+            compile_with("cxx", source, flags=python + self.defines())
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             compile_with("cxx", source)
         for source in sorted((CSRC / "cpu" / "isa").glob("*.cpp")):

@@ -35,7 +35,7 @@ LISTED_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 @dataclass(frozen=True)
 class Problem:
-    """What a choice depends on. shape: [rows, channels], or None where any shape is meant."""
+    """What a choice depends on. shape: what the operator's file says, or None where any shape is meant."""
 
     device: torch.device
     dtype: torch.dtype
@@ -126,7 +126,7 @@ def core_targets(capability: tuple[int, int], architectures: list[str]) -> list[
 
 def core_runs_on(problem: Problem) -> bool:
     capability = torch.cuda.get_device_capability(problem.device)
-    return bool(core_targets(capability, core_build_info()["cuda_architectures"]))
+    return bool(core_targets(capability, core_architectures()))
 
 
 def is_nvidia_gpu(problem: Problem) -> bool:
@@ -138,11 +138,24 @@ def fits_int32(problem: Problem) -> bool:
     return problem.shape is None or max(problem.shape, default=0) < 2**31
 
 
+def core_runs_wgmma(problem: Problem) -> bool:
+    return "sm_90a" in core_targets(torch.cuda.get_device_capability(problem.device), core_architectures())
+
+
+def core_architectures() -> list[str]:
+    return core_build_info()["cuda_architectures"]
+
+
 def device_text(problem: Problem) -> str:
     return f"the input is on {problem.device}"
 
 
 ON_NVIDIA_GPU = Requirement("input on an NVIDIA GPU", is_nvidia_gpu, device_text)
+NOT_WRITTEN = Requirement(
+    "a kernel of this backend",
+    lambda problem: False,
+    lambda problem: "the operator is not written for this backend",
+)
 ON_CPU = Requirement("input on the CPU", lambda problem: problem.device.type == "cpu", device_text)
 KERNEL_DTYPE = Requirement(
     "dtype bfloat16, float16 or float32",
@@ -165,7 +178,7 @@ CORE_FOR_THIS_GPU = Requirement(
     "compiled core for this GPU",
     core_runs_on,
     lambda problem: (
-        f"the compiled core was built for {', '.join(core_build_info()['cuda_architectures'])}, "
+        f"the compiled core was built for {', '.join(core_architectures())}, "
         f"and {torch.cuda.get_device_name(problem.device)} runs none of them"
     ),
     installation=True,
@@ -194,6 +207,42 @@ SIZES_FIT_INT32 = Requirement(
     fits_int32,
     lambda problem: f"the shape {list(problem.shape or ())} has a size of 2^31 or more",
 )
+HALF_DTYPE = Requirement(
+    "dtype bfloat16 or float16",
+    lambda problem: problem.dtype in (torch.bfloat16, torch.float16),
+    lambda problem: f"the input is {dtype_name(problem.dtype)}; the tensor cores' kernel reads bfloat16 and float16",
+)
+FLOAT32 = Requirement(
+    "dtype float32",
+    lambda problem: problem.dtype == torch.float32,
+    lambda problem: f"the input is {dtype_name(problem.dtype)}; the kernels compute in float32",
+)
+CORE_WITH_WGMMA = Requirement(
+    "compiled core for compute capability 9.0",
+    core_runs_wgmma,
+    lambda problem: (
+        f"the kernel needs wgmma: compute capability 9.0, built for sm_90a; this is "
+        f"{torch.cuda.get_device_name(problem.device)}, the core was built for {', '.join(core_architectures())}"
+    ),
+)
+# The tensor memory accelerator reads rows that start on 16 bytes: 8 elements of 2 bytes.
+WIDTH_8 = Requirement(
+    "channels divisible by 8",
+    lambda problem: problem.shape is None or problem.shape[-1] % 8 == 0,
+    lambda problem: f"{(problem.shape or (0,))[-1]} channels are not a multiple of 8",
+)
+# One matrix of the group lies in a multiprocessor's shared memory.
+WIDTH_256 = Requirement(
+    "units of at most 256 channels",
+    lambda problem: problem.shape is None or problem.shape[-1] <= 256,
+    lambda problem: f"a unit has {(problem.shape or (0,))[-1]} channels; the kernel holds at most 256",
+)
+# The panel kernel chooses single channels; wider units go through library calls.
+SINGLE_CHANNELS = Requirement(
+    "units of one channel",
+    lambda problem: problem.shape is None or problem.shape[-1] == 1,
+    lambda problem: f"a unit has {(problem.shape or (0,))[-1]} channels; the kernel removes single ones",
+)
 
 # Order matters: a later predicate may rely on the earlier ones (no capability is asked of a CPU tensor).
 REQUIREMENTS: dict[str, dict[str, tuple[Requirement, ...]]] = {
@@ -210,12 +259,42 @@ REQUIREMENTS: dict[str, dict[str, tuple[Requirement, ...]]] = {
         "cpu": (ON_CPU, KERNEL_DTYPE, CORE_BUILT),
         "reference": (),
     },
+    # shape: [rows, channels]. On a CPU the reference is BLAS.
+    "hessian": {
+        "cuda": (ON_NVIDIA_GPU, HALF_DTYPE, WIDTH_8, CORE_BUILT, CORE_WITH_CUDA, CORE_WITH_WGMMA),
+        "triton": (
+            ON_NVIDIA_GPU,
+            KERNEL_DTYPE,
+            AMPERE_OR_LATER,
+            SIZES_FIT_INT32,
+            TRITON_INSTALLED,
+            C_COMPILER,
+        ),
+        "reference": (),
+    },
+    # shape: [units, width]
+    "grouped_cholesky_errors": {
+        "cuda": (ON_NVIDIA_GPU, FLOAT32, WIDTH_256, CORE_BUILT, CORE_WITH_CUDA, CORE_FOR_THIS_GPU),
+        "cpu": (ON_CPU, FLOAT32, CORE_BUILT),
+        "reference": (),
+    },
+    # shape: [units, width]
+    "eliminate": {
+        "cuda": (ON_NVIDIA_GPU, FLOAT32, SINGLE_CHANNELS, CORE_BUILT, CORE_WITH_CUDA, CORE_FOR_THIS_GPU),
+        "cpu": (ON_CPU, FLOAT32, SINGLE_CHANNELS, CORE_BUILT),
+        "reference": (),
+    },
 }
 
 # The first eligible one runs; anything that is not listed runs on the reference.
 PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("channel_moments", "cuda"): ("cuda", "triton", "reference"),
     ("channel_moments", "cpu"): ("cpu", "reference"),
+    ("hessian", "cuda"): ("cuda", "triton", "reference"),
+    ("grouped_cholesky_errors", "cuda"): ("cuda", "reference"),
+    ("grouped_cholesky_errors", "cpu"): ("cpu", "reference"),
+    ("eliminate", "cuda"): ("cuda", "reference"),
+    ("eliminate", "cpu"): ("cpu", "reference"),
 }
 
 
@@ -225,7 +304,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def unmet_requirement(operator: str, backend: str, problem: Problem) -> Requirement | None:
     """The first requirement of the backend that the problem does not meet; None: it is eligible."""
-    return next((item for item in REQUIREMENTS[operator][backend] if not item.holds(problem)), None)
+    requirements = REQUIREMENTS[operator].get(backend, (NOT_WRITTEN,))
+    return next((item for item in requirements if not item.holds(problem)), None)
 
 
 def preference(operator: str, device: torch.device) -> tuple[str, ...]:
@@ -240,25 +320,25 @@ def eligible_backends(operator: str, problem: Problem) -> list[str]:
     return [item for item in (*preferred, *others) if unmet_requirement(operator, item, problem) is None]
 
 
-def forced_backend() -> str | None:
-    """The backend that PYPRUNE_BACKEND names, or None where it is unset or empty.
+def forced_backend(operator: str) -> str | None:
+    """The backend that PYPRUNE_BACKEND names; None where it is unset or empty, or the operator is not written for it.
 
     Raises InputError for a name that is not in BACKENDS.
     """
     name = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if name and name not in BACKENDS:
         raise InputError(f"{ENVIRONMENT_VARIABLE}={name} is not a backend; choose {', '.join(BACKENDS)} or unset it")
-    return name or None
+    return name if name in REQUIREMENTS[operator] else None
 
 
-def choose_backend(operator: str, x: Tensor) -> str:
-    """The backend that runs this operator on x.
+def choose_backend(operator: str, x: Tensor, shape: tuple[int, ...] | None = None) -> str:
+    """The backend that runs this operator on x; `shape`, where the operator's is not x's own.
 
     Raises InputError when PYPRUNE_BACKEND names no backend, or one that cannot run this input. Logs, once for
     each cause, that a preferred backend is missing from the installation.
     """
-    problem = Problem(x.device, x.dtype, tuple(x.shape))
-    forced = forced_backend()
+    problem = Problem(x.device, x.dtype, tuple(x.shape) if shape is None else shape)
+    forced = forced_backend(operator)
     if forced is not None:
         unmet = unmet_requirement(operator, forced, problem)
         if unmet is not None:
@@ -282,7 +362,7 @@ def choose_backend(operator: str, x: Tensor) -> str:
 def choose(operator: str, x: Tensor) -> Choice:
     """As choose_backend, with the reason against each other backend."""
     backend = choose_backend(operator, x)
-    return explain(operator, Problem(x.device, x.dtype, tuple(x.shape)), backend, forced_backend())
+    return explain(operator, Problem(x.device, x.dtype, tuple(x.shape)), backend, forced_backend(operator))
 
 
 def explain(operator: str, problem: Problem, backend: str, forced: str | None) -> Choice:
@@ -306,10 +386,10 @@ def describe() -> list[BackendRow]:
 
     The backend is "none" where PYPRUNE_BACKEND forces one that is not eligible.
     """
-    forced = forced_backend()
     devices = [torch.device("cpu")] + [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     rows = []
     for operator in REQUIREMENTS:
+        forced = forced_backend(operator)
         for device in devices:
             for dtype in LISTED_DTYPES:
                 problem = Problem(device, dtype, None)

@@ -1,46 +1,16 @@
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <algorithm>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "cpu/isa.h"
 #include "pyprune/channel_moments.h"
 
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "checks.h"
+#include "operators.h"
+
 namespace py = pybind11;
-using namespace pyprune;
 
+namespace pyprune {
 namespace {
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
-
-DType parse_dtype(const std::string& name) {
-  if (name == "float32") return DType::float32;
-  if (name == "bfloat16") return DType::bfloat16;
-  if (name == "float16") return DType::float16;
-  refuse("dtype must be float32, bfloat16 or float16, not " + name);
-}
-
-void require_not_negative(const char* name, int64_t value) {
-  if (value < 0) refuse(std::string(name) + " must not be negative, got " + std::to_string(value));
-}
-
-void require_positive(const char* name, int64_t value) {
-  if (value <= 0) refuse(std::string(name) + " must be positive, got " + std::to_string(value));
-}
-
-void require_address(const char* name, uintptr_t address, int64_t alignment) {
-  if (address == 0) refuse(std::string(name) + " is null");
-  if (address % alignment != 0) {
-    refuse(std::string(name) + " is not aligned to " + std::to_string(alignment) + " bytes");
-  }
-}
-
-// Memory that no allocation reaches: larger sizes are mistakes, and their products would overflow.
-constexpr int64_t MAX_BYTES = int64_t{1} << 56;
 
 Rows checked_rows(uintptr_t x, const std::string& dtype_name, int64_t rows, int64_t channels, int64_t row_stride) {
   const DType dtype = parse_dtype(dtype_name);
@@ -76,10 +46,6 @@ void moments_cpu(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64_
 
 #ifdef PYPRUNE_CUDA_VERSION
 
-void require_int32(const char* name, int64_t value) {
-  if (value > INT32_MAX) refuse(std::string(name) + " must be below 2^31 on CUDA, got " + std::to_string(value));
-}
-
 size_t moments_cuda_workspace(const std::string& dtype, int64_t rows, int64_t channels, int multiprocessors) {
   require_not_negative("rows", rows);
   require_not_negative("channels", channels);
@@ -107,26 +73,9 @@ void moments_cuda(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64
 
 #endif
 
-py::dict build_info() {
-  using namespace py::literals;
-#ifdef PYPRUNE_CUDA_VERSION
-  const bool cuda = true;
-  const std::optional<std::string> cuda_version = PYPRUNE_CUDA_VERSION;
-  const std::vector<std::string> architectures = {PYPRUNE_CUDA_ARCHITECTURES};
-#else
-  const bool cuda = false;
-  const std::optional<std::string> cuda_version;
-  const std::vector<std::string> architectures;
-#endif
-  return py::dict("cuda"_a = cuda, "cuda_version"_a = cuda_version, "cuda_architectures"_a = architectures,
-                  "cpu_isa"_a = isa_name(choose_isa()), "compiler"_a = PYPRUNE_COMPILER);
-}
-
 }  // namespace
 
-PYBIND11_MODULE(_core, m) {
-  m.doc() = "Compiled operators on raw addresses; pyprune.ops checks tensors and calls them.";
-  m.def("build_info", &build_info, "What this build carries and which CPU instruction set it picks here.");
+void bind_channel_moments(py::module_& m) {
   m.def("channel_moments_cpu", &moments_cpu, "Add rows to the per-channel mean and centred sum of squares.",
         py::arg("x_ptr"), py::arg("dtype"), py::arg("rows"), py::arg("channels"), py::arg("row_stride"),
         py::arg("count"), py::arg("mean_ptr"), py::arg("m2_ptr"), py::arg("threads"));
@@ -141,3 +90,5 @@ PYBIND11_MODULE(_core, m) {
         py::arg("multiprocessors"), py::arg("stream"));
 #endif
 }
+
+}  // namespace pyprune
