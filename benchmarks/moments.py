@@ -14,15 +14,15 @@ import json
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import describe_machine
+from timing import Timer, Timing
 from torch import Tensor
 
 from pyprune.ops import channel_moments_update
@@ -38,54 +38,6 @@ Update = Callable[[int, Tensor, Tensor], None]
 
 CHECKED_CHANNELS = 512  # float64 copies are made of so many channels at a time
 FP32_UNIT = 2.0**-24
-
-
-@dataclass
-class Timing:
-    """Microseconds: quantiles of the repetitions, and the median time until the call returned."""
-
-    median: float
-    low: float
-    high: float
-    host: float
-
-
-class Timer:
-    """Times a call on one device with cold caches."""
-
-    def __init__(self, device: torch.device, repeat: int) -> None:
-        self.device = device
-        self.repeat = repeat
-        # 1 GiB: many times any L2, and long enough to read (0.25 ms at 4.3 TB/s) to hide a call's launches.
-        # On a CPU 256 MiB, past the last-level cache.
-        size = 2**30 if device.type == "cuda" else 2**28
-        self.buffer = torch.ones(size // 4, device=device)
-
-    def __call__(self, call: Callable[[], object]) -> Timing:
-        call()
-        times = [self.once(call) for _ in range(self.repeat)]
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        device = sorted(read() for read, _ in times)
-        deciles = statistics.quantiles(device, n=10, method="inclusive")
-        return Timing(statistics.median(device), deciles[0], deciles[-1], statistics.median(t for _, t in times))
-
-    def once(self, call: Callable[[], object]) -> tuple[Callable[[], float], float]:
-        """One repetition: how to read its device time later, and the host's time."""
-        if self.device.type != "cuda":
-            self.buffer.sum()
-            start = time.perf_counter()
-            call()
-            elapsed = (time.perf_counter() - start) * 1e6
-            return lambda: elapsed, elapsed
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.buffer.sum()
-        before.record()
-        start = time.perf_counter()
-        call()
-        host = (time.perf_counter() - start) * 1e6
-        after.record()
-        return lambda: before.elapsed_time(after) * 1e3, host
 
 
 class Flap:
