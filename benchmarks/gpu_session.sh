@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: build, GPU tests, benchmarks, compute-sanitizer. Under six minutes.
+# Everything that needs a GPU, in one go: build, GPU tests, benchmarks, compute-sanitizer. About fifteen minutes.
 #
-#   bash benchmarks/gpu_session.sh          (in the repository's root; results go to $OUT, default .)
+#   bash benchmarks/gpu_session.sh [STEP...]     (in the repository's root; results go to $OUT, default .)
+#
+# Steps: build facts tests prune moments hessian inverse grouped_cholesky eliminate layer sanitize; all, if none is named.
 #
 # No network is used. A step that fails is named at the end and makes the exit status 1; later steps still run.
 set -uo pipefail
@@ -10,15 +12,25 @@ out=$(realpath "${OUT:-.}")
 export PYTHONUNBUFFERED=1
 failed=()
 
-# step NAME SECONDS COMMAND...: run it, show it, keep its output in $out/NAME.txt
+wanted=" ${*:-build facts tests prune moments hessian inverse grouped_cholesky eliminate layer sanitize} "
+
+# step NAME SECONDS COMMAND...: if it is wanted, run it, show it, keep its output in $out/NAME.txt
 step() {
     local name=$1 limit=$2 start=$SECONDS status
     shift 2
+    [[ $wanted == *" $name "* ]] || return 0
     echo "=== $name: $*"
     timeout "$limit" "$@" 2>&1 | tee "$out/$name.txt"
     status=${PIPESTATUS[0]}
     echo "=== $name: status $status after $((SECONDS - start)) s"
     [ "$status" -eq 0 ] || failed+=("$name ($status)")
+}
+
+# bench NAME SECONDS ARGUMENTS...: the step that runs benchmarks/NAME.py into $out/NAME.json
+bench() {
+    local name=$1 limit=$2
+    shift 2
+    step "$name" "$limit" python3 "benchmarks/$name.py" --device cuda "$@" --output "$out/$name.json"
 }
 
 build() {
@@ -70,7 +82,7 @@ sanitize() {
 prune() {
     local scratch status=0 method
     scratch=$(mktemp -d)
-    for method in flap wanda-sp; do
+    for method in flap wanda-sp slimgpt obs; do
         python3 -m pyprune prune models/llama-6m-gqa "$scratch/$method" --method $method --ratio 0.3 --device cuda \
             --calibration self --samples 32 --sequence-length 128 --evaluate self --evaluation-length 64 || status=1
     done
@@ -82,10 +94,15 @@ prune() {
 export -f build facts prune sanitize
 step build 120 bash -c build
 step facts 60 bash -c facts
-step tests 150 python3 -m pytest -q -m gpu -p no:cacheprovider tests
-step prune 90 bash -c prune
-step moments 150 python3 benchmarks/moments.py --device cuda --sweep --output "$out/moments.json"
-step sanitize 90 bash -c sanitize
+step tests 300 python3 -m pytest -q -m gpu -p no:cacheprovider tests
+step prune 120 bash -c prune
+bench moments 150 --sweep
+bench hessian 150
+bench inverse 90
+bench grouped_cholesky 40
+bench eliminate 150
+bench layer 150
+step sanitize 180 bash -c sanitize
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"

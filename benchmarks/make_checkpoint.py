@@ -34,6 +34,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "intermediate_size": 8192, "vocab_size": 32000},
     "llama-2-7b": {"family": "llama", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 32,
                    "intermediate_size": 11008, "vocab_size": 32000},
+    "llama-2-13b": {"family": "llama", "hidden_size": 5120, "layers": 40, "heads": 40, "kv_heads": 40,
+                    "intermediate_size": 13824, "vocab_size": 32000},
     "llama-3-8b": {"family": "llama", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 8,
                    "intermediate_size": 14336, "vocab_size": 128256},
     "mistral-7b": {"family": "mistral", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 8,

@@ -3,12 +3,13 @@
     python benchmarks/quality.py MODEL... --calibration wikitext2-valid.txt --text wikitext2-test.txt \
         --output benchmarks/results/quality.json
 
-Each row is one pruning and one evaluation in this process, float32 on the CPU. Rows that the output file holds
-already are kept, so a stopped run goes on where it was.
+Each row is one pruning and one evaluation on a text in this process, float32. Rows that the output file holds already
+are kept, so a stopped run goes on where it was; two runs may not write one file at once.
 """
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flap reference": ("flap", {"mode": "reference"}),
     "flap": ("flap", {}),
     "flap, no bias": ("flap", {"compensation": "none"}),
+    "slimgpt": ("slimgpt", {}),
+    "slimgpt, uniform": ("slimgpt", {"schedule": "uniform"}),
+    "obs": ("obs", {}),
+    "obs, bias": ("obs", {"compensation": "bias"}),
+    "obs, full share": ("obs", {"target_share": 1.0}),
+    "obs, inputs as they are": ("obs", {"input_share": 0.0}),
+    "obs, own target": ("obs", {"target": "weights"}),
+    "obs, log ratios": ("obs", {"allocation": "log"}),
+    "obs, log, own target": ("obs", {"allocation": "log", "target": "weights"}),
+    "obs, linear ratios": ("obs", {"allocation": "linear"}),
+    "obs, fluctuation": ("obs", {"allocation": "fluctuation"}),
+    "obs, uniform": ("obs", {"allocation": "uniform"}),
 }
 
 # What of the machine goes with every row: a run may be finished elsewhere.
@@ -39,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
+    parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5])
@@ -57,21 +70,17 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if arguments.output.exists():
         rows = json.loads(arguments.output.read_text())["rows"]
-    done = {(r["model"], r["variant"], r["ratio"], r["seed"]) for r in rows}
+    done = {(r["model"], r["variant"], r["ratio"], r["seed"], r["text"]) for r in rows}
     with tempfile.TemporaryDirectory() as scratch:
         for model in arguments.models:
             reader = CheckpointReader(model)
             dtype = select_dtype("float32", reader.dtype, device)
-            windows = evaluation_windows(
-                arguments.text,
-                model,
-                reader.config,
-                arguments.window_length,
-                arguments.windows,
-                0,
-                device,
-                dtype,
-            )
+            windows = {
+                Path(text).name: evaluation_windows(
+                    text, model, reader.config, arguments.window_length, arguments.windows, 0, device, dtype
+                )
+                for text in arguments.text
+            }
             plan = [("dense", 0.0, 0)] + [
                 (variant, ratio, seed)
                 for seed in arguments.seeds
@@ -81,7 +90,8 @@ def main() -> None:
                 if not (variant == "magnitude" and seed != arguments.seeds[0])
             ]
             for variant, ratio, seed in plan:
-                if (model.name, variant, ratio, seed) in done:
+                missing = [text for text in windows if (model.name, variant, ratio, seed, text) not in done]
+                if not missing:
                     continue
                 folder, met = model, 0.0
                 if variant != "dense":
@@ -104,28 +114,31 @@ def main() -> None:
                         )
                     )
                     met = result["ratio"]["met"]
-                value = evaluate(folder, windows, device=device, dtype=dtype)["perplexity"]
-                rows.append(
-                    {
-                        "model": model.name,
-                        "variant": variant,
-                        "ratio": ratio,
-                        "ratio_met": met,
-                        "seed": seed,
-                        "perplexity": value,
-                        "machine": {k: v for k, v in describe_machine(device).items() if k in MACHINE},
-                    }
-                )
-                print(
-                    f"{model.name:16} {variant:16} {ratio:.1f} ({met:.4f}) seed {seed}: {value:8.2f}",
-                    flush=True,
-                )
+                for text in missing:
+                    value = evaluate(folder, windows[text], device=device, dtype=dtype)["perplexity"]
+                    rows.append(
+                        {
+                            "model": model.name,
+                            "variant": variant,
+                            "ratio": ratio,
+                            "ratio_met": met,
+                            "seed": seed,
+                            "text": text,
+                            "perplexity": value,
+                            "machine": {k: v for k, v in describe_machine(device).items() if k in MACHINE},
+                        }
+                    )
+                    print(
+                        f"{model.name:16} {variant:20} {ratio:.1f} ({met:.4f}) seed {seed} {text}: {value:8.2f}",
+                        flush=True,
+                    )
+                if folder != model:
+                    shutil.rmtree(folder)
                 document = {
                     "protocol": {
                         "calibration": f"{arguments.samples} x {arguments.sequence_length} tokens of "
                         f"{Path(arguments.calibration).name}",
-                        "evaluation": f"{arguments.windows} x {arguments.window_length} tokens of "
-                        f"{Path(arguments.text).name}",
+                        "evaluation": f"the first {arguments.windows} x {arguments.window_length} tokens of each text",
                         "dtype": "float32",
                     },
                     "rows": rows,

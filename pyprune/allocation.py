@@ -26,7 +26,7 @@ class Choice:
 
 
 def total_cost(shapes: list[LayerShape]) -> float:
-    return sum(s.kv_groups * s.group_cost + s.intermediate_channels for s in shapes)
+    return sum(s.cost for s in shapes)
 
 
 def check_ratio(shapes: list[LayerShape], ratio: float) -> None:
@@ -44,38 +44,50 @@ def check_ratio(shapes: list[LayerShape], ratio: float) -> None:
 def uniform_counts(
     shapes: list[LayerShape], ratio: float, attention_ratio: float | None = None
 ) -> list[dict[str, int]]:
-    """Units removed in every layer: int(ratio * groups) KV groups, and FFN channels for the rest of the budget.
+    """Units removed in every layer when all layers lose the same share.
 
-    With few KV groups int() falls far short (3 of 12 heads at 0.3 is 0.25), so that methods would be compared at
-    different sizes; the shortfall is taken from the FFN of the same layer, rounded to the nearest channel.
     `attention_ratio` sets the attention's own ratio (the "manual" structures of FLAP).
     """
     check_ratio(shapes, ratio)
-    if attention_ratio is not None and not 0 <= attention_ratio < 1:
+    if attention_ratio is None:
+        return [layer_counts(shape, ratio) for shape in shapes]
+    if not 0 <= attention_ratio < 1:
         raise InputError(f"attention ratio {attention_ratio:g} is outside [0, 1)")
-    own = ratio if attention_ratio is None else attention_ratio
     counts = []
     for shape in shapes:
-        budget = ratio * (shape.kv_groups * shape.group_cost + shape.intermediate_channels)
-        groups = min(int(own * shape.kv_groups + 1e-9), shape.kv_groups - 1)
-        channels = round(budget - groups * shape.group_cost)
-        if channels > shape.intermediate_channels - 1 and attention_ratio is None:
-            # The FFN alone cannot make up for the whole groups that int() left: take one more of them each time.
-            missing = channels - (shape.intermediate_channels - 1)
-            groups = min(groups + math.ceil(missing / shape.group_cost), shape.kv_groups - 1)
-            channels = round(budget - groups * shape.group_cost)
+        groups, channels = _split(shape, ratio, attention_ratio)
         if not 0 <= channels < shape.intermediate_channels:
-            if attention_ratio is None:
-                raise InputError(
-                    f"ratio {ratio:g} is impossible with the same share in every layer: one of "
-                    f"{shape.kv_groups} KV groups and {shape.intermediate_channels} FFN channels is too small for it"
-                )
             raise InputError(
-                f"attention ratio {own:g} with ratio {ratio:g} would remove {channels} of "
+                f"attention ratio {attention_ratio:g} with ratio {ratio:g} would remove {channels} of "
                 f"{shape.intermediate_channels} FFN channels; bring the two closer together"
             )
         counts.append({ATTENTION: groups, FFN: channels})
     return counts
+
+
+def layer_counts(shape: LayerShape, ratio: float) -> dict[str, int]:
+    """Units that one layer loses: int(ratio * groups) KV groups, and FFN channels for the rest of its budget.
+
+    With few KV groups int() falls far short (3 of 12 heads at 0.3 is 0.25), so that methods would be compared at
+    different sizes; the shortfall is taken from the FFN of the same layer, rounded to the nearest channel.
+    """
+    groups, channels = _split(shape, ratio, ratio)
+    if channels > shape.intermediate_channels - 1:
+        # The FFN alone cannot make up for the whole groups that int() left: take one more of them each time.
+        missing = channels - (shape.intermediate_channels - 1)
+        groups = min(groups + math.ceil(missing / shape.group_cost), shape.kv_groups - 1)
+        channels = round(ratio * shape.cost - groups * shape.group_cost)
+    if not 0 <= channels < shape.intermediate_channels:
+        raise InputError(
+            f"ratio {ratio:g} of one layer is impossible: one of {shape.kv_groups} KV groups and "
+            f"{shape.intermediate_channels} FFN channels is too small or too large for it"
+        )
+    return {ATTENTION: groups, FFN: channels}
+
+
+def _split(shape: LayerShape, ratio: float, attention_ratio: float) -> tuple[int, int]:
+    groups = min(int(attention_ratio * shape.kv_groups + 1e-9), shape.kv_groups - 1)
+    return groups, round(ratio * shape.cost - groups * shape.group_cost)
 
 
 def keep_highest(scores: Tensor, removed: int) -> Tensor:

@@ -1,66 +1,19 @@
 """The command line. stdout carries results, stderr progress and logs; status 2 is a wrong argument or input."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import transformers
 
+from .command_options import device_options, method_options, options_given
 from .console import Console
 from .device import return_freed_blocks
 from .errors import InputError
 from .methods import METHODS
-from .methods.flap import COMPENSATIONS, METRICS, MODES, STRUCTURES
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
-
-
-def _device_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-        click.option("--trust-remote-code", is_flag=True, help="Run a tokenizer's own Python code."),
-        click.option("--dtype", default="auto", help="Compute type: auto, float32, bfloat16, float16."),
-        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
-        click.option(
-            "--seed", type=click.IntRange(0, 2**63 - 2), default=0, help="Seed of windows and of sampled text."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _method_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--attention-ratio", type=float, help="flap, UL-MM and AL-MM: the attention's own ratio."),
-        click.option(
-            "--square-attention/--no-square-attention",
-            default=None,
-            help="flap: square attention scores, as the authors' code does.",
-        ),
-        click.option("--compensation", help=f"flap: {' or '.join(COMPENSATIONS)}.  [default: bias]"),
-        click.option("--mode", help=f"flap: {' or '.join(MODES)}.  [default: exact]"),
-        click.option("--structure", help=f"flap: {', '.join(STRUCTURES)}.  [default: AL-AM]"),
-        click.option("--metric", help=f"flap: {', '.join(METRICS)}.  [default: WIFV]"),
-        click.option("--sequence-length", type=click.IntRange(2), default=2048, help="Tokens in a calibration window."),
-        click.option("--samples", type=click.IntRange(1), default=128, help="Calibration windows."),
-        click.option(
-            "--calibration",
-            metavar="TEXT",
-            help="A .txt, a .jsonl with a `text` field, or `self`: sampled from the model (loads it whole).",
-        ),
-        click.option("--ratio", type=float, required=True, help="Share of the decoder linears to remove, (0, 1)."),
-        click.option("--method", default="flap", help=f"One of {', '.join(METHODS)}."),
-    ):
-        command = option(command)
-    return command
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The method options that the user typed."""
-    names = ("metric", "structure", "mode", "compensation", "square_attention", "attention_ratio")
-    return {name: options[name] for name in names if options[name] is not None}
 
 
 @click.group(context_settings=SETTINGS)
@@ -77,14 +30,14 @@ def cli() -> None:
 @cli.command(context_settings=SETTINGS)
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@_method_options
+@method_options
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder of surveys.  [default: beside OUTPUT]")
 @click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
 @click.option("--allow-nonfinite", is_flag=True, help="Count NaN and Inf activations as zero.")
 @click.option("--evaluate", "text", metavar="TEXT", help="Perplexity before and after on a text, or `self`.")
 @click.option("--evaluation-length", type=click.IntRange(2), default=1024, help="Tokens in an evaluation window.")
 @click.option("--max-windows", type=click.IntRange(1), help="Evaluation windows at most.")
-@_device_options
+@device_options
 def prune(model: str, output: Path, **options: Any) -> None:
     """Prune MODEL into the new folder OUTPUT, which holds a checkpoint, plan.json and report.html.
 
@@ -107,7 +60,7 @@ def prune(model: str, output: Path, **options: Any) -> None:
     console = Console(options["as_json"])
     with console.progress() as progress:
         plan = run_pruning(
-            PruneOptions(model, output, method_options=_given(options), evaluation=evaluation, **shared),
+            PruneOptions(model, output, method_options=options_given(options), evaluation=evaluation, **shared),
             progress,
         )
     console.pruned(plan, output)
@@ -119,7 +72,7 @@ def prune(model: str, output: Path, **options: Any) -> None:
 @click.option("--sequence-length", type=click.IntRange(2), default=2048, help="Tokens in a window.")
 @click.option("--max-windows", type=click.IntRange(1), help="Windows at most.  [default: all; 64 for `self`]")
 @click.option("--reference", metavar="DENSE", help="Also KL divergence and top-1 agreement with this model.")
-@_device_options
+@device_options
 def evaluate(model: str, **options: Any) -> None:
     """Perplexity of MODEL in consecutive windows of a text.
 
@@ -165,8 +118,8 @@ def evaluate(model: str, **options: Any) -> None:
 
 @cli.command(context_settings=SETTINGS)
 @click.argument("model")
-@_method_options
-@_device_options
+@method_options
+@device_options
 def plan(model: str, **options: Any) -> None:
     """What a pruning of MODEL would do: sizes, parameters, time, peak memory. Reads no weights, writes nothing."""
     from .checkpoint import CheckpointReader, checkpoint_folder
@@ -175,7 +128,7 @@ def plan(model: str, **options: Any) -> None:
     from .methods import make_method
 
     device = select_device(options["device"])
-    method = make_method(options["method"], _given(options))
+    method = make_method(options["method"], options_given(options))
     reader = CheckpointReader(checkpoint_folder(model))
     dtype = select_dtype(options["dtype"], reader.dtype, device)
     result = estimate(reader, method, options["ratio"], options["samples"], options["sequence_length"], device, dtype)

@@ -78,6 +78,7 @@ class Console:
                 "seconds": plan["seconds"],
                 "peak_memory_bytes": plan["peak_memory_bytes"],
                 "nonfinite": plan["nonfinite"],
+                "warnings": plan["warnings"],
                 "survey_cached": plan["passes"].get("survey", {}).get("cached", False),
             }
             self._json(summary | ({"evaluation": plan["evaluation"]} if "evaluation" in plan else {}))
@@ -91,6 +92,7 @@ class Console:
             ("peak memory", f"{plan['peak_memory_bytes'] / 1e6:,.0f} MB"),
             ("report", str(output / "report.html")),
         ]
+        rows += [("warning", warning) for warning in plan["warnings"]]
         for driver, count in plan["nonfinite"].items():
             rows.append(("counted as zero", f"{count} NaN or Inf activations in {driver}"))
         if "note" in ratio:
@@ -122,8 +124,13 @@ class Console:
         if result["layers"] is None:
             rows.append(("layers", "each layer's size follows from the text"))
         else:
-            own = result["layers"][0]
-            rows.append(("each layer", f"{own['kv_groups']} KV groups, {own['intermediate_channels']} FFN channels"))
+            sizes = [
+                f"{own['kv_groups']} KV groups, {own['intermediate_channels']} FFN channels" for own in result["layers"]
+            ]
+            if len(set(sizes)) == 1:
+                rows.append(("each layer", sizes[0]))
+            else:
+                rows += [(f"layer {layer}", size) for layer, size in enumerate(sizes)]
         self._rows(rows)
 
     def backends(self, rows: list[BackendRow], installation: dict[str, str]) -> None:

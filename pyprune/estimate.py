@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from .allocation import check_ratio, total_cost
-from .architectures import ATTENTION, FFN, LayerShape
+from .architectures import ATTENTION, FFN, MODULES, LayerShape
 from .checkpoint import CheckpointReader
 from .device import resident_peak
 from .forward import micro_batch
-from .methods import Method
+from .methods import Method, SecondOrderMethod
+from .methods.second_order import CURVES, MOMENTS
 
 _PROBE_SECONDS = 0.5
 
@@ -26,22 +27,19 @@ def estimate(
 ) -> dict[str, Any]:
     """Sizes before and after, FLOPs, seconds and peak memory of each pass.
 
-    Sizes by layer are known beforehand for methods that are uniform over layers; others get the totals, and
-    `layers` is null. Seconds are FLOPs over a measured matrix-product rate, plus nothing for the disk. Peak
-    memory counts, on a CPU, the interpreter and libraries as they are now.
+    Sizes by layer are known beforehand where they follow from the ratio alone; otherwise `layers` is null. Seconds
+    are FLOPs over a measured matrix-product rate, plus nothing for the disk and the choice. Peak memory counts, on a
+    CPU, the interpreter and libraries as they are now.
     """
     check_ratio(reader.shapes, ratio)
     before = sum(s.parameters for s in reader.shapes)
     removed = ratio * total_cost(reader.shapes) * 3 * reader.shapes[0].hidden_size
-    layers = _uniform_layers(reader.shapes, method, ratio) if _uniform(method) else None
-    passes = []
+    layers = _known_layers(reader.shapes, method, ratio) if method.predetermined else None
     rate = matmul_rate(device, dtype) if method.needs_text else 0.0
-    flops = sum(forward_flops(s, samples, sequence_length) for s in reader.shapes)
-    if method.needs_text:
-        name = "prune" if method.sequential else "survey"
-        # A sequential method runs each layer twice: dense for the statistics, pruned for the next layer's input.
-        work = flops * (2 - ratio) if method.sequential else flops
-        passes.append({"pass": name, "flops": work, "seconds": round(work / rate, 1)})
+    passes = [
+        {"pass": name, "flops": work, "seconds": round(work / rate, 1)}
+        for name, work in pass_flops(reader.shapes, method, ratio, samples, sequence_length).items()
+    ]
     return {
         "method": method.name,
         "options": method.options,
@@ -57,11 +55,7 @@ def estimate(
     }
 
 
-def _uniform(method: Method) -> bool:
-    return not method.options.get("structure", "UL").startswith("AL")
-
-
-def _uniform_layers(shapes: list[LayerShape], method: Method, ratio: float) -> list[dict[str, int]]:
+def _known_layers(shapes: list[LayerShape], method: Method, ratio: float) -> list[dict[str, int]]:
     return [
         {
             "kv_groups": s.kv_groups - c[ATTENTION],
@@ -69,6 +63,33 @@ def _uniform_layers(shapes: list[LayerShape], method: Method, ratio: float) -> l
         }
         for s, c in zip(shapes, method.counts(shapes, ratio), strict=True)
     ]
+
+
+def pass_flops(
+    shapes: list[LayerShape], method: Method, ratio: float, samples: int, sequence_length: int
+) -> dict[str, float]:
+    """FLOPs of every pass that looks at the text: forwards, and second moments (one triangle)."""
+    if not method.needs_text:
+        return {}
+    forward = sum(forward_flops(s, samples, sequence_length) for s in shapes)
+    if not method.sequential:
+        return {"survey": forward}
+    # A sequential method runs each layer twice: dense for the statistics, pruned for the next layer's input.
+    passes = {"prune": forward * (2 - ratio)}
+    if isinstance(method, SecondOrderMethod):
+        tokens = samples * sequence_length
+        widths = [s.units(m) * s.unit_width(m) for s in shapes for m in MODULES]
+        hessians = sum(tokens * d**2 for d in widths)
+        passes["prune"] += hessians
+        if method.correction:  # the dense stream, and the shortfall's moments with the inputs
+            passes["prune"] += forward + sum(2 * tokens * shapes[0].hidden_size * d for d in widths)
+        if method.alignment:  # second moments of what both norms put out, and of its change
+            passes["prune"] += 2 * len(shapes) * 3 * tokens * shapes[0].hidden_size ** 2
+        if method.survey == CURVES:
+            passes = {"survey": forward + hessians} | passes
+        elif method.survey == MOMENTS:
+            passes = {"survey": forward} | passes
+    return passes
 
 
 def forward_flops(shape: LayerShape, samples: int, sequence_length: int) -> float:
@@ -101,6 +122,12 @@ def peak_memory(
     on_host = stored if device.type == "cpu" and dtype != reader.dtype else 0
     forward = hidden + layer * dtype.itemsize + on_host + temporaries
     rewriting = stored * 2 if device.type == "cpu" else 0
+    if isinstance(method, SecondOrderMethod):
+        width = max(s.units(m) * s.unit_width(m) for s in reader.shapes for m in MODULES)
+        # H, its inverse and the weights' products; the factor of what is removed; weights before and after in float32.
+        solving = (3 * width**2 + width * width // 2 + 4 * shape.hidden_size * width) * 4
+        streams = 2 * hidden if method.correction else hidden
+        return base + max(forward - hidden + streams, streams + layer * dtype.itemsize + on_host + solving)
     return base + max(forward, embeddings, rewriting + (hidden if method.sequential else 0))
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from .allocation import Choice, UnitScores
 from .architectures import LayerShape
 from .checkpoint import CheckpointWriter
-from .device import Meter
 from .errors import InputError
 from .evaluate import evaluate
 from .job import Job
 from .modeling import pruned_config
+from .passes import Passes
 from .plan import (
     FORMAT,
     dense_summary,
@@ -46,9 +46,7 @@ _COPIED = (
 def finish(
     job: Job,
     writer: CheckpointWriter,
-    meters: dict[str, Meter],
-    cached: bool,
-    nonfinite: dict[str, int],
+    passes: Passes,
     choice: Choice,
     scores: list[UnitScores],
 ) -> dict[str, Any]:
@@ -63,9 +61,13 @@ def finish(
     writer.write_index()
     plan = _plan(job, choice, scores, shapes) | {
         "bytes": [job.reader.bytes, writer.tensor_bytes],
-        "passes": {name: meter.summary() | {"cached": name == "survey" and cached} for name, meter in meters.items()},
-        "peak_memory_bytes": max(meter.peak_memory_bytes for meter in meters.values()),
-        "nonfinite": nonfinite,
+        "passes": {
+            name: meter.summary() | {"cached": name == "survey" and passes.cached}
+            for name, meter in passes.meters.items()
+        },
+        "peak_memory_bytes": max(meter.peak_memory_bytes for meter in passes.meters.values()),
+        "nonfinite": passes.nonfinite,
+        "warnings": passes.warnings,
     }
     if job.evaluation_windows is not None:
         try:
@@ -109,7 +111,7 @@ def _plan(job: Job, choice: Choice, scores: list[UnitScores], shapes: list[Layer
         "versions": versions(),
         "device": _device_name(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),
-        "backends": {} if job.backend is None else {"channel_moments": job.backend},
+        "backends": job.backends,
     }
 
 

@@ -1,17 +1,18 @@
 """Runs decoder layers one at a time over hidden states, with transformers' own layer classes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from .architectures import MODULES, Family
+from .architectures import ATTENTION, Family
 from .checkpoint import CheckpointReader
 from .device import free_memory
 
-Observe = Callable[[Tensor], None]
+Observe = Callable[[Tensor], object]
 
 # Tokens in one micro-batch. On a GPU 16384 fill it; on a CPU 512 keep the FFN's temporaries (tokens x intermediate
 # x 4, float32) small beside a layer's weights, and GEMMs there gain nothing from more.
@@ -89,19 +90,11 @@ class LayerForward:
 
         With `advance`, `hidden` is overwritten by the layer's output.
         """
-        hooks = [
-            block.get_submodule(self.family.driver(module)).register_forward_pre_hook(
-                lambda _, arguments, module=module: observe[module](arguments[0])
-            )
-            for module in MODULES
-            if module in observe
-        ]
         mask = self._mask(layer)
-        try:
-            for start in range(0, len(hidden), self.batch):
-                part = hidden[start : start + self.batch]
+        with self.observed(block, observe):
+            for part in self.parts(hidden):
                 output = block(
-                    part.to(self.device, non_blocking=True),
+                    self.to_device(part),
                     attention_mask=mask,
                     position_ids=self.positions,
                     position_embeddings=self.rotary,
@@ -110,9 +103,54 @@ class LayerForward:
                     if self.allow_nonfinite:
                         output = torch.nan_to_num(output, nan=0.0, posinf=0.0, neginf=0.0)
                     part.copy_(output)
+
+    @contextmanager
+    def observed(self, block: nn.Module, observe: dict[str, Observe]) -> Iterator[None]:
+        """Within it, each module's driver input goes to `observe[module]`."""
+
+        def make_hook(see: Observe) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def pass_on(driver: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                see(arguments[0])  # what a hook returns would replace the input
+
+            return pass_on
+
+        hooks = [
+            block.get_submodule(self.family.driver(module)).register_forward_pre_hook(make_hook(see))
+            for module, see in observe.items()
+        ]
+        try:
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def half(self, block: nn.Module, layer: int, module: str, part: Tensor) -> Tensor:
+        """The residual stream right after one module of the layer: part + module(norm(part)).
+
+        part: [windows, tokens, hidden_size], hidden states before the module, on the device. The two halves of a
+        layer, one after the other, are the layer.
+        """
+        normed = block.get_submodule(self.family.norm(module))(part)
+        owner = block.get_submodule(self.family.driver(module).split(".")[0])
+        if module == ATTENTION:
+            output, _ = owner(
+                hidden_states=normed,
+                attention_mask=self._mask(layer),
+                position_ids=self.positions,
+                position_embeddings=self.rotary,
+            )
+        else:
+            output = owner(normed)
+        result = part + output
+        return torch.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0) if self.allow_nonfinite else result
+
+    def parts(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Micro-batches of hidden states, as views: write to them what is to replace them."""
+        for start in range(0, len(hidden), self.batch):
+            yield hidden[start : start + self.batch]
+
+    def to_device(self, part: Tensor) -> Tensor:
+        return part.to(self.device, non_blocking=True)
 
     def _mask(self, layer: int) -> Tensor | None:
         """transformers' mask of the layer: None where sdpa is causal by itself, a sliding window where shorter."""

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from . import calibration, survey
+from . import calibration
 from .allocation import check_ratio
 from .checkpoint import CheckpointReader, check_place, checkpoint_folder, digest
 from .device import select_device, select_dtype
@@ -19,6 +19,9 @@ from .ops import backends
 from .options import Progress, PruneOptions
 from .plan import FORMAT
 from .windows import SELF, calibration_windows, evaluation_windows, load_windows, save_windows
+
+# Operators that read activations, in the compute type; the others work on float32 statistics.
+ACTIVATION_OPERATORS = ("channel_moments", "hessian")
 
 
 class Job:
@@ -36,7 +39,7 @@ class Job:
         self.reader = CheckpointReader(checkpoint_folder(options.model))
         self.dtype = select_dtype(options.dtype, self.reader.dtype, self.device)
         check_ratio(self.reader.shapes, options.ratio)
-        self.method.counts(self.reader.shapes, options.ratio)  # an attention ratio that does not fit is said here
+        self.method.check(self.reader.shapes, options.ratio)
         self.cache = (options.cache or options.output.absolute().parent / ".pyprune-cache").absolute()
         check_place(self.cache / "survey")
         self.biases = {
@@ -44,7 +47,7 @@ class Job:
             for name in ("o_proj_bias", "down_proj_bias")
         }
         self.model_fingerprint = self.reader.fingerprint()
-        self.backend = self._backend() if self.method.needs_text else None
+        self.backends = self._backends() if self.method.needs_text else {}
         self.windows = self._windows() if self.method.needs_text else None
         # Before the first layer: a text that cannot be read must not cost the whole run.
         self.evaluation_windows = self._evaluation_windows()
@@ -58,7 +61,7 @@ class Job:
             "calibration": self.text_fingerprint,
             "dtype": str(self.dtype),
             "device": self.device.type,
-            "backend": self.backend,
+            "backends": self.backends,
             "allow_nonfinite": options.allow_nonfinite,
             "torch": torch.__version__,
         }
@@ -67,16 +70,26 @@ class Job:
         assert self.windows is not None
         return LayerForward(self.reader, self.windows, self.device, self.dtype, self.options.allow_nonfinite)
 
-    def survey_file(self) -> tuple[Path, dict[str, Any]]:
-        """Where the survey of this model, text and way of computing is kept, and what its numbers follow from."""
-        names = ("model", "calibration", "dtype", "device", "backend", "allow_nonfinite", "torch")
-        identity = {name: self.identity[name] for name in names}
-        identity |= {"by_window": self.method.by_window, "format": survey.FORMAT}
-        return self.cache / f"survey-{digest(identity)}.safetensors", identity
+    def cache_file(self, kind: str, operators: tuple[str, ...], **what: Any) -> tuple[Path, dict[str, Any]]:
+        """Where statistics of this model and text are kept, and what their numbers follow from.
 
-    def _backend(self) -> str:
-        sample = torch.empty(1, 8, dtype=self.dtype, device=self.device)
-        return backends.choose("channel_moments", sample).backend
+        `operators`: those that they were computed by; `what`: everything else that they depend on.
+        """
+        names = ("model", "calibration", "dtype", "device", "allow_nonfinite", "torch")
+        identity = {name: self.identity[name] for name in names}
+        identity |= {"backends": {name: self.backends[name] for name in operators}} | what
+        return self.cache / f"{kind}-{digest(identity)}.safetensors", identity
+
+    def _backends(self) -> dict[str, str]:
+        """The backend of every operator that the method uses: results follow from it to the last bit."""
+        chosen = {}
+        for operator in self.method.operators:
+            # Which kernel runs may depend on sizes: those of the whole job are named by its shapes and this choice.
+            dtype = self.dtype if operator in ACTIVATION_OPERATORS else torch.float32
+            sample = torch.empty(1, 8, dtype=dtype, device=self.device)
+            shape = None if operator in ACTIVATION_OPERATORS else (1, 1)
+            chosen[operator] = backends.choose_backend(operator, sample, shape)
+        return chosen
 
     def _windows(self) -> Tensor:
         o, config = self.options, self.reader.config

@@ -12,7 +12,7 @@ from .allocation import Choice, UnitScores
 from .architectures import ATTENTION, FFN, LayerShape
 from .checkpoint import CheckpointReader
 
-FORMAT = "pyprune-plan-1"
+FORMAT = "pyprune-plan-2"
 FILE = "plan.json"
 TOLERANCE = 0.005  # how far the ratio met may be from the ratio asked before the report says why
 _KEYS = {ATTENTION: "kv_groups", FFN: "intermediate_channels"}

@@ -132,7 +132,8 @@ def _result_table(plan: dict[str, Any]) -> str:
     )
     if ratio.get("note"):
         text += f" {ratio['note']}"
-    html = f"<p>{escape(text)}</p>" + _table(rows, "figures", ("", "before", "after", "change"))
+    html = f"<p>{escape(text)}</p>" + "".join(f"<p>Warning: {escape(w)}.</p>" for w in plan["warnings"])
+    html += _table(rows, "figures", ("", "before", "after", "change"))
     if evaluation:
         where = f"{pruned['windows']} windows of {pruned['sequence_length']} tokens of {evaluation['text']}"
         html += f"<p>Evaluated on {escape(where)}.</p>"

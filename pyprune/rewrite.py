@@ -8,10 +8,17 @@ from .architectures import MODULES, Family, LayerShape, expand
 
 
 def rewrite_layer(
-    family: Family, tensors: dict[str, Tensor], shape: LayerShape, kept: Kept, bias: dict[str, Tensor]
+    family: Family,
+    tensors: dict[str, Tensor],
+    shape: LayerShape,
+    kept: Kept,
+    bias: dict[str, Tensor],
+    weight: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Tensors of the pruned layer: kept rows and columns as they were, other tensors untouched.
 
+    `weight` holds, by module, the driver's new weight ([hidden_size, kept channels], any device), stored in the old
+    one's type.
     `bias` holds, by module, what is added to the driver's bias ([hidden_size] float32); a bias made here stays
     float32 in the checkpoint whatever the weights are, since rounding it would cost quality and saves nothing.
     Everything is a copy: nothing keeps the file mapped that `tensors` are views of.
@@ -22,6 +29,9 @@ def rewrite_layer(
             for suffix in (".weight", ".bias"):
                 if name + suffix in tensors and (suffix == ".weight" or dimension == 0):
                     pruned[name + suffix] = tensors[name + suffix].index_select(dimension, index)
+    for module, new in (weight or {}).items():
+        name = family.driver(module) + ".weight"
+        pruned[name] = new.to("cpu", tensors[name].dtype)
     pruned |= {name: tensor.clone() for name, tensor in tensors.items() if name not in pruned}
     for module in MODULES:
         if module in bias:

@@ -95,7 +95,7 @@ def test_no_tokenizer(refused: Callable[..., str], tiny_checkpoint: Any, text: P
     )
 
 
-@pytest.mark.parametrize("method", ["flap", "wanda-sp"])
+@pytest.mark.parametrize("method", ["flap", "wanda-sp", "slimgpt", "obs"])
 def test_infinite_activations_name_the_layer(
     refused: Callable[..., str], model: Path, text: Path, tmp_path: Path, method: str
 ) -> None:
@@ -177,7 +177,7 @@ def test_attention_ratio_is_checked_before_the_survey(
     assert "attention ratio 2 is outside [0, 1)" in line
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda-sp", "flap"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda-sp", "flap", "slimgpt", "obs"])
 def test_nan_weights_name_the_layer(
     refused: Callable[..., str], model: Path, text: Path, tmp_path: Path, method: str
 ) -> None:
@@ -219,7 +219,7 @@ def test_a_refused_resume_keeps_what_was_done(
         patch.setenv("PYPRUNE_BACKEND", "reference")
         outcome = run(capsys, *command, "--resume")
         assert outcome.status == 2
-        assert "cannot resume with other settings: backend (was 'cpu', now 'reference')" in outcome.err
+        assert "cannot resume with other settings: backends (was {'channel_moments': 'cpu'}, now {'channel_moments': 'reference'})" in outcome.err
     other = run(capsys, *command, "--resume", "--ratio", 0.4)
     assert "ratio (was 0.3, now 0.4)" in other.err
     assert sorted(tmp_path.rglob("*")) == before

@@ -14,8 +14,15 @@ KERNEL_FILES = sorted((CSRC / "cuda").glob("*.cu"))
 
 COMPILE_SECONDS = 120  # about 3 s alone on one core: room for a loaded machine, none for a PyTorch header
 REGISTER_FILE = 65536  # 32-bit registers of one multiprocessor, sm_80 and sm_90
-# Threads that must fit on a multiprocessor: of chunk_moments all that read at once, of merge_chunks one block.
-RESIDENT_THREADS = {"chunk_moments": 384, "merge_chunks": 1024}
+# Threads that must fit on a multiprocessor: of chunk_moments all that read at once, of merge_chunks one block; of
+# accumulate_hessian one block, whose 11 warps take as many registers of the four schedulers as 12 would.
+RESIDENT_THREADS = {
+    "chunk_moments": 384,
+    "merge_chunks": 1024,
+    "accumulate_hessian": 384,
+    "eliminate_panel": 512,
+    "unit_errors": 544,
+}
 
 
 def includes(source: Path) -> list[str]:
@@ -54,6 +61,7 @@ def test_kernels_fit_without_spills(source: Path, architecture: str, nvcc: str, 
     result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr
+    assert "Performance Loss" not in result.stderr, result.stderr
     kernels = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",

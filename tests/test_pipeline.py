@@ -15,9 +15,10 @@ from pyprune import calibration, modeling
 from pyprune.architectures import ATTENTION, FFN, MODULES
 from pyprune.checkpoint import CheckpointReader
 from pyprune.forward import LayerForward
+from pyprune.ops import backends
+from pyprune.passes.survey import load_survey
 from pyprune.plan import kept_from_entry, read_plan
 from pyprune.rewrite import compensation_bias, rewrite_layer
-from pyprune.survey import load_survey
 
 SMALL = ("--calibration", "self", "--samples", 24, "--sequence-length", 64, "--device", "cpu")
 
@@ -59,7 +60,7 @@ def test_flap_end_to_end(demo_model: Path, tmp_path: Path, capsys: pytest.Captur
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     assert type(loaded) is modeling.PRUNED_CLASSES["llama"][2]
     ids = torch.randint(2, 8192, (2, 48), generator=torch.Generator().manual_seed(1))
-    in_memory = prune_in_memory(demo_model, plan, next((tmp_path / ".pyprune-cache").glob("*.safetensors")))
+    in_memory = prune_in_memory(demo_model, plan, next((tmp_path / ".pyprune-cache").glob("survey-*.safetensors")))
     assert torch.equal(logits(loaded, ids), logits(in_memory, ids))
     cached = loaded.generate(ids[:1], max_new_tokens=12, do_sample=False)
     assert torch.equal(cached, loaded.generate(ids[:1], max_new_tokens=12, do_sample=False, use_cache=False))
@@ -208,10 +209,10 @@ def test_evaluate_and_plan_and_lists(demo_model: Path, tmp_path: Path, capsys: p
     assert flap["passes"][0]["flops"] == 128 * 2048 * (2 * before + 6 * 2 * 256 * 2048)
 
     listed = run(capsys, "methods", "--json").json
-    assert listed.keys() == {"magnitude", "wanda-sp", "flap"}
+    assert listed.keys() == {"magnitude", "wanda-sp", "flap", "slimgpt", "obs"}
     assert listed["flap"]["options"]["structure"] == "AL-AM"
     table = run(capsys, "backends", "--json").json
-    assert {row["operator"] for row in table["operators"]} == {"channel_moments"}
+    assert {row["operator"] for row in table["operators"]} == set(backends.REQUIREMENTS)
     for command in ("prune", "evaluate", "plan", "backends", "methods"):
         shown = run(capsys, command, "--help")
         assert shown.status == 0

@@ -30,7 +30,7 @@ def make_plan(
         return {"seconds": seconds, "peak_memory_bytes": 5 << 20, "cached": False, "layers": each}
 
     plan = {
-        "format": "pyprune-plan-1",
+        "format": "pyprune-plan-2",
         "model": "models/llama",
         "method": "flap",
         "options": {"mode": "exact", "squared": False},
@@ -61,6 +61,7 @@ def make_plan(
         "threshold": -0.25,
         "passes": {"survey": run(12.34), "prune": run(1.5)},
         "peak_memory_bytes": 5 << 20,
+        "warnings": [],
         "seconds": 150.4,
         "versions": {"pyprune": "0.1.0", "torch": "2.11.0"},
         "device": "cpu",
@@ -222,6 +223,6 @@ def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="format is 'pyprune-plan-9': this version reads 'pyprune-plan-1'"):
+    with pytest.raises(InputError, match="format is 'pyprune-plan-9': this version reads 'pyprune-plan-2'"):
         write_report(make_plan(format="pyprune-plan-9"), tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()

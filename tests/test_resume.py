@@ -54,7 +54,7 @@ def model_and_text(tiny_checkpoint: Callable[..., Path], tmp_path: Path, demo_mo
     return tiny_checkpoint(family="llama", layers=LAYERS, dtype="bfloat16", tokenizer=demo_model), text
 
 
-@pytest.mark.parametrize("method", ["flap", "wanda-sp"])
+@pytest.mark.parametrize("method", ["flap", "wanda-sp", "obs"])
 def test_ten_kills(model_and_text: tuple[Path, Path], tmp_path: Path, method: str) -> None:
     model, text = model_and_text
     whole = tmp_path / "whole"
@@ -131,7 +131,7 @@ def test_shards_that_keep_other_units_are_written_again(
 ) -> None:
     """The survey of the killed run is gone and the new one differs: nothing of the old choice may remain."""
     from pyprune.checkpoint import CheckpointReader, CheckpointWriter
-    from pyprune.survey import load_survey, save_survey
+    from pyprune.passes.survey import load_survey, save_survey
 
     model, text = model_and_text
     write = CheckpointWriter.write

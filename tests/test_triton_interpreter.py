@@ -1,30 +1,19 @@
 """The Triton kernels on a CPU, in Triton's interpreter, against float64.
 
-The interpreter must be chosen before triton is imported, so `test_in_the_interpreter` runs this file once
-more in a process of its own; the other tests exist only there.
+`test_in_the_interpreter` runs this file once more (interpreter.py); the other tests exist only there.
 """
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import INTERPRETED, mend, poison_memory, run_interpreted
 from torch import Tensor
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
 
     def test_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stdout + run.stderr
+        run_interpreted(__file__)
 
 else:
-    from interpreter import mend
     from moments_bounds import assert_as_good_as_torch, assert_within_analysed_bound
 
     mend()
@@ -38,8 +27,7 @@ else:
 
     @pytest.fixture(autouse=True)
     def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-        """Fresh memory holds NaN: a partial result that is read but never written shows."""
-        monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options))
+        poison_memory(monkeypatch)
 
     def moments(
         batches: list[Tensor], multiprocessors: int = 40, configuration: Configuration = SMALL

@@ -77,6 +77,24 @@ def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     return mean_a + delta * fraction, m2_a + m2_b + delta * delta * (count_a * fraction)
 
 
+@triton.jit
+def tiles_of_chunk(x, row_stride, tiles_per_chunk, longer_chunks, TILE_ROWS: tl.constexpr, TILE_CHANNELS: tl.constexpr):
+    """What the program (block of channels, chunk of rows) reads, with the arguments of chunk_moments.
+
+    Its channels and the number of its full tiles; the address of the first, the offsets of elements in a tile
+    [TILE_ROWS, TILE_CHANNELS], and the elements from row to row.
+    """
+    chunk = tl.program_id(1)
+    channel = tl.program_id(0) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
+    row = tl.arange(0, TILE_ROWS)
+    tiles = tiles_per_chunk + (chunk < longer_chunks).to(tl.int32)
+    first_tile = chunk * tiles_per_chunk + tl.minimum(chunk, longer_chunks)
+    # 64 bits: rows × channels passes 2^31 (262144 × 28672).
+    stride = tl.cast(row_stride, tl.int64)
+    tile = x + first_tile.to(tl.int64) * TILE_ROWS * stride
+    return channel, tiles, tile, row[:, None] * stride + channel[None, :], stride
+
+
 @triton.jit(do_not_specialize=["tiles_per_chunk", "longer_chunks", "tail_rows"])
 def chunk_moments(
     x,  # [rows, channels], row_stride elements from row to row
@@ -95,16 +113,11 @@ def chunk_moments(
     MERGE_STATE: tl.constexpr,
     EARLY_MERGE: tl.constexpr,
 ):
+    channel, tiles, tile, offsets, stride = tiles_of_chunk(
+        x, row_stride, tiles_per_chunk, longer_chunks, TILE_ROWS, TILE_CHANNELS
+    )
     chunk = tl.program_id(1)
-    channel = tl.program_id(0) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
-    row = tl.arange(0, TILE_ROWS)
     inside = channel < channels
-    tiles = tiles_per_chunk + (chunk < longer_chunks).to(tl.int32)
-    first_tile = chunk * tiles_per_chunk + tl.minimum(chunk, longer_chunks)
-    # 64 bits: rows × channels passes 2^31 (262144 × 28672).
-    stride = tl.cast(row_stride, tl.int64)
-    tile = x + first_tile.to(tl.int64) * TILE_ROWS * stride
-    offsets = row[:, None] * stride + channel[None, :]  # [TILE_ROWS, TILE_CHANNELS]
 
     mean = tl.zeros((TILE_CHANNELS,), tl.float32)
     m2 = tl.zeros((TILE_CHANNELS,), tl.float32)
@@ -129,7 +142,7 @@ def chunk_moments(
         gdc_launch_dependents()
     rows = tiles * TILE_ROWS
     if (chunk == tl.num_programs(1) - 1) & (tail_rows > 0):
-        present = (row < tail_rows)[:, None] & inside[None, :]
+        present = (tl.arange(0, TILE_ROWS) < tail_rows)[:, None] & inside[None, :]
         values = tl.load(tile + offsets, mask=present, other=0.0).to(tl.float32)
         tail_mean = tl.sum(values, 0) / tail_rows.to(tl.float32)
         centred = tl.where(present, values - tail_mean[None, :], 0.0)

@@ -34,4 +34,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled operators on raw addresses; pyprune.ops checks tensors and calls them.";
   m.def("build_info", &build_info, "What this build carries and which CPU instruction set it picks here.");
   bind_channel_moments(m);
+  bind_eliminate(m);
+  bind_grouped_cholesky(m);
+  bind_hessian(m);
 }

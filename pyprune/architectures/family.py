@@ -38,6 +38,11 @@ class LayerShape:
         return self.head_dim * (2 * self.heads_per_group + 2) / 3
 
     @property
+    def cost(self) -> float:
+        """All units of the layer, in FFN channels."""
+        return self.kv_groups * self.group_cost + self.intermediate_channels
+
+    @property
     def parameters(self) -> int:
         """Parameters of the layer's decoder linears (q, k, v, o, gate, up, down; no biases)."""
         attention = self.kv_groups * self.head_dim * (2 * self.heads_per_group + 2)
@@ -73,6 +78,7 @@ class Family:
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
     drivers: tuple[tuple[str, str], ...] = ((ATTENTION, "self_attn.o_proj"), (FFN, "mlp.down_proj"))
+    norms: tuple[tuple[str, str], ...] = ((ATTENTION, "input_layernorm"), (FFN, "post_attention_layernorm"))
     query: str = "self_attn.q_proj"
     key_value: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
@@ -81,6 +87,14 @@ class Family:
     def driver(self, module: str) -> str:
         """Name within a layer of the module's driver, the matrix whose input columns are pruned."""
         return dict(self.drivers)[module]
+
+    def norm(self, module: str) -> str:
+        """Name within a layer of the norm whose output the module reads."""
+        return dict(self.norms)[module]
+
+    def coupled(self, module: str) -> tuple[str, ...]:
+        """Names within a layer of the matrices that read the module's norm: their rows go with the driver's columns."""
+        return (self.query, *self.key_value) if module == ATTENTION else self.gate_up
 
     def _class(self, suffix: str, module: str = "modeling") -> Any:
         source = importlib.import_module(f"transformers.models.{self.name}.{module}_{self.name}")

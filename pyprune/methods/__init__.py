@@ -4,12 +4,15 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import InputError
-from .base import LayerStatistics, Method
+from .base import LayerStatistics, Method, ScoringMethod
 from .flap import Flap
 from .magnitude import Magnitude
+from .obs import Obs
+from .second_order import SecondOrderMethod
+from .slimgpt import SlimGpt
 from .wanda_sp import WandaSp
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Magnitude, WandaSp, Flap)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Magnitude, WandaSp, Flap, SlimGpt, Obs)}
 
 
 def make_method(name: str, options: dict[str, Any]) -> Method:
@@ -25,4 +28,4 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     return method(**options)
 
 
-__all__ = ["METHODS", "LayerStatistics", "Method", "make_method"]
+__all__ = ["METHODS", "LayerStatistics", "Method", "ScoringMethod", "SecondOrderMethod", "make_method"]

@@ -16,7 +16,7 @@ from ..allocation import (
 from ..architectures import ATTENTION, FFN, MODULES, LayerShape
 from ..errors import InputError
 from ..statistics import DriverStatistics
-from .base import LayerStatistics, Method
+from .base import LayerStatistics, ScoringMethod
 
 METRICS = ("IFV", "WIFV", "WIFN")
 STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
@@ -25,7 +25,7 @@ COMPENSATIONS = ("bias", "none")
 
 
 @dataclass(frozen=True)
-class Flap(Method):
+class Flap(ScoringMethod):
     """FLAP: fluctuation of each channel, global adaptive search, bias compensation (arXiv 2312.11983).
 
     `metric`: IFV v_j; WIFV v_j Σ_o W_oj²; WIFN mean_o |W_oj| sqrt(s_j).
@@ -45,14 +45,10 @@ class Flap(Method):
     attention_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        for value, known, what in (
-            (self.metric, METRICS, "metric"),
-            (self.structure, STRUCTURES, "structure"),
-            (self.mode, MODES, "mode"),
-            (self.compensation, COMPENSATIONS, "compensation"),
-        ):
-            if value not in known:
-                raise InputError(f"flap has no {what} {value!r}; one of {', '.join(known)}")
+        self.check_option("metric", METRICS)
+        self.check_option("structure", STRUCTURES)
+        self.check_option("mode", MODES)
+        self.check_option("compensation", COMPENSATIONS)
         if self.attention_ratio is not None and not self.structure.endswith("MM"):
             raise InputError("attention_ratio goes with the structures UL-MM and AL-MM only")
         if self.square_attention is None:
@@ -65,6 +61,10 @@ class Flap(Method):
     @property
     def biased(self) -> bool:
         return self.compensation == "bias"
+
+    @property
+    def predetermined(self) -> bool:
+        return self.structure.startswith("UL")
 
     def channel_scores(self, statistics: DriverStatistics, module: str) -> Tensor:
         if self.metric == "WIFN":
@@ -81,7 +81,7 @@ class Flap(Method):
 
     def unit_scores(self, layer: LayerStatistics, shape: LayerShape) -> UnitScores:
         """UL: sums over a unit's channels. AL: means of the channels' z-scores within layer and module."""
-        if self.structure.startswith("UL"):
+        if self.predetermined:
             return super().unit_scores(layer, shape)
         return {
             module: standardise(self.channel_scores(layer[module], module))
@@ -100,7 +100,7 @@ class Flap(Method):
                 return choose_above(scores, shapes, reference_threshold(scores, shapes, ratio))
             return choose_globally(scores, shapes, ratio * total_cost(shapes))
         counts = self.counts(shapes, ratio)
-        if self.structure.startswith("UL"):
+        if self.predetermined:
             return choose_by_counts(scores, counts)
         # AL-MM: the same number of units of each module as with uniform layers, taken from the whole model.
         attention = sum(c[ATTENTION] * s.group_cost for c, s in zip(counts, shapes, strict=True))

@@ -3,11 +3,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..statistics import DriverStatistics
-from .base import Method
+from .base import ScoringMethod
 
 
 @dataclass(frozen=True)
-class Magnitude(Method):
+class Magnitude(ScoringMethod):
     """Magnitude-sp: the norm of each driver column, uniform over layers; looks at no text (baseline)."""
 
     name = "magnitude"

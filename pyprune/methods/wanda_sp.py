@@ -3,11 +3,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..statistics import DriverStatistics
-from .base import Method
+from .base import ScoringMethod
 
 
 @dataclass(frozen=True)
-class WandaSp(Method):
+class WandaSp(ScoringMethod):
     """Wanda-sp: mean weight times input norm, uniform over layers, on pruned inputs (baseline)."""
 
     name = "wanda-sp"

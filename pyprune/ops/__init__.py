@@ -1,12 +1,24 @@
 """Operators: one a file, with its schema, its reference in plain PyTorch and the launch of each backend."""
 
 from .backends import describe, describe_installation
+from .eliminate import Elimination, eliminate, refit
+from .grouped_cholesky import grouped_cholesky_errors, grouped_cholesky_errors_reference
+from .hessian import Hessian
 from .moments import ChannelMoments, channel_moments_update, channel_moments_update_reference
+from .spd_inverse import DampedInverse, damped_inverse
 
 __all__ = [
     "ChannelMoments",
+    "DampedInverse",
+    "Elimination",
+    "Hessian",
     "channel_moments_update",
     "channel_moments_update_reference",
+    "damped_inverse",
     "describe",
     "describe_installation",
+    "eliminate",
+    "grouped_cholesky_errors",
+    "grouped_cholesky_errors_reference",
+    "refit",
 ]

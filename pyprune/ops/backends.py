@@ -237,12 +237,6 @@ WIDTH_256 = Requirement(
     lambda problem: problem.shape is None or problem.shape[-1] <= 256,
     lambda problem: f"a unit has {(problem.shape or (0,))[-1]} channels; the kernel holds at most 256",
 )
-# The panel kernel chooses single channels; wider units go through library calls.
-SINGLE_CHANNELS = Requirement(
-    "units of one channel",
-    lambda problem: problem.shape is None or problem.shape[-1] == 1,
-    lambda problem: f"a unit has {(problem.shape or (0,))[-1]} channels; the kernel removes single ones",
-)
 
 # Order matters: a later predicate may rely on the earlier ones (no capability is asked of a CPU tensor).
 REQUIREMENTS: dict[str, dict[str, tuple[Requirement, ...]]] = {
@@ -278,10 +272,10 @@ REQUIREMENTS: dict[str, dict[str, tuple[Requirement, ...]]] = {
         "cpu": (ON_CPU, FLOAT32, CORE_BUILT),
         "reference": (),
     },
-    # shape: [units, width]
+    # shape: [channels, channels]
     "eliminate": {
-        "cuda": (ON_NVIDIA_GPU, FLOAT32, SINGLE_CHANNELS, CORE_BUILT, CORE_WITH_CUDA, CORE_FOR_THIS_GPU),
-        "cpu": (ON_CPU, FLOAT32, SINGLE_CHANNELS, CORE_BUILT),
+        "cuda": (ON_NVIDIA_GPU, FLOAT32, CORE_BUILT, CORE_WITH_CUDA, CORE_FOR_THIS_GPU),
+        "cpu": (ON_CPU, FLOAT32, CORE_BUILT),
         "reference": (),
     },
 }

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .architectures import MODULES
-from .checkpoint import CheckpointReader, save_cached
-from .device import Meter
-from .errors import InputError
-from .forward import LayerForward, layer_name
-from .methods import LayerStatistics
-from .options import Progress
-from .statistics import DriverObserver, DriverStatistics, column_norms
+from ..architectures import MODULES
+from ..checkpoint import CheckpointReader, save_cached
+from ..device import Meter
+from ..errors import InputError
+from ..forward import LayerForward, layer_name
+from ..job import Job
+from ..methods import LayerStatistics
+from ..options import Progress
+from ..statistics import DriverObserver, DriverStatistics, column_norms
 
 FORMAT = "pyprune-survey-1"  # part of a survey's name: a change of the formulas makes old ones unfindable
 
@@ -81,6 +82,16 @@ def survey_weights(
             )
     progress("survey", reader.layers, reader.layers)
     return survey
+
+
+def cached_survey(job: Job, by_window: bool, meter: Meter) -> tuple[list[LayerStatistics], bool]:
+    """The survey of the job's model and text, and whether it was there already; a new one is kept."""
+    path, identity = job.cache_file("survey", ("channel_moments",), by_window=by_window, format=FORMAT)
+    if path.is_file():
+        return load_survey(path, job.reader.layers), True
+    survey = survey_model(job.forward(), by_window, meter, job.progress)
+    save_survey(path, survey, identity)
+    return survey, False
 
 
 def load_survey(path: Path, layers: int) -> list[LayerStatistics]:

@@ -1,0 +1,182 @@
+"""The inverse of a damped Hessian: the sweep against torch's Cholesky factorisation and inverse from it.
+
+    python benchmarks/inverse.py [--device cuda] [--sizes 4096 11008 ...] [--sweep] [--output FILE.json]
+
+Both in float32, in one process on the same matrix: XᵀX of correlated inputs, damped by 1 %. Correctness comes first.
+Up to --exact-below channels the relative Frobenius errors are taken against the inverse in float64; beyond, where that
+would take minutes, ‖(AH − 1)V‖ / ‖V‖ in float64 for 16 random vectors V. The operator may have at most twice the
+library's error. Peak memory counts what a call allocates beside the matrix. --sweep also times other block sizes.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine
+from timing import Timer
+from torch import Tensor
+
+from pyprune.ops.spd_inverse import BLOCKING, Blocking, no_tf32, shifted, spd_inverse, sweep
+
+GPU_SIZES = [4096, 8192, 11008, 13824, 28672]
+CPU_SIZES = [1024, 2048]
+PROBES = 16  # random vectors
+PROBE_ROWS = 2048  # rows of a matrix that are converted to float64 at a time
+LARGE = 11008  # from here on the target holds
+SLOW = 20000  # larger ones are timed three times
+SWEPT = tuple(Blocking(swept, updated) for swept in (128, 256, 512, 1024) for updated in (1024, 2048, 4096))
+
+
+def hessian(channels: int, device: torch.device) -> Tensor:
+    """XᵀX of 2·channels correlated tokens, damped by 1 %; made in pieces, since X is larger than the result."""
+    generator = torch.Generator(device).manual_seed(0)
+    scale = 10 ** torch.rand(channels, device=device, generator=generator)
+    common = torch.randn(64, channels, device=device, generator=generator)
+    h = torch.zeros(channels, channels, device=device)
+    for _ in range(8):
+        rows = channels // 4
+        x = torch.randn(rows, channels, device=device, generator=generator)
+        x += torch.randn(rows, 64, device=device, generator=generator) @ common / 8
+        x *= scale
+        h.addmm_(x.T, x)
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    for first in range(0, channels, PROBE_ROWS):  # symmetric to the bit
+        rows_of = slice(first, first + PROBE_ROWS)
+        h[rows_of, first:] = h[first:, rows_of].mT.clone()
+    return h
+
+
+def library(h: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(h))
+
+
+def product(a: Tensor, v: Tensor) -> Tensor:
+    """A V in float64, some rows at a time."""
+    return torch.cat([rows.double() @ v for rows in a.split(PROBE_ROWS)])
+
+
+def error_against(exact: Tensor) -> Callable[[Tensor], float]:
+    norm = exact.norm()
+    return lambda a: (
+        torch.stack([(x - y).norm() for x, y in zip(a.split(PROBE_ROWS), exact.split(PROBE_ROWS), strict=True)]).norm()
+        / norm
+    ).item()
+
+
+def residual_with(h: Tensor) -> Callable[[Tensor], float]:
+    generator = torch.Generator(h.device).manual_seed(1)
+    v = torch.randn(len(h), PROBES, dtype=torch.float64, device=h.device, generator=generator)
+    image = product(h, v)
+    return lambda a: ((product(a, image) - v).norm() / v.norm()).item()
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """What a call allocates at most beside what is there; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def run(
+    sizes: list[int], device: torch.device, repeat: int, exact_below: int, other_blocks: bool
+) -> tuple[list[dict[str, Any]], bool]:
+    """One result for each size, printed as it comes; whether all were correct."""
+    results, all_correct = [], True
+    print(f"{'d':>6} |       ms | TFLOP/s |  torch ms |  ratio |   error | torch's |  d² buffers | torch's")
+    for d in sizes:
+        h = hessian(d, device)
+        measure = "error" if d <= exact_below else "residual"
+        error_of = error_against(library(h.double())) if measure == "error" else residual_with(h)
+        own_error, library_error = error_of(spd_inverse(h, 0.0)[0]), error_of(library(h))
+        if not own_error <= 2 * library_error:
+            print(f"WRONG RESULT, not timed: {d}: {measure} {own_error:.1e}, torch {library_error:.1e}")
+            all_correct = False
+            continue
+        timer = Timer(device, 3 if d > SLOW else repeat)
+        own, other = timer(lambda h=h: spd_inverse(h, 0.0)), timer(lambda h=h: library(h))
+        peaks = [peak_bytes(call, device) for call in (lambda h=h: spd_inverse(h, 0.0), lambda h=h: library(h))]
+        result: dict[str, Any] = {
+            "channels": d,
+            "dtype": "float32",
+            "microseconds": {"operator": asdict(own), "library": asdict(other)},
+            "teraflops": d**3 / own.median * 1e-6,
+            "times_library": other.median / own.median,
+            measure: {"operator": own_error, "library": library_error},
+            "peak_bytes": dict(zip(("operator", "library"), peaks, strict=True)),
+            "matrix_bytes": h.nbytes,
+        }
+        buffers = [" " * 7 if peak is None else f"{peak / h.nbytes:7.2f}" for peak in peaks]
+        print(
+            f"{d:>6} | {own.median * 1e-3:8.2f} | {result['teraflops']:7.1f} | {other.median * 1e-3:9.2f} | "
+            f"{result['times_library']:6.2f} | {own_error:7.1e} | {library_error:7.1e} |     {' | '.join(buffers)}"
+        )
+        if other_blocks:
+            result["blocks"] = time_blocks(h, timer, error_of)
+        results.append(result)
+        del h, error_of
+    return results, all_correct
+
+
+def time_blocks(h: Tensor, timer: Timer, error_of: Callable[[Tensor], float]) -> list[dict[str, Any]]:
+    """The sweep in other blocks, without the library path for small matrices."""
+    rows = []
+    for blocking in SWEPT:
+        with no_tf32():
+            timing = timer(lambda blocking=blocking: sweep(shifted(h, 0.0), blocking))
+            a = shifted(h, 0.0)
+            sweep(a, blocking)
+        error = error_of(a)
+        rows.append(asdict(blocking) | {"microseconds": asdict(timing), "error": error})
+        marker = "  <- the table's" if BLOCKING.get(h.device.type) == blocking else ""
+        print(
+            f"       swept {blocking.swept:>4} updated {blocking.updated:>4}: {timing.median * 1e-3:8.2f} ms, "
+            f"error {error:7.1e}{marker}"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="CHANNELS")
+    parser.add_argument("--repeat", type=int, default=5, help="repetitions (default 5; 3 above 20000 channels)")
+    parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default 2)")
+    parser.add_argument("--exact-below", type=int, default=11008, help="largest size that is inverted in float64")
+    parser.add_argument("--sweep", action="store_true", help="also time other block sizes")
+    parser.add_argument("--output", type=Path, help="write the figures and the machine as JSON")
+    arguments = parser.parse_args()
+
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(arguments.threads)
+    machine = describe_machine(device)
+    print(json.dumps(machine))
+    sizes = arguments.sizes or (GPU_SIZES if on_gpu else CPU_SIZES)
+    results, all_correct = run(sizes, device, arguments.repeat, arguments.exact_below, arguments.sweep)
+    large = [result["times_library"] for result in results if result["channels"] >= LARGE]
+    if large:
+        print(f"geometric mean of {len(large)} sizes from {LARGE} on: {statistics.geometric_mean(large):.2f} x library")
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        report = {"machine": machine, "repeat": arguments.repeat, "results": results}
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    if not all_correct:
+        raise SystemExit("a result was wrong, see above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+#include "pyprune/hessian.h"
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "checks.h"
+#include "operators.h"
+
+namespace py = pybind11;
+
+namespace pyprune {
+
+#ifdef PYPRUNE_CUDA_VERSION
+
+namespace {
+
+constexpr int64_t VECTOR_BYTES = 16;  // what the copy engine asks of addresses and strides
+
+void require_whole_vectors(const char* name, int64_t elements, int64_t element_bytes) {
+  if (elements * element_bytes % VECTOR_BYTES != 0) {
+    refuse(std::string(name) + " must be a multiple of " + std::to_string(VECTOR_BYTES / element_bytes) + ", got " +
+           std::to_string(elements));
+  }
+}
+
+void require_memory(const char* names, int64_t rows, int64_t row_elements, int64_t element_bytes) {
+  if (rows > 0 && row_elements > MAX_BYTES / element_bytes / rows) {
+    refuse(std::string(names) + " describe more memory than can exist");
+  }
+}
+
+Rows checked_rows(uintptr_t x, const std::string& dtype_name, int64_t rows, int64_t channels, int64_t row_stride) {
+  const DType dtype = parse_dtype(dtype_name);
+  if (dtype == DType::float32) refuse("dtype must be bfloat16 or float16, not float32");
+  const int64_t size = element_size(dtype);
+  require_not_negative("rows", rows);
+  require_not_negative("channels", channels);
+  require_int32("rows", rows);
+  require_int32("channels", channels);
+  require_whole_vectors("channels", channels, size);
+  if (rows > 1) {
+    require_memory("rows and row_stride", rows, std::max(channels, row_stride), size);
+    require_whole_vectors("row_stride", row_stride, size);
+    if (row_stride < channels) refuse("row_stride must not be below channels: the rows would overlap");
+  }
+  if (rows > 0 && channels > 0) require_address("x_ptr", x, VECTOR_BYTES);
+  return {reinterpret_cast<const void*>(x), dtype, rows, channels, row_stride};
+}
+
+HessianState checked_state(uintptr_t lower, int64_t stride, uintptr_t sums, const Rows& x) {
+  if (x.rows > 0 && x.channels > 0) {
+    require_memory("channels and lower_stride", x.channels, std::max(x.channels, stride), sizeof(float));
+    require_whole_vectors("lower_stride", stride, sizeof(float));
+    if (stride < x.channels) refuse("lower_stride must not be below channels: the rows would overlap");
+    require_address("lower_ptr", lower, VECTOR_BYTES);
+    if (sums != 0) require_address("sums_ptr", sums, alignof(float));
+  }
+  return {reinterpret_cast<float*>(lower), stride, reinterpret_cast<float*>(sums)};
+}
+
+size_t update_cuda_workspace(int64_t rows, int64_t channels, int multiprocessors) {
+  require_not_negative("rows", rows);
+  require_not_negative("channels", channels);
+  require_int32("channels", channels);
+  require_positive("multiprocessors", multiprocessors);
+  return hessian_update_cuda_workspace(rows, channels, multiprocessors);
+}
+
+void update_cuda(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64_t channels, int64_t row_stride,
+                 uintptr_t lower_ptr, int64_t lower_stride, uintptr_t sums_ptr, uintptr_t workspace_ptr,
+                 int64_t workspace_bytes, int multiprocessors, uintptr_t stream) {
+  const Rows x = checked_rows(x_ptr, dtype, rows, channels, row_stride);
+  const HessianState state = checked_state(lower_ptr, lower_stride, sums_ptr, x);
+  require_positive("multiprocessors", multiprocessors);
+  const size_t needed = hessian_update_cuda_workspace(rows, channels, multiprocessors);
+  if (workspace_bytes < static_cast<int64_t>(needed)) {
+    refuse("the workspace has " + std::to_string(workspace_bytes) + " bytes and needs " + std::to_string(needed));
+  }
+  if (needed > 0) require_address("workspace_ptr", workspace_ptr, 16);
+  py::gil_scoped_release released;
+  hessian_update_cuda(x, state, reinterpret_cast<void*>(workspace_ptr), multiprocessors,
+                      reinterpret_cast<CUstream_st*>(stream));
+}
+
+}  // namespace
+
+void bind_hessian(py::module_& m) {
+  m.def("hessian_update_cuda_workspace", &update_cuda_workspace,
+        "Bytes of device memory, aligned to 16, that one hessian_update_cuda of these sizes needs.", py::arg("rows"),
+        py::arg("channels"), py::arg("multiprocessors"));
+  m.def("hessian_update_cuda", &update_cuda,
+        "Add the products of rows to the lower triangle of a Hessian and, unless sums_ptr is 0, their sums to sums; "
+        "asynchronously on a stream of the current device, which must be of compute capability 9.0.",
+        py::arg("x_ptr"), py::arg("dtype"), py::arg("rows"), py::arg("channels"), py::arg("row_stride"),
+        py::arg("lower_ptr"), py::arg("lower_stride"), py::arg("sums_ptr"), py::arg("workspace_ptr"),
+        py::arg("workspace_bytes"), py::arg("multiprocessors"), py::arg("stream"));
+}
+
+#else
+
+void bind_hessian(py::module_&) {}
+
+#endif
+
+}  // namespace pyprune

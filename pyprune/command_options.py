@@ -1,0 +1,73 @@
+"""Options that several commands share, and those of the methods."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from .incremental import SCHEDULES
+from .methods import METHODS, flap, obs
+
+# option -> (type, help): each names the methods that have it, and its values. A flag's type is bool.
+METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
+    "metric": (str, f"flap: {', '.join(flap.METRICS)}.  [default: WIFV]"),
+    "structure": (str, f"flap: {', '.join(flap.STRUCTURES)}.  [default: AL-AM]"),
+    "mode": (str, f"flap: {' or '.join(flap.MODES)}.  [default: exact]"),
+    "square_attention": (bool, "flap: square attention scores, as the authors' code does."),
+    "attention_ratio": (float, "flap, UL-MM and AL-MM: the attention's own ratio."),
+    "compensation": (
+        str,
+        f"flap: {' or '.join(flap.COMPENSATIONS)} [bias]; obs: {' or '.join(obs.COMPENSATIONS)} [weights].",
+    ),
+    "allocation": (str, f"obs: how many units each layer loses: {', '.join(obs.ALLOCATIONS)}.  [default: residual]"),
+    "target": (str, f"obs: what the driver is fitted to: {' or '.join(obs.TARGETS)}.  [default: residual]"),
+    "target_share": (float, "obs: share of the residual stream's shortfall that a driver makes up.  [default: 0.5]"),
+    "input_share": (float, "obs: share of the inputs' change that q, k, v, gate, up make up.  [default: 1]"),
+    "damping": (float, "slimgpt, obs: added to H's diagonal, as a share of its mean.  [default: 0.01]"),
+    "schedule": (str, f"slimgpt: how ratios rise with depth: {', '.join(SCHEDULES)}.  [default: log]"),
+    "first_share": (
+        float,
+        "slimgpt, obs (log, linear): the first layer's ratio as a share of --ratio.  [default: 0, if possible]",
+    ),
+}
+
+
+def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+        click.option("--trust-remote-code", is_flag=True, help="Run a tokenizer's own Python code."),
+        click.option("--dtype", default="auto", help="Compute type: auto, float32, bfloat16, float16."),
+        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**63 - 2), default=0, help="Seed of windows and of sampled text."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for name, (kind, text) in reversed(METHOD_OPTIONS.items()):
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            command = click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)(command)
+        else:
+            command = click.option(flag, type=kind, help=text)(command)
+    for option in (
+        click.option("--sequence-length", type=click.IntRange(2), default=2048, help="Tokens in a calibration window."),
+        click.option("--samples", type=click.IntRange(1), default=128, help="Calibration windows."),
+        click.option(
+            "--calibration",
+            metavar="TEXT",
+            help="A .txt, a .jsonl with a `text` field, or `self`: sampled from the model (loads it whole).",
+        ),
+        click.option("--ratio", type=float, required=True, help="Share of the decoder linears to remove, (0, 1)."),
+        click.option("--method", default="flap", help=f"One of {', '.join(METHODS)}."),
+    ):
+        command = option(command)
+    return command
+
+
+def options_given(options: dict[str, Any]) -> dict[str, Any]:
+    """The method options that the user typed."""
+    return {name: options[name] for name in METHOD_OPTIONS if options[name] is not None}

@@ -1,0 +1,99 @@
+"""Second moments of a driver's inputs, and of how they go with what the residual stream is short of."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .ops import Hessian, damped_inverse
+
+
+@dataclass
+class Curvature:
+    """Statistics of one driver, its input x [in] over `count` tokens; float32 on its device.
+
+    hessian: [in, in] Σ x xᵀ; centred, Σ (x − m)(x − m)ᵀ. mean: m [in], if centred. cross: [out, in] Σ r xᵀ, or
+    Σ (r − r̄)(x − m)ᵀ, r the shortfall of the residual stream right after the module; shortfall: r̄ [out]. The last
+    two where a dense stream is carried.
+    """
+
+    hessian: Tensor
+    count: int
+    mean: Tensor | None = None
+    cross: Tensor | None = None
+    shortfall: Tensor | None = None
+
+
+class CurvatureObserver:
+    """Accumulates the curvature of one driver while its inputs pass by.
+
+    `where` names layer and driver in errors. `centred`: about the means. With `allow_nonfinite`, NaN and Inf count
+    as zero and are tallied in `nonfinite`; otherwise `finish` raises InputError if any came.
+    """
+
+    def __init__(self, channels: int, device: torch.device, where: str, centred: bool, allow_nonfinite: bool) -> None:
+        self.where, self.centred, self.allow_nonfinite = where, centred, allow_nonfinite
+        self.hessian = Hessian.zeros(channels, device, sums=centred)
+        self.cross: Tensor | None = None
+        self.shortfalls: Tensor | None = None
+        self.nonfinite = 0
+
+    def observe(self, x: Tensor) -> Tensor:
+        """x: [..., in], the driver's input. Returns it as rows [tokens, in], as it was counted."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.allow_nonfinite:
+            bad = ~torch.isfinite(rows)
+            self.nonfinite += int(bad.sum())
+            rows = rows.masked_fill(bad, 0)
+        self.hessian.update(rows)
+        return rows
+
+    def observe_shortfall(self, rows: Tensor, shortfall: Tensor) -> None:
+        """rows: what `observe` returned; shortfall [..., out]: r of the same tokens, float32."""
+        r = shortfall.reshape(len(rows), -1)
+        if self.cross is None or self.shortfalls is None:
+            self.cross = torch.zeros(r.shape[1], rows.shape[1], device=rows.device)
+            self.shortfalls = torch.zeros(r.shape[1], device=rows.device)
+        if self.allow_nonfinite:
+            r = torch.nan_to_num(r, nan=0.0, posinf=0.0, neginf=0.0)
+        add_product(self.cross, r, rows)
+        if self.centred:
+            self.shortfalls += r.sum(0)
+
+    def finish(self) -> Curvature:
+        """The statistics; the observer is used up."""
+        count = self.hessian.count
+        diagonal = self.hessian.lower.diagonal()
+        bad = int((~torch.isfinite(diagonal)).sum())
+        if bad:
+            raise InputError(
+                f"{self.where}: NaN or Inf activations in {bad} of {len(diagonal)} input channels; check the "
+                "checkpoint, compute in float32 or bfloat16 (--dtype), or count them as zero with --allow-nonfinite"
+            )
+        mean = shortfall = None
+        if self.centred:
+            assert self.hessian.sums is not None
+            mean = self.hessian.sums / count
+            if self.cross is not None and self.shortfalls is not None:
+                shortfall = self.shortfalls / count
+                self.cross.addr_(self.shortfalls, mean, alpha=-1)
+        return Curvature(self.hessian.finish(self.centred), count, mean, self.cross, shortfall)
+
+
+def alignment_of(curvature: Curvature, damping: float, where: str) -> Tensor:
+    """D A [in, in]: added to the identity, the least-squares estimate of the dense stream's x from the pruned one's.
+
+    curvature: of x on the pruned stream, with the shortfall x_dense - x; D = Σ (x_dense - x) xᵀ, A the damped inverse
+    of Σ x xᵀ. Raises InputError, naming `where`, as damped_inverse does.
+    """
+    assert curvature.cross is not None
+    return curvature.cross @ damped_inverse(curvature.hessian, damping, where).inverse
+
+
+def add_product(total: Tensor, r: Tensor, x: Tensor) -> None:
+    """total [out, in] float32 += rᵀ x, r [tokens, out] float32, x [tokens, in], in x's type on the tensor cores."""
+    if x.dtype == torch.float32 or x.device.type == "cpu":
+        total.addmm_(r.float().T, x.float())
+    else:
+        total += torch.mm(r.to(x.dtype).T, x, out_dtype=torch.float32)

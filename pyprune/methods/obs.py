@@ -1,0 +1,100 @@
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..architectures import ATTENTION, FFN, LayerShape
+from ..errors import InputError
+from ..incremental import incremental_counts
+from ..ops import eliminate, refit
+from ..residual_allocation import ErrorCurves, residual_counts
+from .base import LayerStatistics
+from .flap import Flap
+from .second_order import CURVES, MOMENTS, NONE, SecondOrderMethod
+
+ALLOCATIONS = ("residual", "log", "linear", "uniform", "fluctuation")
+TARGETS = ("residual", "weights")
+COMPENSATIONS = ("weights", "bias")
+
+
+@dataclass(frozen=True)
+class Obs(SecondOrderMethod):
+    """Exact greedy OBS: units one by one by exact error, residual allocation and target, least-squares refit (ours).
+
+    `allocation`: residual (error in the residual stream, from a survey), log, linear, uniform, or fluctuation
+    (FLAP's z-scores). `target`: residual (a driver also makes up, by `target_share`, for what earlier layers lost, and
+    q, k, v, gate and up, by `input_share`, for how the stream that they read has changed) or weights (only its own
+    output). `compensation`: weights (no bias: loads in any engine) or bias (centred). `first_share`: log and linear:
+    the first layer's ratio as a share of the whole ratio.
+    """
+
+    name = "obs"
+    allocation: str = "residual"
+    target: str = "residual"
+    target_share: float = 0.5
+    input_share: float = 1.0
+    compensation: str = "weights"
+    first_share: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_option("allocation", ALLOCATIONS)
+        self.check_option("target", TARGETS)
+        self.check_option("compensation", COMPENSATIONS)
+        if not 0 < self.target_share <= 1:
+            raise InputError(f"target share {self.target_share:g} is outside (0, 1]: it is a share of the shortfall")
+        if not 0 <= self.input_share <= 1:
+            raise InputError(f"input share {self.input_share:g} is outside [0, 1]: it is a share of the difference")
+
+    @property
+    def biased(self) -> bool:
+        return self.centred
+
+    @property
+    def centred(self) -> bool:
+        return self.compensation == "bias"
+
+    @property
+    def correction(self) -> float:
+        return self.target_share if self.target == "residual" else 0.0
+
+    @property
+    def alignment(self) -> float:
+        return self.input_share if self.target == "residual" else 0.0
+
+    @property
+    def survey(self) -> str:
+        return {"residual": CURVES, "fluctuation": MOMENTS}.get(self.allocation, NONE)
+
+    @property
+    def predetermined(self) -> bool:
+        return self.survey == NONE
+
+    def check(self, shapes: list[LayerShape], ratio: float) -> None:
+        if self.predetermined:
+            self.counts(shapes, ratio)
+
+    def counts(self, shapes: list[LayerShape], ratio: float) -> list[dict[str, int]]:
+        return incremental_counts(shapes, ratio, self.allocation, self.first_share)
+
+    def allocate(
+        self,
+        shapes: list[LayerShape],
+        ratio: float,
+        curves: list[ErrorCurves] | None,
+        moments: list[LayerStatistics] | None,
+    ) -> list[dict[str, int]]:
+        if curves is not None:
+            return residual_counts(curves, shapes, ratio)
+        if moments is not None:
+            flap = Flap()
+            choice = flap.choose(flap.scores(moments, shapes), shapes, ratio)
+            return [
+                {ATTENTION: shape.kv_groups - len(k[ATTENTION]), FFN: shape.intermediate_channels - len(k[FFN])}
+                for k, shape in zip(choice.layers, shapes, strict=True)
+            ]
+        return self.counts(shapes, ratio)
+
+    def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
+        """Every unit by its exact error after all removals before it; then one least-squares refit."""
+        elimination = eliminate(inverse, weight.T @ weight, count, width)
+        return elimination.order, refit(weight, elimination)

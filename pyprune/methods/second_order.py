@@ -1,0 +1,134 @@
+"""Methods that choose units by Optimal Brain Surgeon and refit the weights that stay."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..architectures import LayerShape
+from ..curvature import Curvature
+from ..errors import InputError
+from ..ops import damped_inverse, grouped_cholesky_errors
+from ..residual_allocation import ErrorCurves
+from ..statistics import column_norms
+from .base import LayerStatistics, Method
+
+NONE, MOMENTS, CURVES = "none", "moments", "curves"
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A driver after its units were chosen.
+
+    kept: sorted indices of the units that stay, int64 on the CPU. weight: float32 [out, kept channels].
+    bias: float32 [out], what is added to the driver's bias, or None. scores: float64 [units] on the CPU, the error
+    of removing each unit alone. damping: what the inverse took.
+    """
+
+    kept: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scores: Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
+class SecondOrderMethod(Method):
+    """A sequential method on the second moments of each driver's inputs.
+
+    `damping`: λ of H + λ mean(diag H) I. `centred`: statistics about the mean, and a bias. `correction`: α, how
+    much of the residual stream's shortfall the driver takes on (0: none; no dense stream is carried then).
+    `alignment`: β, how much of the difference between the dense and the pruned stream the matrices that read the
+    stream (q, k, v, gate, up) make up; needs a correction.
+    `survey`: which statistics of the dense model the allocation needs.
+    """
+
+    sequential: ClassVar[bool] = True
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping <= 1:
+            raise InputError(f"damping {self.damping:g} is outside [0, 1]: it is a share of the mean of H's diagonal")
+
+    @property
+    def centred(self) -> bool:
+        return False
+
+    @property
+    def correction(self) -> float:
+        return 0.0
+
+    @property
+    def alignment(self) -> float:
+        return 0.0
+
+    @property
+    def survey(self) -> str:
+        return NONE
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        moments = ("channel_moments",) if self.survey == MOMENTS else ()
+        return (*moments, "hessian", "grouped_cholesky_errors", "eliminate")
+
+    @abstractmethod
+    def allocate(
+        self,
+        shapes: list[LayerShape],
+        ratio: float,
+        curves: list[ErrorCurves] | None,
+        moments: list[LayerStatistics] | None,
+    ) -> list[dict[str, int]]:
+        """Units that each layer loses; the statistics that `survey` names are there, the others None."""
+
+    @abstractmethod
+    def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
+        """Remove `count` > 0 units of `width` columns: (removed units, the kept columns after compensation).
+
+        inverse: A [in, in] float32, may be overwritten; weight [out, in] float32, may be overwritten.
+        """
+
+    def reconstruct(self, curvature: Curvature, weight: Tensor, count: int, width: int, where: str) -> Reconstruction:
+        """Choose `count` units of the driver to remove and refit the others.
+
+        weight [out, in], any float type, on the curvature's device. Raises InputError, naming `where`, for NaN or Inf
+        weights, and if the Hessian cannot be inverted even with a thousand times the damping.
+        """
+        column_norms(weight, where)  # names NaN and Inf
+        damped = damped_inverse(curvature.hessian, self.damping, where)
+        inverse = damped.inverse
+        dense = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        target = dense.clone()
+        if self.correction:
+            assert curvature.cross is not None
+            target.addmm_(curvature.cross, inverse, alpha=self.correction)
+        target[:, damped.dead] = 0
+        scores = single_errors(inverse, target, width).double().cpu()
+        units = target.shape[1] // width
+        if count:
+            removed, refitted = self.remove(inverse, target, count, width)
+        else:
+            removed, refitted = torch.empty(0, dtype=torch.int64), target
+        if not refitted.isfinite().all():
+            raise InputError(f"{where}: the refit overflows float32; raise --damping, or give more calibration text")
+        mask = torch.ones(units, dtype=torch.bool)
+        mask[removed.cpu()] = False
+        kept = mask.nonzero().flatten()
+        bias = None
+        if self.centred:
+            assert curvature.mean is not None
+            channels = mask.repeat_interleave(width).nonzero().flatten().to(weight.device)
+            bias = dense @ curvature.mean - refitted @ curvature.mean[channels]
+            if self.correction:
+                assert curvature.shortfall is not None
+                bias += self.correction * curvature.shortfall
+        return Reconstruction(kept, refitted, bias, scores, damped.damping)
+
+
+def single_errors(inverse: Tensor, weight: Tensor, width: int) -> Tensor:
+    """The error of removing each unit alone, tr(W_g A_gg^-1 W_g^T), [units]."""
+    if width == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    return grouped_cholesky_errors(inverse, weight.T @ weight, width)

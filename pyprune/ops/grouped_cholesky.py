@@ -1,0 +1,136 @@
+"""The error of removing each unit alone: one small Cholesky factorisation for every diagonal block of A = H^-1.
+
+Optimal Brain Surgeon on units. The operator is `pyprune::grouped_cholesky_errors`;
+`grouped_cholesky_errors_reference` says in plain PyTorch what it computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+OPERATOR = "grouped_cholesky_errors"
+
+
+def diagonal_blocks(x: Tensor, width: int) -> Tensor:
+    """The diagonal blocks [units, width, width] of x [d, d], a view."""
+    units = x.shape[0] // width
+    blocks = x.unflatten(1, (units, width)).unflatten(0, (units, width))  # [units, width, units, width]
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def grouped_cholesky_errors_reference(a: Tensor, g: Tensor, width: int, diagonal: bool = False) -> Tensor:
+    """As grouped_cholesky_errors, in plain PyTorch: any device, float32 or float64.
+
+    A block that is not positive definite is found by cholesky_ex, which asks nothing of the host. Temporaries have
+    the size of the diagonal blocks, d·width.
+    """
+    factors, failed = torch.linalg.cholesky_ex(diagonal_blocks(a, width))  # [units, w, w], [units]
+    g_blocks = diagonal_blocks(g, width)
+    if diagonal:
+        squares = g_blocks.diagonal(dim1=1, dim2=2)  # [units, w]
+        errors = (squares / factors.diagonal(dim1=1, dim2=2).square()).sum(1)
+    else:
+        lower = g_blocks.tril()
+        symmetric = lower + lower.tril(-1).mT
+        errors = torch.cholesky_solve(symmetric, factors).diagonal(dim1=1, dim2=2).sum(1)
+    return errors.masked_fill(failed != 0, torch.nan)
+
+
+def check_tensors(a: Tensor, g: Tensor, width: int) -> None:
+    """ValueError unless a and g are matrices of one size that `width` divides."""
+    if a.dim() != 2 or a.shape[0] != a.shape[1]:
+        raise ValueError(f"grouped Cholesky: a is {list(a.shape)}; it needs to be a square matrix")
+    if a.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"grouped Cholesky: a is {a.dtype}; use float32 or float64")
+    if g.dtype != a.dtype or g.shape != a.shape:
+        raise ValueError(
+            f"grouped Cholesky: g is {g.dtype} {list(g.shape)}; a needs {a.dtype} {list(a.shape)}",
+        )
+    if g.device != a.device:
+        raise ValueError(f"grouped Cholesky: g is on {g.device} and a on {a.device}")
+    if width < 1 or a.shape[0] % width != 0:
+        raise ValueError(f"grouped Cholesky: {a.shape[0]} channels do not divide into units of {width}")
+    for name, x in (("a", a), ("g", g)):
+        if x.shape[0] > 1 and (x.stride(1) != 1 or x.stride(0) < x.shape[1]):
+            raise ValueError(f"grouped Cholesky: {name} has strides {list(x.stride())}; its rows must be contiguous")
+
+
+@torch.library.custom_op(
+    "pyprune::grouped_cholesky_errors",
+    mutates_args=(),
+    schema="(Tensor a, Tensor g, SymInt width, bool diagonal=False) -> Tensor",
+)
+def grouped_cholesky_errors(a: Tensor, g: Tensor, width: int, diagonal: bool = False) -> Tensor:
+    """The error of removing each unit alone, [units] in a's dtype, units = d / width.
+
+    a: [d, d] float32 (float64: reference only), A = H^-1; g: the same shape and dtype, G = WᵀW; rows contiguous, any
+    row stride. Of both only the lower triangles of the diagonal blocks are read. With A_SS = L Lᵀ for the columns S
+    of a unit:
+
+        diagonal=False   tr(A_SS^-1 G_SS), the least-squares error of removing the unit (Hassibi & Stork 1993)
+        diagonal=True    Σ_j G_jj / L_jj², SlimGPT's grouped Cholesky (arXiv 2412.18110)
+
+    A unit whose block is not positive definite gets NaN; the others are what they would be without it. Nothing waits
+    for the device. Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
+    """
+    check_tensors(a, g, width)
+    units = a.shape[0] // width
+    if units == 0:
+        return a.new_empty(0)
+    backend = backends.choose_backend(OPERATOR, a, (units, width))
+    return LAUNCHES[backend](a, g, width, diagonal)
+
+
+@grouped_cholesky_errors.register_fake
+def _(a: Tensor, g: Tensor, width: int, diagonal: bool = False) -> Tensor:
+    """[units]; what does not fit fails while it is traced."""
+    check_tensors(a, g, width)
+    return a.new_empty(a.shape[0] // width)
+
+
+def row_stride(x: Tensor) -> int:
+    """The stride of a single row has no meaning and may be anything."""
+    return x.stride(0) if x.shape[0] > 1 else 1
+
+
+def launch_cpu(a: Tensor, g: Tensor, width: int, diagonal: bool) -> Tensor:
+    errors = a.new_empty(a.shape[0] // width)
+    backends.required_core().grouped_cholesky_errors_cpu(
+        a.data_ptr(),
+        row_stride(a),
+        g.data_ptr(),
+        row_stride(g),
+        len(errors),
+        width,
+        diagonal,
+        errors.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return errors
+
+
+def launch_cuda(a: Tensor, g: Tensor, width: int, diagonal: bool) -> Tensor:
+    with torch.cuda.device(a.device):
+        errors = a.new_empty(a.shape[0] // width)
+        backends.required_core().grouped_cholesky_errors_cuda(
+            a.data_ptr(),
+            row_stride(a),
+            g.data_ptr(),
+            row_stride(g),
+            len(errors),
+            width,
+            diagonal,
+            errors.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return errors
+
+
+LAUNCHES = {
+    "cpu": launch_cpu,
+    "cuda": launch_cuda,
+    "reference": grouped_cholesky_errors_reference,
+}

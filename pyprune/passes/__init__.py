@@ -1,0 +1,19 @@
+"""The passes over a model's layers: survey and prune, in the way that the method needs."""
+
+from ..checkpoint import CheckpointWriter
+from ..job import Job
+from ..methods import ScoringMethod, SecondOrderMethod
+from .base import Passes
+from .reconstruction import ReconstructionPasses
+from .scoring import ScoringPasses
+
+
+def make_passes(job: Job, writer: CheckpointWriter) -> Passes:
+    """The passes that the job's method needs."""
+    if isinstance(job.method, SecondOrderMethod):
+        return ReconstructionPasses(job, writer, job.method)
+    assert isinstance(job.method, ScoringMethod)
+    return ScoringPasses(job, writer, job.method)
+
+
+__all__ = ["Passes", "make_passes"]

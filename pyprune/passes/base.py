@@ -1,0 +1,81 @@
+"""What every way of pruning does with the layers of one job: counting, writing, reading back, building."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..allocation import Choice, Kept, UnitScores
+from ..architectures import ATTENTION, FFN, LayerShape
+from ..checkpoint import CheckpointWriter
+from ..device import Meter
+from ..job import Job
+from ..plan import kept_from_entry
+
+
+def drain(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The entries of a dictionary, each gone from it as it is handed over: the layer is never there twice."""
+    while tensors:
+        yield tensors.popitem()
+
+
+class Passes(ABC):
+    """The passes of one job, which write every shard: embeddings, one shard a layer, final norm and head.
+
+    After `execute`: `meters` by pass; `cached`, whether the survey came from the cache; `nonfinite`, by driver, the
+    NaN and Inf counted as zero; `warnings`, what the user should know of the result.
+    """
+
+    def __init__(self, job: Job, writer: CheckpointWriter) -> None:
+        self.job, self.writer = job, writer
+        self.reader, self.device = job.reader, job.device
+        self.meters: dict[str, Meter] = {}
+        self.cached = False
+        self.nonfinite: dict[str, int] = {}
+        self.warnings: list[str] = []
+
+    @abstractmethod
+    def execute(self) -> tuple[Choice, list[UnitScores]]:
+        """All passes. Returns the kept units and the scores of all."""
+
+    def restored(self, layer: int) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
+        """What a killed run already wrote of a layer; its output is computed again, which gives the same bits."""
+        record = self.writer.record(layer + 1)
+        prefix = self.reader.layer_prefix(layer)
+        with safe_open(self.writer.file(layer + 1), framework="pt") as f:
+            tensors = {name.removeprefix(prefix): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        scores = {
+            ATTENTION: torch.tensor(record["scores"]["kv_groups"], dtype=torch.float64),
+            FFN: torch.tensor(record["scores"]["intermediate_channels"], dtype=torch.float64),
+        }
+        return kept_from_entry(record), scores, tensors
+
+    def layer_config(self, layer: int, shape: LayerShape, kept: Kept) -> Any:
+        """The dense configuration with one layer's pruned sizes, to build just that layer."""
+        config = copy.copy(self.reader.config.per_layer_config[layer])
+        sizes = {
+            "num_attention_heads": len(kept[ATTENTION]) * shape.heads_per_group,
+            "num_key_value_heads": len(kept[ATTENTION]),
+            "intermediate_size": len(kept[FFN]),
+        }
+        for name, value in (sizes | self.job.biases).items():
+            setattr(config, name, value)
+        return config
+
+    def write_layer(self, layer: int, tensors: dict[str, Tensor], record: Any) -> None:
+        prefix = self.reader.layer_prefix(layer)
+        self.writer.write(layer + 1, {prefix + name: t for name, t in tensors.items()}, record)
+
+    def copy_embeddings(self) -> None:
+        if 0 not in self.writer.done:
+            self.writer.write(0, self.reader.read([self.reader.family.embeddings]))
+
+    def copy_head(self) -> None:
+        self.job.progress("prune", self.reader.layers, self.reader.layers)
+        last = self.reader.layers + 1
+        if last not in self.writer.done:
+            self.writer.write(last, self.reader.read(self.reader.outside_layers()[1:]))

@@ -1,0 +1,68 @@
+"""SlimGPT: Algorithm 1 step by step against a float64 transcription that inverts the Hessian again at every step."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyprune.errors import InputError
+from pyprune.methods import make_method
+from pyprune.methods.slimgpt import SlimGpt, dynamic_groups
+
+
+def problem(channels: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A damped Hessian of correlated inputs and a weight, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator, dtype=torch.float64) / channels**0.5
+    x = torch.randn(4 * channels, channels, generator=generator, dtype=torch.float64) @ (mixing + torch.eye(channels))
+    hessian = x.T @ x
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(channels)
+    return hessian, torch.randn(outputs, channels, generator=generator, dtype=torch.float64)
+
+
+def algorithm_1(hessian: Tensor, weight: Tensor, count: int, width: int, sizes: list[int]) -> tuple[set[int], Tensor]:
+    """The paper's loop: invert what is left, choose, compensate, drop. Returns removed units and kept columns."""
+    assert sum(sizes) == count
+    columns = torch.arange(weight.shape[1])  # those that are left
+    weight, removed = weight.clone(), set()
+    for size in sizes:
+        inverse = torch.linalg.inv(hessian[columns][:, columns])
+        errors = []
+        for unit in range(len(columns) // width):
+            own = slice(unit * width, (unit + 1) * width)
+            pivots = torch.linalg.cholesky(inverse[own, own]).diagonal() ** 2
+            errors.append(float((weight[:, own] ** 2 / pivots).sum()))
+        chosen = sorted(range(len(errors)), key=lambda unit: errors[unit])[:size]
+        inside = torch.tensor([unit * width + k for unit in sorted(chosen) for k in range(width)])
+        block = torch.linalg.inv(inverse[inside][:, inside])
+        weight = weight - weight[:, inside] @ block @ inverse[inside]
+        left = torch.ones(len(columns), dtype=torch.bool)
+        left[inside] = False
+        removed |= {int(columns[i]) // width for i in inside}
+        columns, weight = columns[left], weight[:, left]
+    return removed, weight
+
+
+@pytest.mark.parametrize(("width", "count"), [(1, 100), (1, 7), (4, 9), (8, 1)])
+def test_removal_follows_algorithm_1(width: int, count: int) -> None:
+    hessian, weight = problem(160, 24, seed=width)
+    sizes = dynamic_groups(count) if width == 1 else [1] * count
+    removed, expected = algorithm_1(hessian, weight, count, width, sizes)
+    chosen, refitted = SlimGpt().remove(torch.linalg.inv(hessian).contiguous(), weight.clone(), count, width)
+    assert set(chosen.tolist()) == removed
+    assert (refitted - expected).abs().max() <= 1e-8 * expected.abs().max()
+
+
+def test_dynamic_groups_are_the_authors() -> None:
+    assert dynamic_groups(2202) == [845, 166, *[64] * 18, 39]
+    assert dynamic_groups(5504) == [1024, 992, 240, *[64] * 50, 48]
+    assert dynamic_groups(30) == [30]
+    assert dynamic_groups(130) == [64, 64, 2]
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(InputError, match="no schedule 'sideways'"):
+        make_method("slimgpt", {"schedule": "sideways"})
+    with pytest.raises(InputError, match="damping"):
+        make_method("slimgpt", {"damping": -1.0})
+    with pytest.raises(InputError, match="no option --allocation"):
+        make_method("slimgpt", {"allocation": "log"})
