@@ -15,24 +15,20 @@ Both start from the same first inverse, which is timed too: `ratio` leaves it ou
 counts it on both.
 """
 
-import argparse
 import importlib
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
+from contest import contest_parser, forced, prepare_device, start_report, write_report
 from torch import Tensor
 
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, eligible_backends
+from pyprune.ops.backends import Problem, eligible_backends
 from pyprune.ops.eliminate import Elimination, Panel, Selection, eliminate, refit
 
 GPU_SHAPES = ["11008@0.2", "11008@0.5", "28672@0.2", "4096@0.5"]
@@ -62,13 +58,6 @@ class Clock:
         after.record()
         torch.cuda.synchronize(self.device)
         return before.elapsed_time(after) * 1e-3
-
-
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    os.environ[ENVIRONMENT_VARIABLE] = backend
-    yield
-    del os.environ[ENVIRONMENT_VARIABLE]
 
 
 def random_problem(channels: int, outputs: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -291,29 +280,16 @@ def line(shape: str, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = contest_parser(__doc__, repeat="5, of ours")
     parser.add_argument("--shapes", nargs="+", metavar="CHANNELS@SHARE")
-    parser.add_argument("--repeat", type=int, default=5, help="repetitions of ours (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default 2)")
-    parser.add_argument("--output", type=Path, help="write the figures and the machine as JSON")
     arguments = parser.parse_args()
 
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(arguments.threads)
-    machine = describe_machine(device)
-    print(json.dumps(machine))
+    device = prepare_device(arguments)
+    repeat = arguments.repeat or 5
+    report = start_report(device, repeat)
     shapes = arguments.shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
-    report, all_correct = run(shapes, device, arguments.repeat)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(
-            json.dumps({"machine": machine, "repeat": arguments.repeat, **report}, indent=1) + "\n"
-        )
+    figures, all_correct = run(shapes, device, repeat)
+    write_report(report | figures, arguments.output)
     if not all_correct:
         raise SystemExit("a choice was wrong, see above")
 

@@ -8,24 +8,19 @@ float32 and multiplies without TF32. A backend is timed only after its result wa
 those of a full product, 2·rows·channels² / time: symmetry shows as a rate above the hardware's.
 """
 
-import argparse
-import json
-import os
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
+from contest import backends_for, contest_parser, forced, prepare_device, random_input, start_report, write_report
 from timing import Timer, Timing
 from torch import Tensor
 
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, eligible_backends
+from pyprune.ops.backends import Problem, eligible_backends
 from pyprune.ops.hessian import hessian_finish, hessian_update
 
 GPU_SHAPES = [
@@ -54,9 +49,9 @@ SLOW_REPEAT = 3
 DRIFT_ROWS, DRIFT_BATCH, DRIFT_CHANNELS = 2**20, 2**15, 4096
 
 # What a result may be off by beside twice the error of float32, relative to ‖x_i‖·‖x_j‖: tensor cores cut off
-# 3.3e-9 a row on the average, up to twice that, until the accumulator is flushed after 3072 rows; the rest is
-# rounding of the state.
-TRUNCATION, FLUSH_ROWS, ROUNDINGS = 6e-9, 3072, 2.0**-22
+# 3.3e-9 a row on the average, up to twice that, until the accumulator is flushed, after at most 3072 rows in CUDA,
+# 1536 in Triton; the rest is rounding of the state.
+TRUNCATION, MOST_FLUSH_ROWS, ROUNDINGS = 6e-9, 3072, 2.0**-22
 
 
 def update_mm(x: Tensor, h: Tensor) -> None:
@@ -95,13 +90,6 @@ def update_ours(x: Tensor, h: Tensor) -> None:
     hessian_update(x, h, None)
 
 
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    os.environ[ENVIRONMENT_VARIABLE] = backend
-    yield
-    del os.environ[ENVIRONMENT_VARIABLE]
-
-
 def largest_error(x: Tensor, h: Tensor) -> float:
     """max |h_ij − (xᵀx)_ij| / (‖x_i‖·‖x_j‖) on and below the diagonal of three blocks of columns, against float64."""
     channels = x.shape[1]
@@ -127,7 +115,7 @@ def error_of(x: Tensor, update: Update) -> float:
 def correct_error(name: str, x: Tensor, update: Update, float32_error: float) -> float | None:
     """The error of an update; None, said aloud, where it is more than rounding and truncation explain."""
     error = error_of(x, update)
-    limit = 2 * float32_error + TRUNCATION * min(len(x), FLUSH_ROWS) + ROUNDINGS
+    limit = 2 * float32_error + TRUNCATION * min(len(x), MOST_FLUSH_ROWS) + ROUNDINGS
     if not error <= limit:
         print(f"WRONG RESULT, not timed: {name} on {list(x.shape)}: error {error:.1e}, allowed {limit:.1e}")
         return None
@@ -149,15 +137,6 @@ def time_plain(x: Tensor, h: Tensor, timer: Timer) -> dict[str, Timing]:
             continue
         timings[name] = time_update(x, h, update, timer)
     return timings
-
-
-def sizes_of(shape: str) -> list[int]:
-    return [int(size) for size in shape.split("x")]
-
-
-def random_input(shape: str, device: torch.device) -> Tensor:
-    generator = torch.Generator(device).manual_seed(0)
-    return torch.randn(*sizes_of(shape), dtype=torch.bfloat16, device=device, generator=generator)
 
 
 def time_finish(h: Tensor, timer: Timer) -> tuple[Timing, float]:
@@ -182,9 +161,7 @@ def run(shapes: list[str], device: torch.device, timer: Timer, slow: Timer) -> t
         finish, finish_rate = time_finish(h, slow)
         sums = torch.zeros(channels, device=device)
         shape_results = []
-        for name in eligible_backends("hessian", Problem(device, x.dtype, tuple(x.shape))):
-            if name == "reference" and device.type == "cuda":
-                continue
+        for name in backends_for("hessian", x):
             with forced(name):
                 error = correct_error(name, x, update_ours, float32_error)
                 if error is None:
@@ -295,19 +272,15 @@ def sweep(shapes: list[str], device: torch.device, timer: Timer) -> tuple[list[d
 
     Also whether all were correct.
     """
-    from pyprune.triton_kernels.hessian import SQUARE_TMA, WIDE_TMA, Configuration, hessian_triton
+    from pyprune.triton_kernels.hessian import TMA, Configuration, hessian_triton
 
     everything = 1 << 20  # one band: after its first column, row by row
     candidates: list[Configuration] = [
-        SQUARE_TMA,
-        replace(SQUARE_TMA, stages=5),
-        replace(SQUARE_TMA, stages=4),
-        replace(SQUARE_TMA, band=8),
-        replace(SQUARE_TMA, band=everything),
-        WIDE_TMA,
-        replace(WIDE_TMA, stages=3),
-        replace(WIDE_TMA, band=8),
-        replace(WIDE_TMA, band=everything),
+        TMA,
+        replace(TMA, stages=5),
+        replace(TMA, stages=4),
+        replace(TMA, band=8),
+        replace(TMA, band=everything),
     ]
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     figures = []
@@ -328,41 +301,30 @@ def sweep(shapes: list[str], device: torch.device, timer: Timer) -> tuple[list[d
             timing = time_update(x, h, update, timer)
             figures.append({"shape": list(x.shape)} | asdict(candidate) | {"microseconds": asdict(timing)})
             print(
-                f"  {candidate.tile_rows} x {candidate.tile_columns} stages {candidate.stages} band "
-                f"{candidate.band:<8} {timing.median:10.1f} us {teraflops(x, timing):6.4g} TFLOP/s"
+                f"  stages {candidate.stages} band {candidate.band:<8} {timing.median:10.1f} us "
+                f"{teraflops(x, timing):6.4g} TFLOP/s"
             )
     return figures, all_correct
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = contest_parser(__doc__, repeat="15 on a GPU, 3 on a CPU")
     parser.add_argument("--shapes", nargs="+", metavar="ROWSxCHANNELS")
-    parser.add_argument("--repeat", type=int, help="repetitions (default 15 on a GPU, 3 on a CPU)")
-    parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default 2)")
     parser.add_argument("--sweep", action="store_true", help="also time other Triton configurations")
-    parser.add_argument("--output", type=Path, help="write the figures and the machine as JSON")
     arguments = parser.parse_args()
 
-    device = torch.device(arguments.device)
+    device = prepare_device(arguments)
     on_gpu = device.type == "cuda"
     if arguments.sweep and not on_gpu:
         parser.error("--sweep needs --device cuda")
-    if on_gpu:
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(arguments.threads)
     repeat = arguments.repeat or (15 if on_gpu else 3)
     shapes = arguments.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES)
-    machine = describe_machine(device)
-    print(json.dumps(machine))
+    report = start_report(device, repeat)
     timer = Timer(device, repeat)
     slow = copy(timer)
     slow.repeat = SLOW_REPEAT
-    results, all_correct = run(shapes, device, timer, slow)
-    print_geometric_means(results)
-    report: dict[str, Any] = {"machine": machine, "repeat": repeat, "results": results}
+    report["results"], all_correct = run(shapes, device, timer, slow)
+    print_geometric_means(report["results"])
     write_report(report, arguments.output)
     if on_gpu:
         report["drift"] = measure_drift(device)
@@ -373,12 +335,6 @@ def main() -> None:
         write_report(report, arguments.output)
     if not all_correct:
         raise SystemExit("a result was wrong, see above")
-
-
-def write_report(report: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

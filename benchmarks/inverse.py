@@ -1,11 +1,13 @@
 """The inverse of a damped Hessian: the sweep against torch's Cholesky factorisation and inverse from it.
 
-    python benchmarks/inverse.py [--device cuda] [--sizes 4096 11008 ...] [--sweep] [--output FILE.json]
+    python benchmarks/inverse.py [--device cuda] [--sizes 4096 11008 ...] [--sweep [SWEPT,UPDATED,SPLIT,AHEAD ...]]
+        [--output FILE.json]
 
 Both in float32, in one process on the same matrix: XᵀX of correlated inputs, damped by 1 %. Correctness comes first.
 Up to --exact-below channels the relative Frobenius errors are taken against the inverse in float64; beyond, where that
 would take minutes, ‖(AH − 1)V‖ / ‖V‖ in float64 for 16 random vectors V. The operator may have at most twice the
-library's error. Peak memory counts what a call allocates beside the matrix. --sweep also times other block sizes.
+library's error. Peak memory counts what a call allocates beside the matrix. --sweep also times other blockings, all
+of a list or the ones named, e.g. 256,2048,128,1 for Blocking(256, 2048, split=128, look_ahead=True).
 """
 
 import argparse
@@ -21,7 +23,8 @@ from machine import describe_machine
 from timing import Timer
 from torch import Tensor
 
-from pyprune.ops.spd_inverse import BLOCKING, Blocking, no_tf32, shifted, spd_inverse, sweep
+from pyprune.ops.precision import exact_float32
+from pyprune.ops.spd_inverse import BLOCKING, Blocking, shifted, spd_inverse, sweep
 
 GPU_SIZES = [4096, 8192, 11008, 13824, 28672]
 CPU_SIZES = [1024, 2048]
@@ -29,7 +32,15 @@ PROBES = 16  # random vectors
 PROBE_ROWS = 2048  # rows of a matrix that are converted to float64 at a time
 LARGE = 11008  # from here on the target holds
 SLOW = 20000  # larger ones are timed three times
-SWEPT = tuple(Blocking(swept, updated) for swept in (128, 256, 512, 1024) for updated in (1024, 2048, 4096))
+GPU_BLOCKINGS = [
+    Blocking(swept, updated, split, look_ahead)
+    for swept in (256, 512)
+    for updated in (1024, 2048, 4096)
+    for split in (0, 64, 128, 256)
+    for look_ahead in (False, True)
+    if split or updated == 1024
+]
+CPU_BLOCKINGS = [Blocking(swept, updated) for swept in (128, 256) for updated in (256, 1024)]
 
 
 def hessian(channels: int, device: torch.device) -> Tensor:
@@ -88,7 +99,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def run(
-    sizes: list[int], device: torch.device, repeat: int, exact_below: int, other_blocks: bool
+    sizes: list[int], device: torch.device, repeat: int, exact_below: int, others: list[Blocking]
 ) -> tuple[list[dict[str, Any]], bool]:
     """One result for each size, printed as it comes; whether all were correct."""
     results, all_correct = [], True
@@ -120,18 +131,20 @@ def run(
             f"{d:>6} | {own.median * 1e-3:8.2f} | {result['teraflops']:7.1f} | {other.median * 1e-3:9.2f} | "
             f"{result['times_library']:6.2f} | {own_error:7.1e} | {library_error:7.1e} |     {' | '.join(buffers)}"
         )
-        if other_blocks:
-            result["blocks"] = time_blocks(h, timer, error_of)
+        if others:
+            result["blocks"] = time_blocks(h, timer, error_of, other.median, others)
         results.append(result)
         del h, error_of
     return results, all_correct
 
 
-def time_blocks(h: Tensor, timer: Timer, error_of: Callable[[Tensor], float]) -> list[dict[str, Any]]:
+def time_blocks(
+    h: Tensor, timer: Timer, error_of: Callable[[Tensor], float], library_median: float, blockings: list[Blocking]
+) -> list[dict[str, Any]]:
     """The sweep in other blocks, without the library path for small matrices."""
     rows = []
-    for blocking in SWEPT:
-        with no_tf32():
+    for blocking in blockings:
+        with exact_float32():
             timing = timer(lambda blocking=blocking: sweep(shifted(h, 0.0), blocking))
             a = shifted(h, 0.0)
             sweep(a, blocking)
@@ -139,10 +152,16 @@ def time_blocks(h: Tensor, timer: Timer, error_of: Callable[[Tensor], float]) ->
         rows.append(asdict(blocking) | {"microseconds": asdict(timing), "error": error})
         marker = "  <- the table's" if BLOCKING.get(h.device.type) == blocking else ""
         print(
-            f"       swept {blocking.swept:>4} updated {blocking.updated:>4}: {timing.median * 1e-3:8.2f} ms, "
-            f"error {error:7.1e}{marker}"
+            f"       swept {blocking.swept:>4} updated {blocking.updated:>4} split {blocking.split:>3} "
+            f"ahead {blocking.look_ahead:d}: {timing.median * 1e-3:8.2f} ms, {library_median / timing.median:5.2f} x "
+            f"library, error {error:7.1e}{marker}"
         )
     return rows
+
+
+def blocking_of(text: str) -> Blocking:
+    swept, updated, split, look_ahead = (int(part) for part in text.split(","))
+    return Blocking(swept, updated, split, bool(look_ahead))
 
 
 def main() -> None:
@@ -152,7 +171,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="repetitions (default 5; 3 above 20000 channels)")
     parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default 2)")
     parser.add_argument("--exact-below", type=int, default=11008, help="largest size that is inverted in float64")
-    parser.add_argument("--sweep", action="store_true", help="also time other block sizes")
+    parser.add_argument(
+        "--sweep", nargs="*", type=blocking_of, metavar="SWEPT,UPDATED,SPLIT,AHEAD", help="also time other blockings"
+    )
     parser.add_argument("--output", type=Path, help="write the figures and the machine as JSON")
     arguments = parser.parse_args()
 
@@ -166,7 +187,8 @@ def main() -> None:
     machine = describe_machine(device)
     print(json.dumps(machine))
     sizes = arguments.sizes or (GPU_SIZES if on_gpu else CPU_SIZES)
-    results, all_correct = run(sizes, device, arguments.repeat, arguments.exact_below, arguments.sweep)
+    others = arguments.sweep or (GPU_BLOCKINGS if on_gpu else CPU_BLOCKINGS) if arguments.sweep is not None else []
+    results, all_correct = run(sizes, device, arguments.repeat, arguments.exact_below, others)
     large = [result["times_library"] for result in results if result["channels"] >= LARGE]
     if large:
         print(f"geometric mean of {len(large)} sizes from {LARGE} on: {statistics.geometric_mean(large):.2f} x library")

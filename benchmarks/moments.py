@@ -9,24 +9,28 @@ CUDA events, enqueued while the buffer is still being read, which hides the host
 apart (`host us`).
 """
 
-import argparse
-import json
 import math
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
+from contest import (
+    backends_for,
+    contest_parser,
+    forced,
+    prepare_device,
+    random_input,
+    sizes_of,
+    start_report,
+    write_report,
+)
 from timing import Timer, Timing
 from torch import Tensor
 
 from pyprune.ops import channel_moments_update
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, eligible_backends
 
 GPU_SHAPES = ["65536x4096", "262144x4096", "65536x11008", "32768x28672", "2048x4096", "37x1000"]
 CPU_SHAPES = ["8192x4096"]
@@ -104,10 +108,8 @@ def time_correct(name: str, x: Tensor, update: Update, timer: Timer) -> Timing |
 
 
 def time_backend(name: str, x: Tensor, timer: Timer) -> Timing | None:
-    os.environ[ENVIRONMENT_VARIABLE] = name
-    timing = time_correct(name, x, partial(channel_moments_update, x), timer)
-    del os.environ[ENVIRONMENT_VARIABLE]
-    return timing
+    with forced(name):
+        return time_correct(name, x, partial(channel_moments_update, x), timer)
 
 
 def time_var_mean(x: Tensor, timer: Timer) -> tuple[str, Timing]:
@@ -122,15 +124,6 @@ def time_var_mean(x: Tensor, timer: Timer) -> tuple[str, Timing]:
 def time_flap(x: Tensor, timer: Timer) -> Timing:
     """The faster of FLAP's formulation on x transposed, as its authors have it, and on x as it lies."""
     return min((timer(partial(Flap(x, way).update, x)) for way in (True, False)), key=lambda way: way.median)
-
-
-def sizes_of(shape: str) -> list[int]:
-    return [int(size) for size in shape.split("x")]
-
-
-def random_input(shape: str, device: torch.device) -> Tensor:
-    generator = torch.Generator(device).manual_seed(0)
-    return torch.randn(*sizes_of(shape), dtype=torch.bfloat16, device=device, generator=generator)
 
 
 def copy_bandwidth(x: Tensor, timer: Timer) -> tuple[Timing, float]:
@@ -150,9 +143,7 @@ def run(shapes: list[str], device: torch.device, timer: Timer) -> tuple[list[dic
         copy, bandwidth = copy_bandwidth(x, timer)
         var_mean_name, var_mean = time_var_mean(x, timer)
         flap = time_flap(x, timer)
-        for name in eligible_backends("channel_moments", Problem(device, x.dtype, tuple(x.shape))):
-            if name == "reference" and device.type == "cuda":
-                continue
+        for name in backends_for("channel_moments", x):
             timing = time_backend(name, x, timer)
             if timing is None:
                 all_correct = False
@@ -250,32 +241,21 @@ def sweep(shapes: list[str], device: torch.device, timer: Timer) -> tuple[list[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = contest_parser(__doc__, repeat="50 on a GPU, 10 on a CPU")
     parser.add_argument("--shapes", nargs="+", metavar="ROWSxCHANNELS")
-    parser.add_argument("--repeat", type=int, help="repetitions (default 50 on a GPU, 10 on a CPU)")
-    parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default 2)")
     parser.add_argument("--sweep", action="store_true", help="also time other Triton configurations")
-    parser.add_argument("--output", type=Path, help="write the figures and the machine as JSON")
     arguments = parser.parse_args()
 
-    device = torch.device(arguments.device)
+    device = prepare_device(arguments)
     on_gpu = device.type == "cuda"
     if arguments.sweep and not on_gpu:
         parser.error("--sweep needs --device cuda")
-    if on_gpu:
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(arguments.threads)
     repeat = arguments.repeat or (50 if on_gpu else 10)
     shapes = arguments.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES)
-    machine = describe_machine(device)
-    print(json.dumps(machine))
+    report = start_report(device, repeat)
     timer = Timer(device, repeat)
-    results, all_correct = run(shapes, device, timer)
-    print_geometric_means(results)
-    report: dict[str, Any] = {"machine": machine, "repeat": repeat, "results": results}
+    report["results"], all_correct = run(shapes, device, timer)
+    print_geometric_means(report["results"])
     write_report(report, arguments.output)
     if arguments.sweep:
         large = [shape for shape in shapes if math.prod(sizes_of(shape)) * 2 >= LARGE_BYTES]
@@ -284,12 +264,6 @@ def main() -> None:
         write_report(report, arguments.output)
     if not all_correct:
         raise SystemExit("a result was wrong, see above")
-
-
-def write_report(report: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

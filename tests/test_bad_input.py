@@ -219,7 +219,8 @@ def test_a_refused_resume_keeps_what_was_done(
         patch.setenv("PYPRUNE_BACKEND", "reference")
         outcome = run(capsys, *command, "--resume")
         assert outcome.status == 2
-        assert "cannot resume with other settings: backends (was {'channel_moments': 'cpu'}, now {'channel_moments': 'reference'})" in outcome.err
+        change = "backends (was {'channel_moments': 'cpu'}, now {'channel_moments': 'reference'})"
+        assert f"cannot resume with other settings: {change}" in outcome.err
     other = run(capsys, *command, "--resume", "--ratio", 0.4)
     assert "ratio (was 0.3, now 0.4)" in other.err
     assert sorted(tmp_path.rglob("*")) == before

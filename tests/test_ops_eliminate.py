@@ -3,41 +3,24 @@
 import importlib
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from forced_backend import each_backend_of, each_device, forced_backend
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from pyprune.errors import InputError
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, unmet_requirement
+from pyprune.ops.backends import ENVIRONMENT_VARIABLE
 from pyprune.ops.eliminate import Elimination, eliminate, eliminate_operator, exact_float32, refit
 
 OPERATOR = "eliminate"
-CASES = [
-    pytest.param("cpu", "cpu"),
-    pytest.param("reference", "cpu"),
-    pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
-    pytest.param("reference", "cuda", marks=pytest.mark.gpu),
-]
-each_backend = pytest.mark.parametrize(("backend", "device"), CASES)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+each_backend = each_backend_of("cpu", "cuda")
+forced = partial(forced_backend, OPERATOR)
 OUTPUTS = 24
-
-
-@contextmanager
-def forced(backend: str, device: str) -> Iterator[None]:
-    """Run on this backend; skip, with the table's own reason, where this machine lacks it."""
-    problem = Problem(torch.device(device), torch.float32, None)
-    unmet = unmet_requirement(OPERATOR, backend, problem)
-    if unmet is not None:
-        pytest.skip(unmet.reason(problem))
-    with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: backend}):
-        yield
 
 
 def correlated(channels: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -109,7 +92,7 @@ def set_error(hessian: Tensor, weight: Tensor, removed: Tensor) -> float:
 PROBLEMS = [(40, 1, 20), (130, 1, 129), (150, 1, 64), (140, 1, 65), (7, 1, 1), (48, 4, 5), (60, 6, 9), (64, 16, 3)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @pytest.mark.parametrize(("channels", "width", "count"), PROBLEMS)
 def test_float64_is_the_dense_elimination(channels: int, width: int, count: int, device: str) -> None:
     hessian, weight = correlated(channels)
@@ -178,7 +161,7 @@ def test_float32_sets_on_hessians_of_low_rank(share: float, rank: int, backend: 
     assert_set_as_good(hessian, weight, elimination, exact)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @pytest.mark.parametrize(("channels", "width", "count"), [(96, 4, 12), (96, 48, 1), (192, 16, 11)])
 def test_float32_wide_units(channels: int, width: int, count: int, device: str) -> None:
     hessian, weight = correlated(channels)
@@ -253,7 +236,7 @@ def test_float32_sets_on_a_trained_model(
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 def test_float32_heads_of_a_trained_model(device: str, model_problems: dict[str, tuple[Tensor, Tensor, int]]) -> None:
     for layer in (0, 5, 11):
         hessian, weight, head_dim = model_problems[f"{layer} o_proj"]

@@ -1,18 +1,18 @@
 """The Hessian on every backend that this machine has, against float64."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
+from forced_backend import each_backend_of, each_device, forced_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pyprune.errors import InputError
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, Problem, choose, unmet_requirement
+from pyprune.ops.backends import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, choose
 from pyprune.ops.hessian import (
     Hessian,
     hessian_finish,
@@ -23,35 +23,18 @@ from pyprune.ops.hessian import (
 )
 
 OPERATOR = "hessian"
-CASES = [
-    pytest.param("reference", "cpu"),
-    pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
-    pytest.param("reference", "cuda", marks=pytest.mark.gpu),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-each_backend = pytest.mark.parametrize(("backend", "device"), CASES)
+each_backend = each_backend_of("cuda", "triton")
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+forced = partial(forced_backend, OPERATOR)
 
 # What an element may be off by beside twice torch's own error, relative to ‖x_i‖·‖x_j‖.
 ROUNDINGS = 2.0**-22  # the state's own and the flushes'
 # tf32x3 keeps 22 bits of each factor and leaves out the product of the small halves.
 TF32X3 = 3 * 2.0**-22
 # Tensor cores cut off low bits: 3.3e-9 a row on the average, up to twice that by where in its binade an element
-# is, until the accumulator is flushed after 3072 rows.
+# is, until the accumulator is flushed: after at most 3072 rows in CUDA, 1536 in Triton.
 TRUNCATION = 6e-9
-FLUSH_ROWS = 3072
-
-
-@contextmanager
-def forced(backend: str, device: str, dtype: torch.dtype = torch.float32, channels: int = 8) -> Iterator[None]:
-    """Run on this backend; skip, with the table's own reason, where it cannot run such an input."""
-    problem = Problem(torch.device(device), dtype, (1, channels))
-    unmet = unmet_requirement(OPERATOR, backend, problem)
-    if unmet is not None:
-        pytest.skip(unmet.reason(problem))
-    with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: backend}):
-        yield
+MOST_FLUSH_ROWS = 3072
 
 
 def hessian_of(*batches: Tensor) -> Hessian:
@@ -89,7 +72,7 @@ def assert_as_good_as_torch(x: Tensor, hessian: Hessian, backend: str) -> None:
     values = x.float()
     allowed = 2 * relative_error(values.t() @ values, x) + ROUNDINGS
     if backend in ("cuda", "triton"):
-        allowed += TF32X3 if x.dtype == torch.float32 else TRUNCATION * min(len(x), FLUSH_ROWS)
+        allowed += TF32X3 if x.dtype == torch.float32 else TRUNCATION * min(len(x), MOST_FLUSH_ROWS)
     assert hessian.sums is not None
     sums = hessian.sums.double()
     full = hessian.finish()
@@ -250,7 +233,7 @@ def test_memory_around_the_result_is_not_written(backend: str, device: str) -> N
     assert (buffer[-256:] == 5).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 def test_float64_runs_on_the_reference_alone(device: str) -> None:
     x = normal(5000, 20, torch.float64, device)
     assert choose(OPERATOR, x).backend == "reference"
@@ -267,7 +250,7 @@ def test_reference_in_many_chunks_of_many_blocks(monkeypatch: pytest.MonkeyPatch
     assert_as_good_as_torch(x, hessian, "reference")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @pytest.mark.parametrize("channels", [1, 30, 1500])
 def test_centred(channels: int, device: str) -> None:
     """C = Σ (x − m)(x − m)ᵀ, to the rounding of the moments that are subtracted."""
@@ -284,7 +267,7 @@ def test_centred(channels: int, device: str) -> None:
     assert error.max() <= 500**0.5 * 2.0**-24  # rounding errors of 500 sums walk at random: √n u (Higham & Mary 2019)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 def test_centred_integers_are_exact(device: str) -> None:
     x = integers(1024, 40, torch.float32, device)  # 1024 divides exactly
     with forced("reference", device):

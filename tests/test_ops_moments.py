@@ -1,12 +1,12 @@
 """Channel moments on every backend that this machine has, against float64."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
+from forced_backend import each_backend_of, each_device, forced_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moments_bounds import assert_as_good_as_torch, assert_within_analysed_bound
@@ -16,29 +16,12 @@ from torch._dynamo.testing import CompileCounter
 
 from pyprune.errors import InputError
 from pyprune.ops import ChannelMoments, channel_moments_update
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, Problem, choose, unmet_requirement
+from pyprune.ops.backends import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, choose
 
 OPERATOR = "channel_moments"
-CASES = [
-    pytest.param("cpu", "cpu"),
-    pytest.param("reference", "cpu"),
-    pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu),
-    pytest.param("reference", "cuda", marks=pytest.mark.gpu),
-]
-each_backend = pytest.mark.parametrize(("backend", "device"), CASES)
+each_backend = each_backend_of("cpu", "cuda", "triton")
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-
-
-@contextmanager
-def forced(backend: str, device: str) -> Iterator[None]:
-    """Run on this backend; skip, with the table's own reason, where this machine lacks it."""
-    problem = Problem(torch.device(device), torch.float32, None)
-    unmet = unmet_requirement(OPERATOR, backend, problem)
-    if unmet is not None:
-        pytest.skip(unmet.reason(problem))
-    with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: backend}):
-        yield
+forced = partial(forced_backend, OPERATOR)
 
 
 def moments_of(*batches: Tensor) -> ChannelMoments:
@@ -207,7 +190,7 @@ def test_memory_around_the_input_is_not_read(backend: str, device: str) -> None:
     assert_as_good_as_torch(x, moments.mean, moments.m2)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@each_device
 def test_float64_runs_on_the_reference_alone(device: str) -> None:
     x = normal(400, 20, torch.float64, device)
     assert choose(OPERATOR, x).backend == "reference"

@@ -1,6 +1,7 @@
 """The inverse of a damped Hessian against float64: library path, sweep, dead channels, raised damping."""
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,20 +15,22 @@ from pyprune.ops.spd_inverse import (
     damped_inverse,
     spd_inverse,
     spd_inverse_reference,
+    split_panel,
     sweep,
 )
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
 FP32_UNIT = 2.0**-24
+SMALL_BLOCKING = Blocking(16, 32, look_ahead=True)
 
 
 @pytest.fixture(params=["library", "sweep"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Small matrices on either path: a sweep in blocks of 16 columns."""
+    """Small matrices on either path: a sweep in blocks of 16 columns, on a GPU with look-ahead."""
     if request.param == "sweep":
         monkeypatch.setattr(module, "SWEPT_FROM", dict.fromkeys(("cpu", "cuda"), 1))
-        monkeypatch.setattr(module, "BLOCKING", dict.fromkeys(("cpu", "cuda"), Blocking(16, 32)))
+        monkeypatch.setattr(module, "BLOCKING", dict.fromkeys(("cpu", "cuda"), SMALL_BLOCKING))
     return request.param
 
 
@@ -104,6 +107,19 @@ def test_matches_float64_in_the_shipped_blocks(
     assert_as_good_as_library(h, shift, damped_inverse(h, 0.01).inverse)
 
 
+@pytest.mark.gpu
+def test_split_products_on_the_gpu() -> None:
+    """Beside twice the library's error: what the split drops, 2^-21 of each factor, and what tensor cores cut off."""
+    h = FAMILIES["correlated"](module.SPLIT_FROM + 100).cuda()
+    shift = 0.01 * h.diagonal().double().mean().item()
+    exact = torch.linalg.inv(h.double() + shift * torch.eye(len(h), dtype=torch.float64, device=h.device))
+    inverse = damped_inverse(h, 0.01).inverse
+    library = relative_error(spd_inverse_reference(h, shift)[0], exact)
+    assert relative_error(inverse, exact) <= 2 * library + 2.0**-18
+    assert torch.equal(inverse, inverse.T)
+    assert torch.equal(inverse, damped_inverse(h, 0.01).inverse)
+
+
 @each_device
 @pytest.mark.parametrize("family", ["correlated", "rank d/8", "condition 1e5"])
 @pytest.mark.parametrize(("channels", "blocking"), [(200, Blocking(64, 64)), (383, Blocking(64, 128))])
@@ -117,6 +133,80 @@ def test_sweep_in_small_blocks_reads_the_lower_triangle(
     # Within a diagonal block the products touch the upper triangle, but what stands there is not used.
     assert sweep(a, blocking).item() == 0
     assert_as_good_as_library(h, shift, a)
+
+
+def truncated(x: Tensor, bits: int) -> Tensor:
+    """Float32 or float64 without its last bits."""
+    integers = x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int64)
+    return (integers & -(1 << bits)).view(x.dtype)
+
+
+def as_tensor_cores(c: Tensor, left: Tensor, right: Tensor) -> None:
+    """subtract_product by operands of 10 bits, every 8 columns' sum truncated to float32."""
+    left, right = (truncated(x, 13).double() for x in (left, right))
+    total = torch.zeros(len(left), len(right), dtype=torch.float64)
+    for a, b in zip(left.split(8, dim=1), right.split(8, dim=1), strict=True):
+        total = truncated(total.addmm_(a, b.mT), 29)
+    c -= total.float()
+
+
+def in_float32(c: Tensor, left: Tensor, right: Tensor) -> None:
+    c.addmm_(truncated(left, 13), truncated(right, 13).mT, alpha=-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("channels", "product"), [(600, in_float32), (1000, in_float32), (600, as_tensor_cores)])
+def test_split_sweep_with_tf32_emulated(
+    channels: int, product: Callable[[Tensor, Tensor, Tensor], None], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Truncation may cost what a GPU can afford: cuSOLVER's chain has 3 to 4 times the error of a sweep in float32
+    (H200, d = 4096 to 28672)."""
+    h = FAMILIES[family](channels)
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    exact = torch.linalg.inv(h.double())
+    library = relative_error(spd_inverse_reference(h, 0.0)[0], exact)
+    monkeypatch.setattr(module, "has_fast_tf32", lambda _: True)
+    monkeypatch.setattr(module, "SPLIT_FROM", 1)
+    monkeypatch.setattr(module, "subtract_product", product)
+    blocking = BLOCKING["cuda"]
+    assert blocking.split
+    assert sweep(h, blocking).item() == 0
+    # A sum that is cut off at every addition loses in proportion to its length.
+    limit = 3 * blocking.split / 128 if product is as_tensor_cores else 1.5
+    assert relative_error(h, exact) <= limit * library + FP32_UNIT
+
+
+@each_device
+def test_panel_is_split_without_loss(device: str) -> None:
+    panel = torch.randn(50, 20, generator=torch.Generator().manual_seed(0)).to(device)
+    panel *= torch.logspace(-20, 15, 20, device=device)
+    panel[3, 4], panel[5, 6] = torch.nan, torch.inf
+    buffer = torch.full((4, 50, 32), torch.nan, device=device)
+    pairs = split_panel(panel, 8, buffer)
+    for part, (left, right) in zip(panel.split(8, dim=1), pairs, strict=True):
+        high, low = left.unflatten(1, (3, -1)).unbind(1)[:2]
+        for factors, order in ((left, (high, low, high)), (right, (low, high, high))):
+            torch.testing.assert_close(factors, torch.cat(order, dim=1), rtol=0, atol=0, equal_nan=True)
+        finite = part.isfinite()
+        assert torch.equal((high + low)[finite], part[finite])
+        assert (high + low)[~finite].isnan().all()
+        assert torch.equal(truncated(high[finite], 13), high[finite])
+        assert (low.abs() <= part.abs() * 2.0**-11)[finite].all()
+    assert buffer[3].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", [0, 128])
+def test_look_ahead_changes_no_bit(split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SPLIT_FROM", 1)
+    h = hessian(3000, 6000).cuda()
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    results = []
+    for look_ahead in (False, True, True, True):
+        a = h.clone()
+        assert sweep(a, Blocking(256, 1024, split, look_ahead)).item() == 0
+        results.append(a)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @each_device
@@ -257,7 +347,7 @@ def test_same_bits_three_times(device: str) -> None:
 
 @each_device
 @each_path
-def test_tf32_is_off_inside(device: str) -> None:
+def test_the_callers_tf32_setting_changes_nothing(device: str) -> None:
     h = hessian(300, 600).to(device)
     expected = damped_inverse(h).inverse
     torch.set_float32_matmul_precision("medium")
@@ -276,8 +366,8 @@ def test_memory_of_one_buffer() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     damped_inverse(h)
-    # One d² buffer; the panel, and as much for a product's copy of its operand; the blocks on the diagonal.
-    extra = 2 * 6000 * BLOCKING["cuda"].swept + 8 * BLOCKING["cuda"].updated ** 2
+    # One d² buffer; the panel, split 4 times its size, one for temporaries; the blocks on the diagonal.
+    extra = 6 * 6000 * BLOCKING["cuda"].swept + 8 * BLOCKING["cuda"].updated ** 2
     assert torch.cuda.max_memory_allocated() - before <= h.nbytes + 4 * extra
 
 

@@ -2,8 +2,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-
 #include "checks.h"
 #include "operators.h"
 
@@ -11,20 +9,6 @@ namespace py = pybind11;
 
 namespace pyprune {
 namespace {
-
-Rows checked_rows(uintptr_t x, const std::string& dtype_name, int64_t rows, int64_t channels, int64_t row_stride) {
-  const DType dtype = parse_dtype(dtype_name);
-  require_not_negative("rows", rows);
-  require_not_negative("channels", channels);
-  require_not_negative("row_stride", row_stride);
-  if (rows > 0 && channels > 0) {
-    require_address("x_ptr", x, element_size(dtype));
-    if (std::max(channels, row_stride) > MAX_BYTES / element_size(dtype) / rows) {
-      refuse("rows, channels and row_stride describe more memory than can exist");
-    }
-  }
-  return {reinterpret_cast<const void*>(x), dtype, rows, channels, row_stride};
-}
 
 MomentsState checked_state(int64_t count, uintptr_t mean, uintptr_t m2, const Rows& x) {
   require_not_negative("count", count);
@@ -62,10 +46,7 @@ void moments_cuda(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64
   require_int32("channels", channels);
   require_positive("multiprocessors", multiprocessors);
   const size_t needed = channel_moments_cuda_workspace(x.dtype, rows, channels, multiprocessors);
-  if (workspace_bytes < static_cast<int64_t>(needed)) {
-    refuse("the workspace has " + std::to_string(workspace_bytes) + " bytes and needs " + std::to_string(needed));
-  }
-  if (needed > 0) require_address("workspace_ptr", workspace_ptr, 16);
+  require_workspace(workspace_ptr, workspace_bytes, needed);
   py::gil_scoped_release released;
   channel_moments_cuda(x, state, reinterpret_cast<void*>(workspace_ptr), multiprocessors,
                        reinterpret_cast<CUstream_st*>(stream));

@@ -24,28 +24,18 @@ void require_whole_vectors(const char* name, int64_t elements, int64_t element_b
   }
 }
 
-void require_memory(const char* names, int64_t rows, int64_t row_elements, int64_t element_bytes) {
-  if (rows > 0 && row_elements > MAX_BYTES / element_bytes / rows) {
-    refuse(std::string(names) + " describe more memory than can exist");
-  }
-}
-
-Rows checked_rows(uintptr_t x, const std::string& dtype_name, int64_t rows, int64_t channels, int64_t row_stride) {
-  const DType dtype = parse_dtype(dtype_name);
-  if (dtype == DType::float32) refuse("dtype must be bfloat16 or float16, not float32");
-  const int64_t size = element_size(dtype);
-  require_not_negative("rows", rows);
-  require_not_negative("channels", channels);
+Rows checked_half_rows(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64_t channels, int64_t row_stride) {
+  const Rows x = checked_rows(x_ptr, dtype, rows, channels, row_stride, VECTOR_BYTES);
+  if (x.dtype == DType::float32) refuse("dtype must be bfloat16 or float16, not float32");
+  const int64_t size = element_size(x.dtype);
   require_int32("rows", rows);
   require_int32("channels", channels);
   require_whole_vectors("channels", channels, size);
   if (rows > 1) {
-    require_memory("rows and row_stride", rows, std::max(channels, row_stride), size);
     require_whole_vectors("row_stride", row_stride, size);
     if (row_stride < channels) refuse("row_stride must not be below channels: the rows would overlap");
   }
-  if (rows > 0 && channels > 0) require_address("x_ptr", x, VECTOR_BYTES);
-  return {reinterpret_cast<const void*>(x), dtype, rows, channels, row_stride};
+  return x;
 }
 
 HessianState checked_state(uintptr_t lower, int64_t stride, uintptr_t sums, const Rows& x) {
@@ -70,14 +60,11 @@ size_t update_cuda_workspace(int64_t rows, int64_t channels, int multiprocessors
 void update_cuda(uintptr_t x_ptr, const std::string& dtype, int64_t rows, int64_t channels, int64_t row_stride,
                  uintptr_t lower_ptr, int64_t lower_stride, uintptr_t sums_ptr, uintptr_t workspace_ptr,
                  int64_t workspace_bytes, int multiprocessors, uintptr_t stream) {
-  const Rows x = checked_rows(x_ptr, dtype, rows, channels, row_stride);
+  const Rows x = checked_half_rows(x_ptr, dtype, rows, channels, row_stride);
   const HessianState state = checked_state(lower_ptr, lower_stride, sums_ptr, x);
   require_positive("multiprocessors", multiprocessors);
   const size_t needed = hessian_update_cuda_workspace(rows, channels, multiprocessors);
-  if (workspace_bytes < static_cast<int64_t>(needed)) {
-    refuse("the workspace has " + std::to_string(workspace_bytes) + " bytes and needs " + std::to_string(needed));
-  }
-  if (needed > 0) require_address("workspace_ptr", workspace_ptr, 16);
+  require_workspace(workspace_ptr, workspace_bytes, needed);
   py::gil_scoped_release released;
   hessian_update_cuda(x, state, reinterpret_cast<void*>(workspace_ptr), multiprocessors,
                       reinterpret_cast<CUstream_st*>(stream));

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .precision import exact_float32
 
 OPERATOR = "grouped_cholesky_errors"
 
@@ -24,8 +25,9 @@ def diagonal_blocks(x: Tensor, width: int) -> Tensor:
 def grouped_cholesky_errors_reference(a: Tensor, g: Tensor, width: int, diagonal: bool = False) -> Tensor:
     """As grouped_cholesky_errors, in plain PyTorch: any device, float32 or float64.
 
-    A block that is not positive definite is found by cholesky_ex, which asks nothing of the host. Temporaries have
-    the size of the diagonal blocks, d·width.
+    A block that is not positive definite is found by cholesky_ex, which asks nothing of the host. With M = L^-1 from
+    one triangular solve, A_SS^-1 = MᵀM by one product: on a GPU faster than two solves against G. Temporaries have the
+    size of the diagonal blocks, d·width.
     """
     factors, failed = torch.linalg.cholesky_ex(diagonal_blocks(a, width))  # [units, w, w], [units]
     g_blocks = diagonal_blocks(g, width)
@@ -33,9 +35,12 @@ def grouped_cholesky_errors_reference(a: Tensor, g: Tensor, width: int, diagonal
         squares = g_blocks.diagonal(dim1=1, dim2=2)  # [units, w]
         errors = (squares / factors.diagonal(dim1=1, dim2=2).square()).sum(1)
     else:
-        lower = g_blocks.tril()
-        symmetric = lower + lower.tril(-1).mT
-        errors = torch.cholesky_solve(symmetric, factors).diagonal(dim1=1, dim2=2).sum(1)
+        identity = torch.eye(width, dtype=a.dtype, device=a.device).expand_as(factors)
+        m = torch.linalg.solve_triangular(factors, identity, upper=False)
+        with exact_float32():
+            inverse = m.mT @ m
+        squares = g_blocks.diagonal(dim1=1, dim2=2) * inverse.diagonal(dim1=1, dim2=2)
+        errors = squares.sum(1) + 2 * (g_blocks.tril(-1) * inverse).sum((1, 2))
     return errors.masked_fill(failed != 0, torch.nan)
 
 

@@ -41,8 +41,12 @@ class Blocking:
 # The explicit inverse of a wide block's factor costs digits: against float64 at d = 1000 and 1800, over spectra of
 # condition 1e2 to 1e5, 256 columns had 0.8 to 1.0 times the error of LAPACK's chain and 512 columns 0.9 to 1.6 times.
 # On a CPU 128 are the fastest (d = 1500 to 3000, one core: 0.83 to 0.93 of LAPACK's time).
-# On a GPU the updates of 256 columns and the factorisation beside them take about as long as each other.
-BLOCKING = {"cpu": Blocking(128, 256), "cuda": Blocking(256, 2048, split=128, look_ahead=True)}
+# On an H200, ms at d = 11008 and 28672 (the library's chain: 88.8 and 1246): as below 28.1 and 322.7; split = 128 43.4
+# and 415.9; 512 columns 29.1 and 334.4; float32 products 51.6 and 698.6. Errors as below 5.9e-6 and 8.9e-5 (the
+# library's: 1.3e-5 and 1.6e-4), in float32 4.5e-6 and 3.7e-5.
+BLOCKING = {"cpu": Blocking(128, 256), "cuda": Blocking(256, 2048, split=256, look_ahead=True)}
+# Below, where the library's own error can be 3e-7, split products would add 1e-6, and there is little time to save.
+SPLIT_FROM = 4096
 # Compute capabilities whose TF32 has several times the rate of float32; elsewhere at most twice, and three products
 # in place of one do not pay.
 FAST_TF32 = {(8, 0), (9, 0), (10, 0), (10, 3)}
@@ -67,8 +71,8 @@ def damped_inverse(h: Tensor, damping: float = 0.01, where: str = "hessian") -> 
 
     h: [d, d] float32 or float64, symmetric, both triangles filled. Where it is not positive definite, the damping λ
     is raised tenfold, at most RAISES times, each time with a warning. From SWEPT_FROM channels on, one buffer of h's
-    size is allocated, and six panels of BLOCKING's columns. The host waits for the device once for the diagonal and once
-    for each attempt.
+    size is allocated, and six panels of BLOCKING's columns. The host waits for the device once for the diagonal and
+    once for each attempt.
     Raises InputError, naming `where`, for NaN or Inf and where no damping helps.
     """
     check_tensor(h)
@@ -171,7 +175,7 @@ def sweep(a: Tensor, blocking: Blocking) -> Tensor:
     The next A_KK is updated apart from the rest, so that it can be factored at the same time.
     """
     d, block = len(a), min(blocking.swept, len(a))
-    on_tensor_cores = blocking.split > 0 and has_fast_tf32(a)
+    on_tensor_cores = blocking.split > 0 and d >= SPLIT_FROM and has_fast_tf32(a)
     look_ahead = blocking.look_ahead and a.is_cuda
     panel_buffer = a.new_empty(d, block)
     split_buffer = a.new_empty(-(-block // blocking.split), d, 4 * blocking.split) if on_tensor_cores else None

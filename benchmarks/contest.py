@@ -1,0 +1,72 @@
+"""What the benchmarks of single operators share around their timings: arguments, device, backends, inputs, report."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine
+from torch import Tensor
+
+from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, eligible_backends
+
+
+def contest_parser(description: str | None, repeat: str) -> argparse.ArgumentParser:
+    """--device, --repeat, --threads and --output; `repeat` says what the default is."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeat", type=int, help=f"repetitions (default {repeat})")
+    parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default 2)")
+    parser.add_argument("--output", type=Path, help="write the figures and the machine as JSON")
+    return parser
+
+
+def prepare_device(arguments: argparse.Namespace) -> torch.device:
+    """The device of --device, made current; on a CPU PyTorch gets --threads threads."""
+    device = torch.device(arguments.device)
+    if device.type != "cuda":
+        torch.set_num_threads(arguments.threads)
+        return device
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_report(device: torch.device, repeat: int) -> dict[str, Any]:
+    """The machine, which is printed, and the repetitions."""
+    machine = describe_machine(device)
+    print(json.dumps(machine))
+    return {"machine": machine, "repeat": repeat}
+
+
+def write_report(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    os.environ[ENVIRONMENT_VARIABLE] = backend
+    yield
+    del os.environ[ENVIRONMENT_VARIABLE]
+
+
+def backends_for(operator: str, x: Tensor) -> list[str]:
+    """The backends that can run the operator on x, but on a GPU not the reference."""
+    eligible = eligible_backends(operator, Problem(x.device, x.dtype, tuple(x.shape)))
+    return [name for name in eligible if name != "reference" or not x.is_cuda]
+
+
+def sizes_of(shape: str) -> list[int]:
+    return [int(size) for size in shape.split("x")]
+
+
+def random_input(shape: str, device: torch.device) -> Tensor:
+    """Random normal bfloat16 of a shape such as 32768x4096."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(*sizes_of(shape), dtype=torch.bfloat16, device=device, generator=generator)
