@@ -125,8 +125,9 @@ def column_norms(weight: Tensor, where: str) -> tuple[Tensor, Tensor]:
 
     InputError, naming `where`, if a column holds NaN or Inf.
     """
-    squares = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) ** 2
-    absolute = torch.linalg.vector_norm(weight, ord=1, dim=0, dtype=torch.float32) / weight.shape[0]
+    working = torch.promote_types(weight.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(weight, dim=0, dtype=working).float() ** 2
+    absolute = torch.linalg.vector_norm(weight, ord=1, dim=0, dtype=working).float() / weight.shape[0]
     bad = int((~torch.isfinite(squares)).sum())
     if bad:
         raise InputError(f"{where}: NaN or Inf weights in {bad} of {len(squares)} columns; check the checkpoint")

@@ -45,8 +45,9 @@ class Blocking:
 # and 415.9; 512 columns 29.1 and 334.4; float32 products 51.6 and 698.6. Errors as below 5.9e-6 and 8.9e-5 (the
 # library's: 1.3e-5 and 1.6e-4), in float32 4.5e-6 and 3.7e-5.
 BLOCKING = {"cpu": Blocking(128, 256), "cuda": Blocking(256, 2048, split=256, look_ahead=True)}
-# Below, where the library's own error can be 3e-7, split products would add 1e-6, and there is little time to save.
-SPLIT_FROM = 4096
+# Below, the host's share of a step rules (at d = 4096 16.0 ms with split products, 7.0 without), and where the
+# library's own error is 3e-7 they would add 1e-6. On a slow host it rules further up: 11008 took 50 ms in one run.
+SPLIT_FROM = 8192
 # Compute capabilities whose TF32 has several times the rate of float32; elsewhere at most twice, and three products
 # in place of one do not pay.
 FAST_TF32 = {(8, 0), (9, 0), (10, 0), (10, 3)}
