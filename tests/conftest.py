@@ -15,16 +15,21 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from make_checkpoint import make_checkpoint  # noqa: E402
 
 
+def lacks_gpu(item: pytest.Item) -> bool:
+    return item.get_closest_marker("gpu") is not None and not torch.cuda.is_available()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    if lacks_gpu(item):
         pytest.skip("no CUDA device")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With PYPRUNE_REQUIRE_SHARED=1 a test that needs the shared models and texts may not be skipped."""
+    """With PYPRUNE_REQUIRE_SHARED=1 a test that needs the shared models and texts may not be skipped for want of them."""
     report = yield
-    if report.skipped and item.get_closest_marker("shared") and os.environ.get("PYPRUNE_REQUIRE_SHARED") == "1":
+    required = item.get_closest_marker("shared") is not None and os.environ.get("PYPRUNE_REQUIRE_SHARED") == "1"
+    if report.skipped and required and not lacks_gpu(item):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, but PYPRUNE_REQUIRE_SHARED=1: {report.longrepr}"
     return report
