@@ -26,7 +26,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With PYPRUNE_REQUIRE_SHARED=1 a test that needs the shared models and texts may not be skipped for want of them."""
+    """With PYPRUNE_REQUIRE_SHARED=1 a test that needs the shared models and texts is not skipped for want of them."""
     report = yield
     required = item.get_closest_marker("shared") is not None and os.environ.get("PYPRUNE_REQUIRE_SHARED") == "1"
     if report.skipped and required and not lacks_gpu(item):
