@@ -14,7 +14,7 @@ from ..device import Meter
 from ..forward import LayerForward, layer_name
 from ..job import Job
 from ..methods import LayerStatistics, SecondOrderMethod
-from ..methods.second_order import CURVES, MOMENTS, Reconstruction
+from ..methods.second_order import CURVES, MOMENTS, NONE, Reconstruction
 from ..plan import layer_entry
 from ..residual_allocation import ErrorCurves
 from ..rewrite import rewrite_layer
@@ -83,7 +83,7 @@ class ReconstructionPasses(Passes):
     def _counts(self) -> list[dict[str, int]]:
         curves: list[ErrorCurves] | None = None
         moments: list[LayerStatistics] | None = None
-        if self.method.survey != "none":
+        if self.method.survey != NONE:
             meter = self.meters["survey"] = Meter(self.device)
             if self.method.survey == CURVES:
                 curves, self.cached = cached_curves(self.job, self.method, meter)
@@ -96,7 +96,7 @@ class ReconstructionPasses(Passes):
     ) -> tuple[Kept, UnitScores]:
         """Choose, refit and write both modules of a layer; the streams advance past it unless it is the last."""
         shape = self.reader.shapes[layer]
-        source = dict(self.reader.read_layer(layer))
+        source = self.reader.read_layer(layer)
         original = block = forward.build(list(source.items()), layer)
         kept: Kept = {module: torch.arange(shape.units(module)) for module in MODULES}
         scores: UnitScores = {}
@@ -107,7 +107,7 @@ class ReconstructionPasses(Passes):
             if self.method.alignment and (layer, module) != (0, MODULES[0]):  # there both streams are the same
                 self._align_inputs(forward, original, layer, module, streams, source)
                 tensors = rewrite_layer(self.reader.family, source, shape, kept, bias, weight)
-                block = self._build(forward, tensors, layer, shape, kept, bias)
+                block = self._build(forward, tensors, layer, shape, kept)
             chosen = self._reconstruct(forward, original, block, layer, module, streams, counts[module])
             kept[module], scores[module], weight[module] = chosen.kept, chosen.scores, chosen.weight
             if chosen.bias is not None:
@@ -117,7 +117,7 @@ class ReconstructionPasses(Passes):
                 self.write_layer(layer, tensors, layer_entry(kept, scores))
             if advance or module == ATTENTION:
                 # The next module reads what this one, as it is stored, puts out.
-                block = self._build(forward, tensors, layer, shape, kept, bias)
+                block = self._build(forward, tensors, layer, shape, kept)
                 self._advance(forward, block, layer, module, streams.pruned)
         return kept, scores
 
@@ -169,7 +169,6 @@ class ReconstructionPasses(Passes):
         layer: int,
         shape: LayerShape,
         kept: Kept,
-        bias: dict[str, Tensor],
     ) -> nn.Module:
         """The layer with the modules pruned so far; a bias that is still to come is zero."""
         tensors = dict(tensors)
