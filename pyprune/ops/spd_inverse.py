@@ -174,34 +174,47 @@ def sweep(a: Tensor, blocking: Blocking) -> Tensor:
     triangle will do: d³ FLOP, nearly all of them in products with an inner dimension of `blocking.swept`.
 
     The next A_KK is updated apart from the rest, so that it can be factored at the same time.
+
+    The panel keeps its place, so that the views for the products are made once: on a GPU the host's part of a step
+    counts. A last panel that is narrower is filled up with zeros.
     """
     d, block = len(a), min(blocking.swept, len(a))
     on_tensor_cores = blocking.split > 0 and d >= SPLIT_FROM and has_fast_tf32(a)
     look_ahead = blocking.look_ahead and a.is_cuda
     panel_buffer = a.new_empty(d, block)
     split_buffer = a.new_empty(-(-block // blocking.split), d, 4 * blocking.split) if on_tensor_cores else None
+    factors = [(panel_buffer, panel_buffer)] if split_buffer is None else split_factors(block, split_buffer)
+    updates = [
+        (a[start:, start : start + blocking.updated], left[start:], right[start : start + blocking.updated].mT)
+        for start in range(0, d, blocking.updated)
+        for left, right in factors
+    ]
+    identity = torch.eye(block, dtype=a.dtype, device=a.device)
     failures = []
-    inverse_factor, failed = invert_factor(a[:block, :block])
+    inverse_factor, failed = invert_factor(a[:block, :block], identity)
     for first in range(0, d, block):
         swept = slice(first, min(first + block, d))
         before, after = slice(0, first), slice(swept.stop, d)
         failures.append(failed)
         panel = panel_buffer[:, : len(inverse_factor)]  # P [d, b]
-        panel[before].addmm_(a[swept, before].mT, inverse_factor.mT, beta=0)
-        panel[after].addmm_(a[after, swept], inverse_factor.mT, beta=0)
-        panel[swept] = -inverse_factor.mT
-        a[swept, : swept.stop] = 0
-        a[after, swept] = 0
+        transposed = inverse_factor.mT
+        torch.mm(a[swept, before].mT, transposed, out=panel[before])
+        torch.mm(a[after, swept], transposed, out=panel[after])
+        torch.neg(transposed, out=panel[swept])
+        if len(inverse_factor) < block:
+            panel_buffer[:, len(inverse_factor) :].zero_()
+        a[swept, : swept.stop].zero_()
+        a[after, swept].zero_()
         if swept.stop < d:
             ahead = slice(swept.stop, min(swept.stop + block, d))
-            upcoming = torch.addmm(a[ahead, ahead], panel[ahead], panel[ahead].mT, alpha=-1)
-            inverse_factor, failed = invert_factor_aside(upcoming) if look_ahead else invert_factor(upcoming)
-        factors = [(panel, panel)] if split_buffer is None else split_panel(panel, blocking.split, split_buffer)
+            rows = panel[ahead]
+            upcoming = torch.addmm(a[ahead, ahead], rows, rows.mT, alpha=-1)
+            inverse_factor, failed = (invert_factor_aside if look_ahead else invert_factor)(upcoming, identity)
+        if split_buffer is not None:
+            split_panel(panel_buffer, split_buffer)
         with nullcontext() if split_buffer is None else tf32_products():
-            for start in range(0, d, blocking.updated):
-                stop = min(start + blocking.updated, d)
-                for left, right in factors:
-                    subtract_product(a[start:, start:stop], left[start:], right[start:stop])
+            for update in updates:
+                subtract_product(*update)
         if look_ahead:
             torch.cuda.current_stream(a.device).wait_stream(side_stream(a.device))
     a.neg_()
@@ -210,23 +223,21 @@ def sweep(a: Tensor, blocking: Blocking) -> Tensor:
     return torch.where(failed_blocks.any(), failed_blocks.int().argmax() + 1, 0).to(torch.int32)
 
 
-def invert_factor(block: Tensor) -> tuple[Tensor, Tensor]:
+def invert_factor(block: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
     """L^-1 [b, b] of a block L Lᵀ, of which the lower triangle is read, and cholesky_ex's info."""
     factor, failed = torch.linalg.cholesky_ex(block)
-    identity = torch.eye(len(block), dtype=block.dtype, device=block.device)
-    return torch.linalg.solve_triangular(factor, identity, upper=False), failed
+    return torch.linalg.solve_triangular(factor, identity[: len(block), : len(block)], upper=False), failed
 
 
-def invert_factor_aside(block: Tensor) -> tuple[Tensor, Tensor]:
-    """As invert_factor, on the side stream once the current one has come here; wait for it before using the result."""
-    current, side = torch.cuda.current_stream(block.device), side_stream(block.device)
-    side.wait_stream(current)
+def invert_factor_aside(block: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
+    """As invert_factor, on the side stream once the current one has come here; wait for it before using the result.
+
+    No record_stream: memory that changes streams here is used again only after the next wait of one for the other.
+    """
+    side = side_stream(block.device)
+    side.wait_stream(torch.cuda.current_stream(block.device))
     with torch.cuda.stream(side):
-        result = invert_factor(block)
-    block.record_stream(side)
-    for x in result:
-        x.record_stream(current)  # freed later, its memory must not go to new work on the side before that is through
-    return result
+        return invert_factor(block, identity)
 
 
 @cache  # cuBLAS keeps a workspace for every stream it has seen
@@ -235,8 +246,8 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def subtract_product(c: Tensor, left: Tensor, right: Tensor) -> None:
-    """c −= left rightᵀ, in place."""
-    c.addmm_(left, right.mT, alpha=-1)
+    """c −= left right, in place."""
+    c.addmm_(left, right, alpha=-1)
 
 
 def has_fast_tf32(a: Tensor) -> bool:
@@ -248,10 +259,17 @@ def has_fast_tf32(a: Tensor) -> bool:
     )
 
 
-def split_panel(panel: Tensor, columns: int, buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (left, right) for TF32 products whose sum, left rightᵀ over all pairs, is P Pᵀ as if in float32.
+def split_factors(block: int, buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Pairs (left, right), views of split_panel's buffer, for a panel of `block` columns."""
+    columns = buffer.shape[2] // 4
+    widths = [min(columns, block - start) for start in range(0, block, columns)]
+    return [(rows[:, : 3 * width], rows[:, width : 4 * width]) for rows, width in zip(buffer, widths, strict=True)]
 
-    panel: P [d, b] float32. buffer: [⌈b / columns⌉, d, 4·columns], overwritten and viewed by the pairs.
+
+def split_panel(panel: Tensor, buffer: Tensor) -> None:
+    """Fill `buffer` so that TF32 products of split_factors' pairs, left rightᵀ over all pairs, are P Pᵀ as in float32.
+
+    panel: P [d, b] float32. buffer: [⌈b / columns⌉, d, 4·columns], overwritten.
     P = hi + lo, where hi is P rounded to TF32's 10 bits and lo the exact rest, ≤ 2^-11 |P|, of which TF32 drops at
     most the last bit. A row of the buffer is [hi lo hi hi]: its first three quarters times its last three are
     hi·loᵀ + lo·hiᵀ + hi·hiᵀ, all but lo·loᵀ ≤ 2^-22.
@@ -261,15 +279,12 @@ def split_panel(panel: Tensor, columns: int, buffer: Tensor) -> list[tuple[Tenso
     rounding to nearest. Emulated on a CPU with truncation (swept 256, d = 1024, five spectra), `columns` of 256, 128
     and 64 had 0.5 to 5.2, 0.5 to 2.8 and 0.6 to 1.7 times the error of the sweep in float32; hi·hiᵀ first, 3 to 18.
     """
-    pairs = []
-    for part, rows in zip(panel.split(columns, dim=1), buffer, strict=False):
+    for part, rows in zip(panel.split(buffer.shape[2] // 4, dim=1), buffer, strict=True):
         width = part.shape[1]
         bits = (part.view(torch.int32) + 0x1000).bitwise_and_(-0x2000)  # half a unit of the 10th bit; 13 bits off
         quarters = rows[:, : 4 * width].unflatten(1, (4, width))
         quarters.copy_(bits.view(torch.float32)[:, None])
         torch.sub(part, quarters[:, 0], out=quarters[:, 1])
-        pairs.append((rows[:, : 3 * width], rows[:, width : 4 * width]))
-    return pairs
 
 
 def mirror_lower(a: Tensor, block: int) -> None:
