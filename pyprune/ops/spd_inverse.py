@@ -41,12 +41,11 @@ class Blocking:
 # The explicit inverse of a wide block's factor costs digits: against float64 at d = 1000 and 1800, over spectra of
 # condition 1e2 to 1e5, 256 columns had 0.8 to 1.0 times the error of LAPACK's chain and 512 columns 0.9 to 1.6 times.
 # On a CPU 128 are the fastest (d = 1500 to 3000, one core: 0.83 to 0.93 of LAPACK's time).
-# On an H200, ms at d = 11008 and 28672 (the library's chain: 88.8 and 1246): as below 28.1 and 322.7; split = 128 43.4
-# and 415.9; 512 columns 29.1 and 334.4; float32 products 51.6 and 698.6. Errors as below 5.9e-6 and 8.9e-5 (the
+# On an H200, ms at d = 11008 and 28672 (the library's chain: 88.7 and 1244): as below 27.5 and 325.6; updated = 4096
+# 27.6 and 343.5; 512 columns 29.3 and 332.4; float32 products 51.0 and 678.2. Errors as below 5.9e-6 and 8.9e-5 (the
 # library's: 1.3e-5 and 1.6e-4), in float32 4.5e-6 and 3.7e-5.
 BLOCKING = {"cpu": Blocking(128, 256), "cuda": Blocking(256, 2048, split=256, look_ahead=True)}
-# Below, the host's share of a step rules (at d = 4096 16.0 ms with split products, 7.0 without), and where the
-# library's own error is 3e-7 they would add 1e-6. On a slow host it rules further up: 11008 took 50 ms in one run.
+# Below, the host's share of a step rules, and where the library's own error is 3e-7 split products would add 1e-6.
 SPLIT_FROM = 8192
 # Compute capabilities whose TF32 has several times the rate of float32; elsewhere at most twice, and three products
 # in place of one do not pay.
