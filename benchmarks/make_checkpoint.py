@@ -3,18 +3,20 @@
     python benchmarks/make_checkpoint.py OUT --shape llama-2-7b
     python benchmarks/make_checkpoint.py OUT --family qwen3 --hidden-size 1024 --layers 8 --heads 16
 
-Weights are made and written layer by layer, so a checkpoint may be larger than the memory. The names and
-the shapes of the tensors, and config.json, are transformers' own: they come from the family's configuration
-class and from its model built on the meta device.
+Weights are made and written layer by layer, so a checkpoint may be larger than the memory. They are made on the GPU
+where there is one (`--device`), while the layer before is written: the disk sets the pace. The same seed gives the
+same tensors on the same kind of device. The names and the shapes of the tensors, and config.json, are transformers'
+own: they come from the family's configuration class and from its model built on the meta device.
 """
 
 import argparse
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +30,26 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
-# The sizes of published models (llama-1.5b: ours, for a middle size with few KV heads).
+# The sizes of published models (tiny and llama-1.5b: ours, for tests and for a middle size with few KV heads).
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"family": "llama", "hidden_size": 64, "layers": 3, "heads": 4, "kv_heads": 2,
+             "intermediate_size": 160, "vocab_size": 8192},
     "llama-1.5b": {"family": "llama", "hidden_size": 2048, "layers": 24, "heads": 16, "kv_heads": 4,
                    "intermediate_size": 8192, "vocab_size": 32000},
     "llama-2-7b": {"family": "llama", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 32,
                    "intermediate_size": 11008, "vocab_size": 32000},
     "llama-2-13b": {"family": "llama", "hidden_size": 5120, "layers": 40, "heads": 40, "kv_heads": 40,
                     "intermediate_size": 13824, "vocab_size": 32000},
-    "llama-3-8b": {"family": "llama", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 8,
-                   "intermediate_size": 14336, "vocab_size": 128256},
+    "llama-3.1-8b": {"family": "llama", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 8,
+                     "intermediate_size": 14336, "vocab_size": 128256},
+    "llama-3.3-70b": {"family": "llama", "hidden_size": 8192, "layers": 80, "heads": 64, "kv_heads": 8,
+                      "intermediate_size": 28672, "vocab_size": 128256},
     "mistral-7b": {"family": "mistral", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 8,
                    "intermediate_size": 14336, "vocab_size": 32768},
     "qwen2.5-1.5b": {"family": "qwen2", "hidden_size": 1536, "layers": 28, "heads": 12, "kv_heads": 2,
                      "intermediate_size": 8960, "vocab_size": 151936, "tie": True},
+    "qwen2.5-32b": {"family": "qwen2", "hidden_size": 5120, "layers": 64, "heads": 40, "kv_heads": 8,
+                    "intermediate_size": 27648, "vocab_size": 152064},
     "qwen3-0.6b": {"family": "qwen3", "hidden_size": 1024, "layers": 28, "heads": 16, "kv_heads": 8,
                    "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie": True},
 }  # fmt: skip
@@ -101,14 +109,17 @@ def make_checkpoint(
     shard_layers: int = 0,
     seed: int = 0,
     tokenizer: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    headers_only: bool = False,
     **sizes: Any,
 ) -> Path:
     """Write a random checkpoint of `sizes` (see `checkpoint_config`) into the folder `out`; return its path.
 
     `shard_layers` K puts K layers into each file, with an index; 0 writes one file. The same seed gives the
     same tensors whatever the sharding. `tokenizer` is a folder whose tokenizer is saved beside the weights
-    and whose BOS, EOS and number of tokens go into config.json. ValueError: as `checkpoint_config`, or a
-    `vocab_size` smaller than the tokenizer.
+    and whose BOS, EOS and number of tokens go into config.json. `headers_only` leaves the weights out: files of the
+    full length that occupy no disk and read as zeros. ValueError: as `checkpoint_config`, or a `vocab_size` smaller
+    than the tokenizer.
     """
     folder = Path(out)
     if tokenizer is not None:
@@ -123,7 +134,8 @@ def make_checkpoint(
         loaded.save_pretrained(folder)
     config = checkpoint_config(**sizes)
     config.save_pretrained(folder)
-    _write_weights(folder, config, shard_layers, seed)
+    weights = RandomWeights(config, seed, torch.device(device))
+    _write_weights(folder, weights, shard_layers, headers_only)
     return folder
 
 
@@ -145,63 +157,76 @@ def _layer_groups(names: list[str]) -> list[list[str]]:
     return [list(run) for _, run in groupby(names, key=place)]
 
 
-def _random_tensor(name: str, shape: torch.Size, seed: int, layers: int, dtype: torch.dtype) -> torch.Tensor:
-    """One tensor of the checkpoint. Gains are near 1 at every size, so hidden states stay near unit scale.
+class RandomWeights:
+    """The tensors of a random checkpoint by name, made anew whenever one is asked for.
 
-    Linears and embeddings: N(0, 1/in) (0.022² at 2048 inputs), o_proj and down_proj divided by √(2·layers)
-    as in GPT-2 so that the residual stream does not grow with depth. Norms: N(1, 0.02²). Biases: N(0, 0.1²).
+    Each has a seed of its own, so they can be made side by side and in any order.
     """
-    generator = torch.Generator().manual_seed(seed)
-    mean, std = 0.0, 1 / math.sqrt(shape[-1])
-    if name.endswith("norm.weight"):
-        mean, std = 1.0, 0.02
-    elif name.endswith(".bias"):
-        std = 0.1
-    elif name.endswith(("o_proj.weight", "down_proj.weight")):
-        std /= math.sqrt(2 * layers)
-    return torch.empty(shape, dtype=dtype).normal_(mean, std, generator=generator)
+
+    def __init__(self, config: PreTrainedConfig, seed: int, device: torch.device) -> None:
+        self.shapes = _tensor_shapes(config)
+        self.dtype, self.device = config.dtype, device
+        self._layers = config.num_hidden_layers
+        # The factor is more than any model has tensors, and small, because torch's CPU generator reads only the low
+        # 32 bits of a seed.
+        self._seeds = {name: 10_007 * seed + number for number, name in enumerate(self.shapes)}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, on the device. Gains are near 1 at every size, so hidden states stay near unit scale.
+
+        Linears and embeddings: N(0, 1/in) (0.022² at 2048 inputs), o_proj and down_proj divided by √(2·layers)
+        as in GPT-2 so that the residual stream stays in scale: after 80 layers its root mean square is 0.7
+        (measured at 512 wide). Norms: N(1, 0.02²). Biases: N(0, 0.1²).
+        """
+        generator = torch.Generator(self.device).manual_seed(self._seeds[name])
+        shape = self.shapes[name]
+        mean, std = 0.0, 1 / math.sqrt(shape[-1])
+        if name.endswith("norm.weight"):
+            mean, std = 1.0, 0.02
+        elif name.endswith(".bias"):
+            std = 0.1
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * self._layers)
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(mean, std, generator=generator)
 
 
-def _write_weights(folder: Path, config: PreTrainedConfig, shard_layers: int, seed: int) -> None:
-    dtype = config.dtype
-    shapes = _tensor_shapes(config)
-    names = list(shapes)
-    groups = _layer_groups(names)
+def _write_weights(folder: Path, weights: RandomWeights, shard_layers: int, headers_only: bool) -> None:
+    groups = _layer_groups(list(weights.shapes))
     layers = groups[1:-1]
     per_file = shard_layers or len(layers)
     shards = [layers[start : start + per_file] for start in range(0, len(layers), per_file)]
     shards[0] = [groups[0], *shards[0]]
     shards[-1] = [*shards[-1], groups[-1]]
-    # A seed for each tensor, so that those of a layer can be made side by side. The factor is more than any
-    # model has tensors, and small, because torch's CPU generator reads only the low 32 bits of a seed.
-    seeds = {name: 10_007 * seed + number for number, name in enumerate(names)}
-
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-
-        def tensors(shard: list[list[str]]) -> Iterator[torch.Tensor]:
-            for group in shard:
-                yield from threads.map(
-                    lambda name: _random_tensor(name, shapes[name], seeds[name], len(layers), dtype), group
-                )
-
+        tensors = iter(()) if headers_only else _made_ahead(threads, weights, groups)
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
             file = "model.safetensors"
             if len(shards) > 1:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            shard_shapes = {name: shapes[name] for group in shard for name in group}
-            _write_safetensors(folder / file, shard_shapes, dtype, tensors(shard))
-            weight_map.update(dict.fromkeys(shard_shapes, file))
+            shapes = {name: weights.shapes[name] for group in shard for name in group}
+            _write_safetensors(folder / file, shapes, weights.dtype, islice(tensors, len(shapes)))
+            weight_map.update(dict.fromkeys(shapes, file))
     if len(shards) > 1:
-        total_size = dtype.itemsize * sum(shape.numel() for shape in shapes.values())
+        total_size = weights.dtype.itemsize * sum(shape.numel() for shape in weights.shapes.values())
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _made_ahead(threads: ThreadPoolExecutor, weights: RandomWeights, groups: list[list[str]]) -> Iterator[torch.Tensor]:
+    """The tensors of all groups, on the CPU; those of the next group are made while a group is consumed."""
+    under_way: deque[Iterator[torch.Tensor]] = deque()
+    for group in groups:
+        under_way.append(threads.map(lambda name: weights.tensor(name).cpu(), group))
+        if len(under_way) > 1:
+            yield from under_way.popleft()
+    yield from under_way.popleft()
 
 
 def _write_safetensors(
     path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, tensors: Iterator[torch.Tensor]
 ) -> None:
-    """Stream `tensors`, one for each of `shapes`, into a safetensors file.
+    """Stream `tensors`, one for each of `shapes`, into a safetensors file; with no tensors it stays sparse.
 
     safetensors' own writer takes all tensors at once; its format is a header's length (8 bytes, little
     endian), the header (JSON: dtype, shape, byte range of each tensor), and the bytes in order.
@@ -217,6 +242,7 @@ def _write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             file.write(tensor.view(torch.uint8).numpy().data)
+        file.truncate(8 + len(text) + end)
 
 
 def main() -> None:
@@ -236,6 +262,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--shard-layers", type=int, default=0, metavar="K", help="layers a file; 0: one file")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="makes the weights")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="folder to copy the tokenizer from")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     shape = SHAPES[given.pop("shape")]

@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "slimgpt, uniform": ("slimgpt", {"schedule": "uniform"}),
     "obs": ("obs", {}),
     "obs, bias": ("obs", {"compensation": "bias"}),
+    "obs, whole survey": ("obs", {"survey_samples": 128}),
     "obs, full share": ("obs", {"target_share": 1.0}),
     "obs, inputs as they are": ("obs", {"input_share": 0.0}),
     "obs, own target": ("obs", {"target": "weights"}),

@@ -7,9 +7,10 @@ from typing import Any
 import click
 import transformers
 
-from .command_options import device_options, method_options, options_given
+from . import distributed
+from .command_options import MemorySize, device_options, method_options, options_given
 from .console import Console
-from .device import return_freed_blocks
+from .device import tune_allocators
 from .errors import InputError
 from .methods import METHODS
 
@@ -31,6 +32,7 @@ def cli() -> None:
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
 @method_options
+@click.option("--device-memory", type=MemorySize(), help="Stay below so much of the GPU's memory, e.g. 24GB.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder of surveys.  [default: beside OUTPUT]")
 @click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
 @click.option("--allow-nonfinite", is_flag=True, help="Count NaN and Inf activations as zero.")
@@ -43,6 +45,10 @@ def prune(model: str, output: Path, **options: Any) -> None:
 
     OUTPUT appears whole or not at all. Load it with `import pyprune` and
     AutoModelForCausalLM.from_pretrained(OUTPUT).
+
+    Started by torchrun, processes split the calibration windows, each on its own GPU:
+
+        torchrun --nproc-per-node=8 -m pyprune prune MODEL OUTPUT ...
     """
     from .options import Evaluation, PruneOptions
     from .pipeline import prune as run_pruning
@@ -54,7 +60,7 @@ def prune(model: str, output: Path, **options: Any) -> None:
         name: options[name]
         for name in (
             *("method", "ratio", "calibration", "samples", "sequence_length", "seed", "device", "dtype"),
-            *("cache", "resume", "allow_nonfinite", "trust_remote_code"),
+            *("device_memory", "cache", "resume", "allow_nonfinite", "trust_remote_code"),
         )
     }
     console = Console(options["as_json"])
@@ -153,34 +159,40 @@ def methods(as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (sys.argv unless given); one line on stderr and status 2 for what the user can mend."""
-    return_freed_blocks()
+    tune_allocators()
     # transformers' notes on reading a pruned configuration's global sizes, and its own bars, say nothing to our user.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    with distributed.process_group():
+        _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> None:
     try:
         status = cli.main(arguments, standalone_mode=False)
     except InputError as error:
-        _fail(str(error))
+        _fail(str(error), 2)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        if distributed.may_report(2):
+            click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pyprune"
-        _fail(f"{error.format_message()} (see {command} --help)")
+        _fail(f"{error.format_message()} (see {command} --help)", 2)
     except click.ClickException as error:
-        _fail(error.format_message())
+        _fail(error.format_message(), 2)
     except OSError as error:
-        click.echo(f"pyprune: {error.filename or 'operating system'}: {error.strerror or error}", err=True)
-        sys.exit(1)
+        _fail(f"{error.filename or 'operating system'}: {error.strerror or error}", 1)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("pyprune: interrupted; --resume goes on where a pruning stopped", err=True)
-        sys.exit(1)
+        _fail("interrupted; --resume goes on where a pruning stopped", 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str) -> None:
-    click.echo("pyprune: " + " ".join(message.split()), err=True)
-    sys.exit(2)
+def _fail(message: str, status: int) -> None:
+    """Exit with the status; of several processes the first one that fails says why, in a line."""
+    if distributed.may_report(status):
+        click.echo("pyprune: " + " ".join(message.split()), err=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

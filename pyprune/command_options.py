@@ -1,7 +1,8 @@
 """Options that several commands share, and those of the methods."""
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -23,6 +24,7 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
     "target": (str, f"obs: what the driver is fitted to: {' or '.join(obs.TARGETS)}.  [default: residual]"),
     "target_share": (float, "obs: share of the residual stream's shortfall that a driver makes up.  [default: 0.5]"),
     "input_share": (float, "obs: share of the inputs' change that q, k, v, gate, up make up.  [default: 1]"),
+    "survey_samples": (int, "obs: calibration windows that the residual allocation looks at.  [default: 32]"),
     "damping": (float, "slimgpt, obs: added to H's diagonal, as a share of its mean.  [default: 0.01]"),
     "schedule": (str, f"slimgpt: how ratios rise with depth: {', '.join(SCHEDULES)}.  [default: log]"),
     "first_share": (
@@ -30,6 +32,23 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
         "slimgpt, obs (log, linear): the first layer's ratio as a share of --ratio.  [default: 0, if possible]",
     ),
 }
+
+
+class MemorySize(click.ParamType):
+    """Bytes: a number with an optional KB, MB, GB (powers of 1000), KiB, MiB or GiB."""
+
+    name = "size"
+    units: ClassVar[dict[str, int]] = {
+        "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30,
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+        if match is None or match[2] not in self.units or float(match[1]) <= 0:
+            self.fail(f"{value!r} is no size; write it as 24GB or 16GiB", param, ctx)
+        return int(float(match[1]) * self.units[match[2]])
 
 
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:

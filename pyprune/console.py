@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from . import distributed
 from .methods import Method
 from .ops.backends import BackendRow
 from .options import Progress as Advance
@@ -36,7 +37,7 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Advance]:
-        """A callback (what, done, total) that draws one bar for each thing under way."""
+        """A callback (what, done, total) that draws a bar for each thing under way; the first of several processes."""
         columns = (
             TextColumn("{task.description:>16}"),
             BarColumn(),
@@ -44,7 +45,7 @@ class Console:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.err) as bars:
+        with Progress(*columns, console=self.err, disable=not distributed.is_first()) as bars:
             tasks: dict[str, Any] = {}
 
             def advance(what: str, done: int, total: int) -> None:

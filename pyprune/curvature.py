@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import distributed
 from .errors import InputError
 from .ops import Hessian, damped_inverse
 
@@ -24,12 +25,24 @@ class Curvature:
     cross: Tensor | None = None
     shortfall: Tensor | None = None
 
+    def take_hessian(self) -> Tensor:
+        """The Hessian, handed over for good, so that its memory is free once the caller is through with it."""
+        hessian, self.hessian = self.hessian, self.hessian.new_empty(0, 0)
+        return hessian
+
+    def take_cross(self) -> Tensor:
+        """`cross`, handed over for good; it has to be there."""
+        assert self.cross is not None
+        cross, self.cross = self.cross, None
+        return cross
+
 
 class CurvatureObserver:
     """Accumulates the curvature of one driver while its inputs pass by.
 
     `where` names layer and driver in errors. `centred`: about the means. With `allow_nonfinite`, NaN and Inf count
-    as zero and are tallied in `nonfinite`; otherwise `finish` raises InputError if any came.
+    as zero and are tallied in `nonfinite`; otherwise `finish` raises InputError if any came. In several processes each
+    sees its own inputs, and `finish` gives all of them the statistics, and `nonfinite`, of all inputs.
     """
 
     def __init__(self, channels: int, device: torch.device, where: str, centred: bool, allow_nonfinite: bool) -> None:
@@ -50,7 +63,7 @@ class CurvatureObserver:
         return rows
 
     def observe_shortfall(self, rows: Tensor, shortfall: Tensor) -> None:
-        """rows: what `observe` returned; shortfall [..., out]: r of the same tokens, float32."""
+        """rows: what `observe` returned; shortfall [..., out]: r of the same tokens, any float type."""
         r = shortfall.reshape(len(rows), -1)
         if self.cross is None or self.shortfalls is None:
             self.cross = torch.zeros(r.shape[1], rows.shape[1], device=rows.device)
@@ -59,10 +72,11 @@ class CurvatureObserver:
             r = torch.nan_to_num(r, nan=0.0, posinf=0.0, neginf=0.0)
         add_product(self.cross, r, rows)
         if self.centred:
-            self.shortfalls += r.sum(0)
+            self.shortfalls += r.sum(0, dtype=torch.float32)
 
     def finish(self) -> Curvature:
         """The statistics; the observer is used up."""
+        self._merge()
         count = self.hessian.count
         diagonal = self.hessian.lower.diagonal()
         bad = int((~torch.isfinite(diagonal)).sum())
@@ -80,6 +94,11 @@ class CurvatureObserver:
                 self.cross.addr_(self.shortfalls, mean, alpha=-1)
         return Curvature(self.hessian.finish(self.centred), count, mean, self.cross, shortfall)
 
+    def _merge(self) -> None:
+        """Sums over all processes, in place. What lies above the Hessian's diagonal is summed too, and never read."""
+        self.hessian.count, self.nonfinite = distributed.totals(self.hessian.count, self.nonfinite)
+        distributed.all_reduce_(self.hessian.lower, self.hessian.sums, self.cross, self.shortfalls)
+
 
 def alignment_of(curvature: Curvature, damping: float, where: str) -> Tensor:
     """D A [in, in]: added to the identity, the least-squares estimate of the dense stream's x from the pruned one's.
@@ -92,7 +111,7 @@ def alignment_of(curvature: Curvature, damping: float, where: str) -> Tensor:
 
 
 def add_product(total: Tensor, r: Tensor, x: Tensor) -> None:
-    """total [out, in] float32 += rᵀ x, r [tokens, out] float32, x [tokens, in], in x's type on the tensor cores."""
+    """total [out, in] float32 += rᵀ x, r [tokens, out], x [tokens, in], in x's type on tensor cores."""
     if x.dtype == torch.float32 or x.device.type == "cpu":
         total.addmm_(r.float().T, x.float())
     else:

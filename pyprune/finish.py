@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import distributed
 from .allocation import Choice, UnitScores
 from .architectures import LayerShape
 from .checkpoint import CheckpointWriter
@@ -116,9 +117,11 @@ def _plan(job: Job, choice: Choice, scores: list[UnitScores], shapes: list[Layer
 
 
 def _device_name(device: torch.device) -> str:
+    name = f"cpu, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(device)
+    processes = distributed.world_size()
+    return name if processes == 1 else f"{name}, in each of {processes} processes"
 
 
 def _evaluate(job: Job, pruned: Path, windows: Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .architectures import ATTENTION, Family
 from .checkpoint import CheckpointReader
-from .device import free_memory
+from .hidden_states import HiddenStates
 
 Observe = Callable[[Tensor], object]
 
@@ -25,10 +25,10 @@ def micro_batch(device: torch.device, sequence_length: int) -> int:
 
 
 class LayerForward:
-    """Forward passes of single layers over all calibration windows, in micro-batches.
+    """Forward passes of single layers over all calibration windows, in micro-batches of `batch` windows.
 
-    Hidden states [windows, tokens, hidden_size] live on the device while they take less than 40 % of its free
-    memory, else in (pinned) host memory. `allow_nonfinite` sets NaN and Inf in them to zero after each layer.
+    batch: None for `micro_batch`'s. on_device: how many sets of hidden states may live on the device; further ones
+    live in host memory. `allow_nonfinite` sets NaN and Inf in them to zero after each layer.
     """
 
     def __init__(
@@ -38,13 +38,16 @@ class LayerForward:
         device: torch.device,
         dtype: torch.dtype,
         allow_nonfinite: bool = False,
+        batch: int | None = None,
+        on_device: int = 2,
     ) -> None:
         self.reader, self.family = reader, reader.family
         self.device, self.dtype = device, dtype
         self.allow_nonfinite = allow_nonfinite
         self.windows = windows
         length = windows.shape[1]
-        self.batch = micro_batch(device, length)
+        self.batch = batch or micro_batch(device, length)
+        self.on_device = on_device
         self.config = reader.config
         self.config._attn_implementation = "sdpa"
         self.positions = torch.arange(length, device=device)[None]
@@ -54,22 +57,18 @@ class LayerForward:
         self._row = row
         self._masks: dict[bool, Tensor | None] = {}
 
-    def embed(self) -> Tensor:
+    def embed(self) -> HiddenStates:
         """Hidden states before the first layer."""
         count, length = self.windows.shape
-        size = count * length * self.config.hidden_size * self.dtype.itemsize
-        on_device = self.device.type == "cpu" or size < 0.4 * free_memory(self.device)
-        hidden = torch.empty(
-            count,
-            length,
-            self.config.hidden_size,
-            dtype=self.dtype,
-            device=self.device if on_device else "cpu",
-            pin_memory=not on_device,
-        )
+        size = (count, length, self.config.hidden_size)
+        hidden = HiddenStates.empty(size, self.dtype, self.device, self.batch, self.on_device > 0)
         for k in range(count):
-            hidden[k] = self.reader.embed(self.windows[k]).to(self.dtype)
+            hidden.data[k] = self.reader.embed(self.windows[k]).to(self.dtype)
         return hidden
+
+    def copy(self, hidden: HiddenStates) -> HiddenStates:
+        """A second set of hidden states with the same values."""
+        return hidden.copy(self.on_device > 1)
 
     def build(self, tensors: Iterable[tuple[str, Tensor]], layer: int, config: Any = None) -> nn.Module:
         """The layer as a module on the device in the compute type; `config` is the dense one unless given."""
@@ -84,7 +83,7 @@ class LayerForward:
 
     @torch.no_grad()
     def run(
-        self, block: nn.Module, layer: int, hidden: Tensor, observe: dict[str, Observe], advance: bool = True
+        self, block: nn.Module, layer: int, hidden: HiddenStates, observe: dict[str, Observe], advance: bool = True
     ) -> None:
         """Run the layer over `hidden`; each module's driver input goes to `observe[module]`.
 
@@ -92,9 +91,9 @@ class LayerForward:
         """
         mask = self._mask(layer)
         with self.observed(block, observe):
-            for part in self.parts(hidden):
+            for part in hidden.parts():
                 output = block(
-                    self.to_device(part),
+                    part.value,
                     attention_mask=mask,
                     position_ids=self.positions,
                     position_embeddings=self.rotary,
@@ -102,7 +101,7 @@ class LayerForward:
                 if advance:
                     if self.allow_nonfinite:
                         output = torch.nan_to_num(output, nan=0.0, posinf=0.0, neginf=0.0)
-                    part.copy_(output)
+                    part.replace(output)
 
     @contextmanager
     def observed(self, block: nn.Module, observe: dict[str, Observe]) -> Iterator[None]:
@@ -144,26 +143,13 @@ class LayerForward:
         result = part + output
         return torch.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0) if self.allow_nonfinite else result
 
-    def parts(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Micro-batches of hidden states, as views: write to them what is to replace them."""
-        for start in range(0, len(hidden), self.batch):
-            yield hidden[start : start + self.batch]
-
-    def to_device(self, part: Tensor) -> Tensor:
-        return part.to(self.device, non_blocking=True)
-
     def _mask(self, layer: int) -> Tensor | None:
         """transformers' mask of the layer: None where sdpa is causal by itself, a sliding window where shorter."""
         sliding = self.family.sliding(self.config, layer)
         if sliding not in self._masks:
             make = create_sliding_window_causal_mask if sliding else create_causal_mask
-            self._masks[sliding] = make(
-                config=self.config,
-                inputs_embeds=self._row,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=self.positions,
-            )
+            # By position: the name of the fourth, the cache, differs between versions.
+            self._masks[sliding] = make(self.config, self._row, None, None, self.positions)
         return self._masks[sliding]
 
 

@@ -8,17 +8,21 @@ import torch
 import transformers
 from torch import Tensor
 
-from . import calibration
+from . import calibration, distributed
 from .allocation import check_ratio
-from .checkpoint import CheckpointReader, check_place, checkpoint_folder, digest
-from .device import select_device, select_dtype
+from .checkpoint import CheckpointReader, LayerLoader, check_place, checkpoint_folder, digest
+from .device import free_memory, select_dtype
 from .errors import InputError
-from .forward import LayerForward
+from .forward import LayerForward, micro_batch
+from .memory_plan import MemoryPlan, Sizes, plan_memory
 from .methods import Method, make_method
 from .ops import backends
 from .options import Progress, PruneOptions
 from .plan import FORMAT
 from .windows import SELF, calibration_windows, evaluation_windows, load_windows, save_windows
+
+# Of the memory that is free on a GPU, what a run takes unless it is told.
+FREE_SHARE = 0.9
 
 # Operators that read activations, in the compute type; the others work on float32 statistics.
 ACTIVATION_OPERATORS = ("channel_moments", "hessian")
@@ -35,7 +39,7 @@ class Job:
         self.start = perf_counter()
         self.options, self.progress = options, progress
         self.method: Method = make_method(options.method, options.method_options)
-        self.device = select_device(options.device)
+        self.device = distributed.own_device(options.device)
         self.reader = CheckpointReader(checkpoint_folder(options.model))
         self.dtype = select_dtype(options.dtype, self.reader.dtype, self.device)
         check_ratio(self.reader.shapes, options.ratio)
@@ -46,9 +50,14 @@ class Job:
             name: self.method.biased or bool(getattr(self.reader.config, name, False))
             for name in ("o_proj_bias", "down_proj_bias")
         }
+        self.memory = self._memory()
         self.model_fingerprint = self.reader.fingerprint()
         self.backends = self._backends() if self.method.needs_text else {}
         self.windows = self._windows() if self.method.needs_text else None
+        # After text was sampled from the model, which takes it whole.
+        if options.device_memory is not None:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, options.device_memory / total), self.device)
         # Before the first layer: a text that cannot be read must not cost the whole run.
         self.evaluation_windows = self._evaluation_windows()
         self.text_fingerprint = None if self.windows is None else calibration.fingerprint(self.windows)
@@ -63,20 +72,52 @@ class Job:
             "device": self.device.type,
             "backends": self.backends,
             "allow_nonfinite": options.allow_nonfinite,
+            "batch": self.memory.batch,
             "torch": torch.__version__,
         }
+        if distributed.world_size() > 1:  # sums over blocks of windows round otherwise than a sum over all
+            self.identity["processes"] = distributed.world_size()
 
-    def forward(self) -> LayerForward:
+    def forward(self, samples: int | None = None) -> LayerForward:
+        """Over all windows, or over the first `samples`; of several processes each has its block of them."""
         assert self.windows is not None
-        return LayerForward(self.reader, self.windows, self.device, self.dtype, self.options.allow_nonfinite)
+        windows = distributed.own_windows(self.windows[:samples])
+        memory, nonfinite = self.memory, self.options.allow_nonfinite
+        return LayerForward(self.reader, windows, self.device, self.dtype, nonfinite, memory.batch, memory.on_device)
+
+    def loader(self) -> LayerLoader:
+        """What hands the stored layers over, one after the other, to a pass."""
+        return LayerLoader(self.reader, self.device)
+
+    def _memory(self) -> MemoryPlan:
+        """How the run is cut: within --device-memory, or what the device has free. InputError where nothing fits."""
+        budget, o = self.options.device_memory, self.options
+        if self.device.type != "cuda":
+            if budget is not None:
+                raise InputError("--device-memory is for a CUDA device; this run is on the CPU")
+            return MemoryPlan(micro_batch(self.device, o.sequence_length), 2)
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        if budget is None:
+            budget = int(FREE_SHARE * free_memory(self.device))
+        sizes = Sizes(
+            self.reader.shapes,
+            self.method,
+            o.ratio,
+            o.samples,
+            o.sequence_length,
+            self.dtype.itemsize,
+            self.reader.dtype.itemsize,
+            distributed.world_size(),
+        )
+        return plan_memory(sizes, distributed.smallest(min(budget, total)))
 
     def cache_file(self, kind: str, operators: tuple[str, ...], **what: Any) -> tuple[Path, dict[str, Any]]:
         """Where statistics of this model and text are kept, and what their numbers follow from.
 
         `operators`: those that they were computed by; `what`: everything else that they depend on.
         """
-        names = ("model", "calibration", "dtype", "device", "allow_nonfinite", "torch")
-        identity = {name: self.identity[name] for name in names}
+        names = ("model", "calibration", "dtype", "device", "allow_nonfinite", "batch", "torch", "processes")
+        identity = {name: self.identity[name] for name in names if name in self.identity}
         identity |= {"backends": {name: self.backends[name] for name in operators}} | what
         return self.cache / f"{kind}-{digest(identity)}.safetensors", identity
 
@@ -98,6 +139,7 @@ class Job:
                 f"method {self.method.name} looks at activations: give --calibration FILE (.txt or .jsonl), "
                 f"or --calibration {SELF} for text sampled from the model itself"
             )
+        distributed.check_windows(o.samples)
         return self._sampled_once(
             o.calibration,
             o.samples,
@@ -153,8 +195,9 @@ class Job:
             "versions": [torch.__version__, transformers.__version__],
         }
         path = self.cache / f"text-{digest(key)}.safetensors"
-        if path.is_file():
-            return load_windows(path)
-        windows = make()
-        save_windows(path, windows)
-        return windows
+        with distributed.first_ahead():  # the other processes then find the file
+            if path.is_file():
+                return load_windows(path)
+            windows = make()
+            save_windows(path, windows)
+            return windows

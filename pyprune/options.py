@@ -41,3 +41,4 @@ class PruneOptions:
     allow_nonfinite: bool = False
     trust_remote_code: bool = False
     evaluation: Evaluation | None = None
+    device_memory: int | None = None  # bytes of a CUDA device that the run stays below

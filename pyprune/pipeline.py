@@ -4,6 +4,8 @@ import errno
 import json
 from typing import Any
 
+from . import distributed
+from .bystander import BystanderWriter
 from .checkpoint import JOURNAL, CheckpointWriter, check_free, check_space, differences
 from .errors import InputError
 from .finish import finish
@@ -17,7 +19,10 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
     """Prune a checkpoint; returns the plan (what was written to plan.json).
 
     Raises InputError for anything wrong with the arguments or the input; then nothing is left behind. A run
-    that was killed, or that ran out of disk space, leaves `<output>.partial`, which `resume` finishes.
+    that was killed, ran out of disk space or met a file that could not be read leaves `<output>.partial` with all
+    finished layers, which `resume` finishes; the last two are InputErrors too.
+
+    Within `distributed.process_group` every process calls it with the same options; the first one writes.
     """
     finished = options.resume and (options.output / FILE).is_file()
     if not finished:
@@ -25,26 +30,35 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
     job = Job(options, progress)
     if finished:
         return _finished(job)
-    # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
-    writer = CheckpointWriter(options.output, job.reader.layers + 2, job.identity, options.resume)
-    check_space(writer.output, _bytes_to_write(job, writer))
+    writer = _writer(job)
     fresh = not writer.done
     passes = make_passes(job, writer)
     try:
         writer.begin()
         try:
             choice, scores = passes.execute()
+            writer.flush()
         except InputError:
             if fresh:  # this model cannot be pruned so: nothing to resume
                 writer.discard()
             raise
-        return finish(job, writer, passes, choice, scores)
+        plan: dict[str, Any] = {}
+        with distributed.first_ahead():
+            if distributed.is_first():
+                plan = finish(job, writer, passes, choice, scores)
+        return distributed.from_first(lambda: plan)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"{writer.partial}: no space left on the device; free some and repeat with --resume"
+            ) from error
+        if error.filename is None:  # not a file's: a closed terminal, say
             raise
         raise InputError(
-            f"{writer.partial}: no space left on the device; free some and repeat with --resume"
+            f"{error.filename}: {error.strerror}; {writer.partial} keeps the finished layers: repeat with --resume"
         ) from error
+    finally:
+        writer.close()
 
 
 def _finished(job: Job) -> dict[str, Any]:
@@ -61,6 +75,19 @@ def _finished(job: Job) -> dict[str, Any]:
         raise InputError(f"{output}: finished already, without an evaluation; use `pyprune evaluate` on it")
     (output / JOURNAL).unlink(missing_ok=True)
     return plan
+
+
+def _writer(job: Job) -> CheckpointWriter:
+    """The writer of this process: of several the first one's writes, and the others know what was there before."""
+    output = job.options.output
+    # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
+    shards = job.reader.layers + 2
+    if not distributed.is_first():
+        return BystanderWriter(output, shards, distributed.from_first(dict))
+    writer = CheckpointWriter(output, shards, job.identity, job.options.resume)
+    check_space(writer.output, _bytes_to_write(job, writer))
+    distributed.from_first(lambda: writer.done)
+    return writer
 
 
 def _bytes_to_write(job: Job, writer: CheckpointWriter) -> int:

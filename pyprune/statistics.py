@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import distributed
 from .errors import InputError
 from .ops import ChannelMoments
 
@@ -72,7 +73,8 @@ class DriverObserver:
     """Accumulates the statistics of one driver while inputs pass by.
 
     `where` names layer and driver in errors. With `allow_nonfinite`, NaN and Inf count as zero and are tallied in
-    `nonfinite`; otherwise `finish` raises InputError if any came.
+    `nonfinite`; otherwise `finish` raises InputError if any came. In several processes each sees its own block
+    of windows, in the order of ranks, and `finish` gives all of them the statistics of all inputs.
     """
 
     def __init__(self, weight: Tensor, where: str, by_window: bool, allow_nonfinite: bool) -> None:
@@ -82,6 +84,7 @@ class DriverObserver:
         self.reference = ReferenceFluctuation(channels, weight.device) if by_window else None
         self.windows = 0
         self.nonfinite = 0
+        self._held: list[ChannelMoments] = []  # windows whose place in the order of all is known at the end
         self.weight_squares, self.weight_mean = column_norms(weight, where)
 
     def observe(self, x: Tensor) -> None:
@@ -97,10 +100,30 @@ class DriverObserver:
         for window in x:
             own = ChannelMoments.zeros(x.shape[-1], x.device)
             own.update(window)
-            self.reference.update(own)
-            self.moments.merge(own)
+            if distributed.world_size() == 1:
+                self._add(self.reference, own)
+            else:
+                self._held.append(own)
+
+    def _add(self, reference: ReferenceFluctuation, window: ChannelMoments) -> None:
+        reference.update(window)
+        self.moments.merge(window)
+
+    def _merge(self) -> None:
+        """The statistics of all processes' inputs, window by window as one process takes them, or at once."""
+        if self.reference is None:
+            merge_over_processes(self.moments)
+        else:
+            own = torch.stack([torch.stack((w.mean, w.m2)) for w in self._held])  # [own windows, 2, channels]
+            tokens = self._held[0].count
+            for mean, m2 in distributed.gathered(own):
+                self._add(self.reference, ChannelMoments(tokens, mean, m2))
+        self.windows, self.nonfinite = distributed.totals(self.windows, self.nonfinite)
 
     def finish(self) -> DriverStatistics:
+        """The statistics; the observer is used up."""
+        if distributed.world_size() > 1:
+            self._merge()
         mean, m2 = self.moments.mean.cpu(), self.moments.m2.cpu()
         bad = int((~(torch.isfinite(mean) & torch.isfinite(m2))).sum())
         if bad:
@@ -118,6 +141,22 @@ class DriverObserver:
             reference_fluctuation=None if self.reference is None else self.reference.value().cpu(),
             nonfinite=self.nonfinite,
         )
+
+
+def merge_over_processes(moments: ChannelMoments) -> None:
+    """Make the moments of this process's rows those of all processes' rows, to the same bits in each.
+
+    n = Σ n_r, m = Σ n_r m_r / n, M2 = Σ (M2_r + n_r (m_r − m)²), in float64 (Chan, Golub & LeVeque 1983). n > 0.
+    """
+    rows, own = moments.count, moments.mean.double()
+    (moments.count,) = distributed.totals(rows)
+    mean = rows * own
+    distributed.all_reduce_(mean)
+    mean /= moments.count
+    m2 = moments.m2.double() + rows * (own - mean) ** 2
+    distributed.all_reduce_(m2)
+    moments.mean.copy_(mean)
+    moments.m2.copy_(m2)
 
 
 def column_norms(weight: Tensor, where: str) -> tuple[Tensor, Tensor]:

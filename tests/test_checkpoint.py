@@ -207,6 +207,7 @@ def test_resume_keeps_what_is_done_and_drops_what_is_half_done(tmp_path: Path) -
     w = writer(tmp_path / "out")
     w.write(0, {"a": torch.ones(3)}, record={"kept": [1, 2]})
     w.write(1, {"b": torch.ones(3)})
+    w.flush()
     journal = w.partial / "journal.jsonl"
     with pytest.raises(InputError, match="an unfinished run; add --resume"):
         CheckpointWriter(tmp_path / "out", 2, IDENTITY, resume=False)
@@ -272,9 +273,11 @@ def test_a_full_disk_is_an_enospc_error_and_loses_nothing(tmp_path: Path) -> Non
     try:
         w = writer(disk / "out")
         w.write(0, {"a": torch.ones(1000)})
+        w.write(1, {"b": torch.ones(200_000)})
         with pytest.raises(OSError, match=re.escape(os.strerror(errno.ENOSPC))) as full:
-            w.write(1, {"b": torch.ones(200_000)})
+            w.flush()
         assert full.value.errno == errno.ENOSPC
+        assert full.value.filename == str(w.file(1).with_suffix(".tmp"))
         assert writer(disk / "out", resume=True).done.keys() == {0}
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_checkpoint import SHAPES, _tensor_shapes, checkpoint_config, make_checkpoint
+from make_checkpoint import SHAPES, RandomWeights, _tensor_shapes, checkpoint_config, make_checkpoint
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 CASES = [
     {"family": "llama"},
@@ -50,6 +50,38 @@ def test_sharding_does_not_change_the_tensors(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in single.values())
 
 
+def test_headers_without_weights(tmp_path: Path) -> None:
+    whole = make_checkpoint(tmp_path / "whole", layers=5, shard_layers=2)
+    empty = make_checkpoint(tmp_path / "empty", layers=5, shard_layers=2, headers_only=True)
+    assert {f.name: f.stat().st_size for f in whole.iterdir()} == {f.name: f.stat().st_size for f in empty.iterdir()}
+    for file in empty.glob("*.safetensors"):
+        shapes = {name: tensor.shape for name, tensor in load_file(whole / file.name).items()}
+        tensors = load_file(file)
+        assert {name: tensor.shape for name, tensor in tensors.items()} == shapes
+        assert not any(tensor.any() for tensor in tensors.values())
+
+
+def test_tensors_are_those_of_the_file(tmp_path: Path) -> None:
+    stored = load_file(make_checkpoint(tmp_path, family="qwen2", seed=2) / "model.safetensors")
+    weights = RandomWeights(AutoConfig.from_pretrained(tmp_path), 2, torch.device("cpu"))
+    assert weights.shapes.keys() == stored.keys()
+    for name in reversed(stored):
+        assert torch.equal(weights.tensor(name), stored[name])
+
+
+@pytest.mark.gpu
+def test_made_on_a_gpu(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "seed": 5}
+    one, two, cpu = (
+        load_file(make_checkpoint(tmp_path / str(k), device=device, **sizes) / "model.safetensors")
+        for k, device in enumerate(("cuda", "cuda", "cpu"))
+    )
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name])
+        assert tensor.float().std() == pytest.approx(cpu[name].float().std().item(), rel=0.5)
+        assert tensor.float().mean() == pytest.approx(cpu[name].float().mean().item(), abs=0.02)
+
+
 def test_seeds_and_scales(tiny_checkpoint: Callable[..., Path]) -> None:
     one, two = (
         load_file(tiny_checkpoint(family="qwen2", hidden_size=128, seed=seed) / "model.safetensors") for seed in (0, 1)
@@ -78,9 +110,11 @@ def test_tokenizer_goes_along(demo_model: Path, tmp_path: Path) -> None:
     [
         ("llama-1.5b", 2 * 32000 * 2048 + 24 * (2048 * (2 * 2048 + 2 * 512 + 3 * 8192) + 2 * 2048) + 2048),
         ("llama-2-7b", 6_738_415_616),
-        ("llama-3-8b", 8_030_261_248),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.3-70b", 70_553_706_496),
         ("mistral-7b", 7_248_023_552),
         ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-32b", 32_763_876_352),
         ("qwen3-0.6b", 596_049_920),
     ],
 )

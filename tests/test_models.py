@@ -39,12 +39,12 @@ def test_layer_by_layer_equals_the_whole_model(checkpoint: Path) -> None:
         eager_states = eager(ids, output_hidden_states=True).hidden_states
     seen: dict[str, list[torch.Tensor]] = {m: [] for m in MODULES}
     for layer in range(reader.layers - 1):
-        torch.testing.assert_close(hidden, expected[layer], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(hidden.data, expected[layer], rtol=1e-5, atol=1e-5)
         # The oracle is not sdpa alone: eager attention with transformers' own mask is causal as well.
-        torch.testing.assert_close(hidden, eager_states[layer], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(hidden.data, eager_states[layer], rtol=1e-3, atol=1e-4)
         block = forward.build(reader.stream_layer(layer), layer)
         forward.run(block, layer, hidden, {m: seen[m].append for m in MODULES})
-    torch.testing.assert_close(hidden, expected[reader.layers - 1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.data, expected[reader.layers - 1], rtol=1e-5, atol=1e-5)
     for module, width in ((ATTENTION, reader.shapes[0].group_width * reader.shapes[0].kv_groups), (FFN, 160)):
         assert torch.cat(seen[module][:2]).shape == (3, 19, width)
 
@@ -144,23 +144,21 @@ def test_a_pruned_checkpoint_can_be_pruned_again(tiny_checkpoint: Callable[..., 
     with torch.no_grad():
         expected = model(windows(), output_hidden_states=True).hidden_states
     forward.run(forward.build(again.stream_layer(0), 0), 0, hidden, {})
-    torch.testing.assert_close(hidden, expected[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.data, expected[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
-def test_hidden_states_in_host_memory_give_the_same_bits(
-    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hidden_states_in_host_memory_give_the_same_bits(tiny_checkpoint: Callable[..., Path]) -> None:
     reader = CheckpointReader(family_checkpoint("llama-gqa-tied", tiny_checkpoint, Path()))
     states = []
-    for free in (1 << 40, 0):
-        monkeypatch.setattr("pyprune.forward.free_memory", lambda _, free=free: free)
-        forward = LayerForward(reader, windows(8, 33), torch.device("cuda", 0), torch.bfloat16)
-        forward.batch = 3
+    for on_device in (2, 0):
+        device = torch.device("cuda", 0)
+        forward = LayerForward(reader, windows(8, 33), device, torch.bfloat16, batch=3, on_device=on_device)
         hidden = forward.embed()
-        assert hidden.is_cuda == bool(free)
-        assert hidden.is_pinned() != bool(free)
+        assert hidden.on_device == hidden.data.is_cuda == bool(on_device)
+        assert hidden.data.is_pinned() != bool(on_device)
         for layer in range(reader.layers):
             forward.run(forward.build(reader.stream_layer(layer), layer), layer, hidden, {})
-        states.append(hidden.cpu())
+        torch.cuda.synchronize()
+        states.append(hidden.data.cpu())
     assert torch.equal(*states)

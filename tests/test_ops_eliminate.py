@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from forced_backend import each_backend_of, each_device, forced_backend
+from tf32 import in_float32
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -493,9 +494,28 @@ def test_compiles_as_one_graph(backend: str, device: str) -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("rank", [300, 40])
+def test_split_updates_with_tf32_emulated(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split products choose as well as float32 does, and so they refit; several panels, the last one narrower."""
+    module = importlib.import_module("pyprune.ops.eliminate")
+    hessian, weight = correlated(300, rank)
+    exact = run(hessian, weight, 150)
+    monkeypatch.setattr(module, "has_fast_tf32", lambda _: True)
+    monkeypatch.setattr(module, "SPLIT_FROM", 1)
+    monkeypatch.setattr(module, "subtract_product", in_float32)
+    elimination = run(hessian, weight, 150, dtype=torch.float32)
+    assert_set_as_good(hessian, weight, elimination, exact)
+    kept = elimination.kept_channels()
+    lost = weight.clone()
+    lost[:, kept] -= refit(weight.float(), elimination).double()
+    error = set_error(hessian, weight, elimination.removed_channels())
+    assert torch.trace(lost @ hessian @ lost.T).item() <= 1.0001 * error
+
+
 def test_block_columns_of_the_trailing_update(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("pyprune.ops.eliminate")
     monkeypatch.setattr(module, "TRAILING_WIDTH", 1)
+    monkeypatch.setattr(module, "TRAILING_STEP", 1)
     monkeypatch.setattr(module, "TRAILING_BLOCKS", 5)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randint(-9, 9, (33, 33), generator=generator).float()
@@ -503,7 +523,7 @@ def test_block_columns_of_the_trailing_update(monkeypatch: pytest.MonkeyPatch) -
     expected = matrix - left @ left.T
     above = torch.ones(33, 33).triu(7).bool()  # beyond the widest block column
     before = matrix.clone()
-    module.update_lower_triangle(matrix, left, left)
+    module.update_lower_triangle(matrix, [(left, left)])
     assert torch.equal(matrix.tril(), expected.tril())
     assert torch.equal(matrix[above], before[above])
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tf32 import in_float32, truncated
 from torch import Tensor
 
 from pyprune.errors import InputError
@@ -15,10 +16,9 @@ from pyprune.ops.spd_inverse import (
     damped_inverse,
     spd_inverse,
     spd_inverse_reference,
-    split_factors,
-    split_panel,
     sweep,
 )
+from pyprune.ops.split_tf32 import split_factors, split_panel
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -136,12 +136,6 @@ def test_sweep_in_small_blocks_reads_the_lower_triangle(
     assert_as_good_as_library(h, shift, a)
 
 
-def truncated(x: Tensor, bits: int) -> Tensor:
-    """Float32 or float64 without its last bits."""
-    integers = x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int64)
-    return (integers & -(1 << bits)).view(x.dtype)
-
-
 def as_tensor_cores(c: Tensor, left: Tensor, right: Tensor) -> None:
     """subtract_product by operands of 10 bits, every 8 columns' sum truncated to float32."""
     left, right = (truncated(x, 13).double() for x in (left, right))
@@ -149,10 +143,6 @@ def as_tensor_cores(c: Tensor, left: Tensor, right: Tensor) -> None:
     for a, b in zip(left.split(8, dim=1), right.split(8), strict=True):
         total = truncated(total.addmm_(a, b), 29)
     c -= total.float()
-
-
-def in_float32(c: Tensor, left: Tensor, right: Tensor) -> None:
-    c.addmm_(truncated(left, 13), truncated(right, 13), alpha=-1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

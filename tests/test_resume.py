@@ -1,17 +1,22 @@
 """A pruning killed with SIGKILL at random moments is finished by --resume, bitwise equal to an undisturbed run."""
 
+import errno
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run as run_command
 
+from pyprune.checkpoint import CheckpointReader, CheckpointWriter
+from pyprune.cli import main
 from pyprune.errors import InputError
 from pyprune.options import PruneOptions
 from pyprune.pipeline import prune
@@ -19,7 +24,7 @@ from pyprune.pipeline import prune
 LAYERS = 12
 # A clean process that has the libraries loaded forks the runs: each starts at once, none inherits a thread.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pyprune.pipeline"])
+SERVER.set_forkserver_preload(["pyprune.pipeline", "pyprune.cli"])
 
 
 def options(model: Path, text: Path, output: Path, method: str, **changes: Any) -> PruneOptions:
@@ -82,6 +87,120 @@ def test_ten_kills(model_and_text: tuple[Path, Path], tmp_path: Path, method: st
     assert interrupted >= 5, "the kills came too late to prove anything"
 
 
+@pytest.mark.parametrize("method", ["flap", "obs"])
+def test_ten_kills_of_the_command(demo_model: Path, tmp_path: Path, method: str) -> None:
+    """`pyprune prune` killed at any moment of its time, resumed, killed again, and resumed to the end."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(400)))
+
+    def pruning(output: Path, *more: str) -> Any:
+        sizes = ("--samples", "8", "--sequence-length", "32", "--device", "cpu", "--cache", f"{output}.cache")
+        arguments = [str(demo_model), str(output), "--method", method, "--ratio", "0.3", "--calibration", str(text)]
+        process = SERVER.Process(target=main, args=(["prune", *arguments, *sizes, *more],))
+        process.start()
+        return process
+
+    for output in (tmp_path / "first", tmp_path / "whole"):  # the first one has the server load its libraries too
+        start = time.perf_counter()
+        undisturbed = pruning(output)
+        undisturbed.join()
+        duration = time.perf_counter() - start
+        assert undisturbed.exitcode == 0
+    expected = weights(tmp_path / "whole")
+    assert weights(tmp_path / "first") == expected
+    moments = random.Random(method)
+    killed = 0
+    for trial in range(10):
+        output = tmp_path / f"killed-{trial}"
+        for share, more in ((1.0, ()), (0.5, ("--resume",))):  # something is done already the second time
+            process = pruning(output, *more)
+            process.join(moments.random() * share * duration)
+            process.kill()  # if it is not done already
+            process.join()
+            killed += process.exitcode == -signal.SIGKILL
+        last = pruning(output, "--resume")
+        last.join()
+        assert last.exitcode == 0
+        assert weights(output) == expected
+        assert not (tmp_path / f"killed-{trial}.partial").exists()
+    assert killed >= 10, "the kills came too late to prove anything"
+
+
+@pytest.mark.parametrize("method", ["flap", "wanda-sp", "obs"])
+def test_a_file_that_cannot_be_read_in_the_middle(
+    model_and_text: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+) -> None:
+    """One line with the file, the tensor and what to do; the layers before it stay, --resume does the rest."""
+    model, text = model_and_text
+    prune(options(model, text, tmp_path / "whole", method))  # and so the survey is there
+    place = CheckpointReader(model).layer_tensors(7)["mlp.up_proj.weight"]
+    preadv = os.preadv
+
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset <= place.offset < offset + buffers[0].nbytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, offset)
+
+    arguments = (
+        *("prune", model, tmp_path / "out", "--method", method, "--ratio", 0.4, "--calibration", text, "--samples", 8),
+        *("--sequence-length", 32, "--device", "cpu", "--cache", tmp_path / "cache"),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        outcome = run_command(capsys, *arguments)
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1] == (
+        f"pyprune: {place.file}: tensor model.layers.7.mlp.up_proj.weight: {os.strerror(errno.EIO)}; "
+        f"{tmp_path / 'out.partial'} keeps the finished layers: repeat with --resume"
+    )
+    lines = (tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["shard"] for line in lines[1:]] == list(range(8))  # the embeddings and seven layers
+    assert run_command(capsys, *arguments, "--resume").status == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_in_the_middle(
+    model_and_text: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A real one, of 1.3 MB where 3.4 MB are needed: what others write meanwhile cannot be known beforehand."""
+    model, text = model_and_text
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1300k", "tmpfs", disk]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        prune(options(model, text, tmp_path / "whole", "flap"))
+        arguments = (
+            *("prune", model, disk / "out", "--method", "flap", "--ratio", 0.4, "--calibration", text, "--samples", 8),
+            *("--sequence-length", 32, "--device", "cpu", "--cache", tmp_path / "cache"),
+        )
+        monkeypatch.setattr("pyprune.pipeline.check_space", lambda *_: None)
+        for more in ((), ("--resume",)):  # nor is anything lost where none was freed
+            outcome = run_command(capsys, *arguments, *more)
+            assert outcome.status == 2
+            assert outcome.err.splitlines()[-1] == (
+                f"pyprune: {disk / 'out.partial'}: no space left on the device; free some and repeat with --resume"
+            )
+            shards = [file.name for file in (disk / "out.partial").glob("*.safetensors")]
+            lines = (disk / "out.partial" / "journal.jsonl").read_text().splitlines()
+            assert sorted(shards) == [json.loads(line)["file"] for line in lines[1:]]
+            assert 2 < len(shards) < LAYERS
+        subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+        assert run_command(capsys, *arguments, "--resume").status == 0
+        assert weights(disk / "out") == weights(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_resume_of_a_finished_run_and_of_another(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
     model, text = model_and_text
     run = options(model, text, tmp_path / "out", "magnitude", resume=True)
@@ -99,8 +218,6 @@ def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
     model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No space left in the middle: one line, the finished layers stay, --resume writes only the rest."""
-    from pyprune.checkpoint import CheckpointWriter
-
     model, text = model_and_text
     prune(options(model, text, tmp_path / "whole", "flap"))
     write = CheckpointWriter.write
@@ -130,7 +247,6 @@ def test_shards_that_keep_other_units_are_written_again(
     model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The survey of the killed run is gone and the new one differs: nothing of the old choice may remain."""
-    from pyprune.checkpoint import CheckpointReader, CheckpointWriter
     from pyprune.passes.survey import load_survey, save_survey
 
     model, text = model_and_text

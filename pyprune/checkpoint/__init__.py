@@ -1,13 +1,17 @@
 """Reading and writing checkpoints: streaming, whole or not at all."""
 
+from .cache import digest, save_cached
 from .hub import checkpoint_folder
+from .loader import LayerLoader
+from .places import check_free, check_place, check_space
 from .reader import CheckpointReader
-from .writer import JOURNAL, CheckpointWriter, check_free, check_place, check_space, differences, digest, save_cached
+from .writer import JOURNAL, CheckpointWriter, differences
 
 __all__ = [
     "JOURNAL",
     "CheckpointReader",
     "CheckpointWriter",
+    "LayerLoader",
     "check_free",
     "check_place",
     "check_space",

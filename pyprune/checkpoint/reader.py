@@ -1,5 +1,6 @@
 """Reads a Hugging Face checkpoint folder one decoder layer at a time. Safetensors only; no pickle, no remote code."""
 
+import errno
 import hashlib
 import json
 import struct
@@ -24,9 +25,12 @@ _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 @dataclass(frozen=True)
 class StoredTensor:
+    """Where a tensor is: `bytes` bytes of the file from byte `offset` on, row-major, little-endian."""
+
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int
 
     @property
     def bytes(self) -> int:
@@ -70,6 +74,11 @@ class CheckpointReader:
     def layer_prefix(self, layer: int) -> str:
         return f"{self.family.layers}.{layer}."
 
+    def layer_tensors(self, layer: int) -> dict[str, StoredTensor]:
+        """Where the tensors of a decoder layer are, named within the layer."""
+        prefix = self.layer_prefix(layer)
+        return {name: self.tensors[prefix + name] for name in self.family.layer_state_shapes(self.config, layer)}
+
     def outside_layers(self) -> list[str]:
         """Names of the tensors that pruning copies as they are: embeddings, final norm, output head."""
         names = [self.family.embeddings, self.family.final_norm]
@@ -86,19 +95,22 @@ class CheckpointReader:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         tensors: dict[str, Tensor] = {}
         for file, inside in by_file.items():
-            with safe_open(file, framework="pt") as f:
-                tensors |= {name: f.get_tensor(name) for name in inside}
+            try:
+                with safe_open(file, framework="pt") as f:
+                    tensors |= {name: f.get_tensor(name) for name in inside}
+            except SafetensorError as error:  # it was whole when this reader was made
+                raise OSError(errno.EIO, f"changed since it was opened: {_explain(file, error)}", str(file)) from error
         return tensors
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
         """Tensors of one decoder layer, named within the layer, in their stored type, on the CPU."""
         prefix = self.layer_prefix(layer)
-        names = [prefix + name for name in self.family.layer_state_shapes(self.config, layer)]
-        return {name.removeprefix(prefix): tensor for name, tensor in self.read(names).items()}
+        read = self.read([prefix + name for name in self.layer_tensors(layer)])
+        return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
 
     def stream_layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """As `read_layer`, one tensor at a time: whoever converts and drops each holds one stored tensor at most."""
-        for name in self.family.layer_state_shapes(self.config, layer):
+        for name in self.layer_tensors(layer):
             full = self.layer_prefix(layer) + name
             yield name, self.read([full])[full]
 
@@ -201,18 +213,30 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
         if not file.is_file():
             raise InputError(f"{file}: listed in {INDEX} but missing")
         try:
-            with safe_open(file, framework="pt") as f:
-                for name in f.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    entry = f.get_slice(name)
-                    if entry.get_dtype() not in _DTYPES:
-                        raise InputError(
-                            f"{file}: tensor {name} is stored as {entry.get_dtype()}; "
-                            "float32, bfloat16 or float16 is needed"
-                        )
-                    tensors[name] = StoredTensor(file, tuple(entry.get_shape()), _DTYPES[entry.get_dtype()])
+            with safe_open(file, framework="pt"):  # checks the header and the file's length against it
+                entries, start = _header(file)
         except SafetensorError as error:
-            raise InputError(_explain(file, error)) from error
+            raise InputError(f"{file}: {_explain(file, error)}") from error
+        for name, entry in entries.items():
+            if entry["dtype"] not in _DTYPES:
+                raise InputError(
+                    f"{file}: tensor {name} is stored as {entry['dtype']}; float32, bfloat16 or float16 is needed"
+                )
+            begin = start + entry["data_offsets"][0]
+            tensors[name] = StoredTensor(file, tuple(entry["shape"]), _DTYPES[entry["dtype"]], begin)
     return tensors
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a safetensors file by tensor, and the byte that their offsets count from.
+
+    The layout: 8 bytes of length, little-endian; so many bytes of JSON; the tensors.
+    """
+    with file.open("rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        entries = json.loads(f.read(length))
+    entries.pop("__metadata__", None)
+    return entries, 8 + length
 
 
 def _files(folder: Path) -> list[Path]:
@@ -242,8 +266,8 @@ def _explain(file: Path, error: SafetensorError) -> str:
     try:
         entries = {k: v["data_offsets"] for k, v in json.loads(header).items() if k != "__metadata__"}
     except (ValueError, KeyError, AttributeError, TypeError):
-        return f"{file}: not a complete safetensors file ({error})"
+        return f"not a complete safetensors file ({error})"
     for name, (_, end) in sorted(entries.items(), key=lambda item: item[1]):
         if 8 + length + end > size:
-            return f"{file}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}"
-    return f"{file}: not a valid safetensors file ({error})"
+            return f"truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}"
+    return f"not a valid safetensors file ({error})"

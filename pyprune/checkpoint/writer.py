@@ -1,19 +1,20 @@
 """Writes a checkpoint whole or not at all: one shard a layer into OUTPUT.partial, a journal, one final rename."""
 
-import errno
-import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .places import check_free
 from .reader import INDEX
+from .shard_file import STORED, write_shard
 
 JOURNAL = "journal.jsonl"
 
@@ -25,6 +26,10 @@ class CheckpointWriter:
     line for each finished shard, `{"shard": k, "file": name, "tensors": [...], "bytes": n, "record": ...}`.
     A shard counts once its line is there, which is after its bytes reached the disk. `record` is whatever the
     caller wants back on resume.
+
+    Shards are written by a thread, one at a time, while the caller goes on; `done` holds those that count. An error of
+    the thread is raised by the next `write`, `flush`, `write_index` or `finish`; its shard is then not in the journal.
+    `bytes_written` counts the shards' bytes, `wait_seconds` how long the caller had to wait for the thread.
     """
 
     def __init__(self, output: Path, shards: int, identity: dict[str, Any], resume: bool) -> None:
@@ -32,6 +37,11 @@ class CheckpointWriter:
         self.partial = output.with_name(output.name + ".partial")
         self.shards = shards
         self.done: dict[int, dict[str, Any]] = {}
+        self.bytes_written = 0
+        self.wait_seconds = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shard")
+        self._pending: Future[None] | None = None
+        self._stream: torch.cuda.Stream | None = None
         check_free(output)
         journal = self.partial / JOURNAL
         if self.partial.exists() and not resume:
@@ -53,8 +63,13 @@ class CheckpointWriter:
             os.fsync(f.fileno())
         temporary.replace(journal)
 
+    def close(self) -> None:
+        """End the thread, after the shard that it is at. Its error is not raised: a resume writes that shard again."""
+        self._thread.shutdown()
+
     def discard(self) -> None:
         """Remove what was written: the input cannot be pruned, so there is nothing to resume."""
+        self.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _restore(self, journal: Path, identity: dict[str, Any]) -> None:
@@ -85,35 +100,70 @@ class CheckpointWriter:
         return self.done[shard]["record"] if shard in self.done else None
 
     def write(self, shard: int, tensors: dict[str, Tensor], record: Any = None) -> None:
-        """Write one shard (full tensor names, CPU tensors) and enter it in the journal."""
+        """Have one shard written and entered in the journal; waits for the shard before it, not for this one.
+
+        tensors: by full name, float32, bfloat16 or float16, any shape and strides, on the CPU or one CUDA device, where
+        their values may still be in the making on the current stream. They and `record` must not change any more; the
+        tensors are kept until they are written. ValueError: another type. OSError: an earlier shard's.
+        """
+        self.flush()
+        for name, tensor in tensors.items():
+            if tensor.dtype not in STORED:
+                raise ValueError(f"tensor {name} is {tensor.dtype}; float32, bfloat16 or float16 is needed")
+        device = next((t.device for t in tensors.values() if t.is_cuda), None)
+        if device is not None:
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._pending = self._thread.submit(self._write, shard, dict(tensors), record)
+
+    def flush(self) -> None:
+        """Wait until every shard given so far counts; raises what kept it from that."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            start = perf_counter()
+            try:
+                pending.result()
+            finally:
+                self.wait_seconds += perf_counter() - start
+
+    def _write(self, shard: int, tensors: dict[str, Tensor], record: Any) -> None:
         file = self.file(shard)
-        temporary = file.with_suffix(".tmp")
-        save_tensors({k: v.contiguous() for k, v in tensors.items()}, temporary, {"format": "pt"})
-        # safetensors makes files that only their owner reads; a checkpoint gets what the umask allows.
-        temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(file)
         entry = {
             "shard": shard,
             "file": file.name,
             "tensors": list(tensors),
             "tensor_bytes": sum(t.nbytes for t in tensors.values()),
-            "bytes": file.stat().st_size,
-            "record": record,
         }
-        with (self.partial / JOURNAL).open("a", encoding="utf-8") as f:
-            f.write(json.dumps(entry) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+        temporary = file.with_suffix(".tmp")
+        size = write_shard(temporary, tensors, self._stream)
+        temporary.replace(file)
+        _sync(self.partial)
+        entry |= {"bytes": size, "record": record}
+        self._enter(json.dumps(entry) + "\n")
         self.done[shard] = entry
+        self.bytes_written += size
+
+    def _enter(self, line: str) -> None:
+        journal = self.partial / JOURNAL
+        with journal.open("ab", buffering=0) as f:
+            before = f.tell()
+            rest = memoryview(line.encode())
+            try:
+                while rest:
+                    rest = rest[f.write(rest) :]
+                os.fsync(f.fileno())
+            except OSError as error:
+                f.truncate(before)  # half a line would spoil the one that follows it
+                raise OSError(error.errno, error.strerror, str(journal)) from error
 
     @property
     def tensor_bytes(self) -> int:
+        """Bytes of the tensors in the shards that count."""
         return sum(entry["tensor_bytes"] for entry in self.done.values())
 
     def write_index(self) -> None:
         """Write the index, after which the partial folder loads, given a config.json beside it."""
+        self.flush()
         missing = [k for k in range(self.shards) if k not in self.done]
         if missing:
             raise RuntimeError(f"shards {missing} were never written")
@@ -125,45 +175,22 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Make the partial folder the output; every other file must be in it by now."""
+        self.flush()
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
-        directory = os.open(self.partial, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync(self.partial)
         # The journal goes last: a run killed between the two lines has a whole output with one file too many.
         self.partial.rename(self.output)
         (self.output / JOURNAL).unlink()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """safetensors' save_file, with a full disk raised as the OSError that it is."""
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    directory = os.open(folder, os.O_RDONLY)
     try:
-        save_file(tensors, file, metadata=metadata)
-    except SafetensorError as error:
-        if "os error 28" in str(error):  # ENOSPC; safetensors hands the number on in its text only
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
-        raise
-
-
-def save_cached(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a file of a cache, whole or not at all; two runs may write the same one at once."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    save_tensors(tensors, temporary, metadata)
-    temporary.replace(file)
-
-
-def digest(identity: dict[str, Any]) -> str:
-    """A file name's worth of everything that a file's contents follow from."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -173,30 +200,3 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     )
-
-
-def check_free(output: Path) -> None:
-    """Refuse an output that exists and holds anything, or a place where none can be made by a rename."""
-    if output.exists():
-        if not output.is_dir() or any(output.iterdir()):
-            raise InputError(f"{output}: exists and is not an empty folder; name another output")
-        if output.is_mount() or output.samefile(Path.cwd()):
-            raise InputError(f"{output}: cannot be replaced; name a new folder inside it")
-    check_place(output)
-
-
-def check_place(path: Path) -> None:
-    """Refuse a path that cannot be made: nothing above it is a folder that can be written."""
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{path}: cannot be made, {parent} is not a folder that can be written")
-    if len(path.name.encode()) > 200:  # .partial is appended, and file systems end at 255 bytes
-        raise InputError(f"{path.name[:40]}...: too long a name; file systems end at 255 bytes")
-
-
-def check_space(output: Path, needed: int) -> None:
-    """Refuse a run whose output will not fit: better before the first layer than in the last."""
-    parent = next(p for p in output.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(f"{parent}: {free / 1e6:.1f} MB free, the output needs {needed / 1e6:.1f} MB; free some space")

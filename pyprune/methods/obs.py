@@ -5,7 +5,7 @@ from torch import Tensor
 from ..architectures import ATTENTION, FFN, LayerShape
 from ..errors import InputError
 from ..incremental import incremental_counts
-from ..ops import eliminate, refit
+from ..ops import eliminate, lower_gram, refit
 from ..residual_allocation import ErrorCurves, residual_counts
 from .base import LayerStatistics
 from .flap import Flap
@@ -24,7 +24,8 @@ class Obs(SecondOrderMethod):
     (FLAP's z-scores). `target`: residual (a driver also makes up, by `target_share`, for what earlier layers lost, and
     q, k, v, gate and up, by `input_share`, for how the stream that they read has changed) or weights (only its own
     output). `compensation`: weights (no bias: loads in any engine) or bias (centred). `first_share`: log and linear:
-    the first layer's ratio as a share of the whole ratio.
+    the first layer's ratio as a share of the whole ratio. `survey_samples`: windows of the text that the residual
+    allocation's survey looks at.
     """
 
     name = "obs"
@@ -34,6 +35,7 @@ class Obs(SecondOrderMethod):
     input_share: float = 1.0
     compensation: str = "weights"
     first_share: float | None = None
+    survey_samples: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +44,8 @@ class Obs(SecondOrderMethod):
         self.check_option("compensation", COMPENSATIONS)
         if not 0 < self.target_share <= 1:
             raise InputError(f"target share {self.target_share:g} is outside (0, 1]: it is a share of the shortfall")
+        if self.survey_samples < 1:
+            raise InputError(f"survey samples {self.survey_samples}: the survey needs a window")
         if not 0 <= self.input_share <= 1:
             raise InputError(f"input share {self.input_share:g} is outside [0, 1]: it is a share of the difference")
 
@@ -64,6 +68,10 @@ class Obs(SecondOrderMethod):
     @property
     def survey(self) -> str:
         return {"residual": CURVES, "fluctuation": MOMENTS}.get(self.allocation, NONE)
+
+    @property
+    def survey_windows(self) -> int:
+        return self.survey_samples
 
     @property
     def predetermined(self) -> bool:
@@ -96,5 +104,5 @@ class Obs(SecondOrderMethod):
 
     def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
         """Every unit by its exact error after all removals before it; then one least-squares refit."""
-        elimination = eliminate(inverse, weight.T @ weight, count, width)
+        elimination = eliminate(inverse, lower_gram(weight), count, width)
         return elimination.order, refit(weight, elimination)

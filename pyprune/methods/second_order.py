@@ -10,7 +10,7 @@ from torch import Tensor
 from ..architectures import LayerShape
 from ..curvature import Curvature
 from ..errors import InputError
-from ..ops import damped_inverse, grouped_cholesky_errors
+from ..ops import add_split_product, damped_inverse, grouped_cholesky_errors
 from ..residual_allocation import ErrorCurves
 from ..statistics import column_norms
 from .base import LayerStatistics, Method
@@ -69,6 +69,11 @@ class SecondOrderMethod(Method):
         return NONE
 
     @property
+    def survey_windows(self) -> int:
+        """How many windows the survey of curves looks at."""
+        return 0
+
+    @property
     def operators(self) -> tuple[str, ...]:
         moments = ("channel_moments",) if self.survey == MOMENTS else ()
         return (*moments, "hessian", "grouped_cholesky_errors", "eliminate")
@@ -91,19 +96,18 @@ class SecondOrderMethod(Method):
         """
 
     def reconstruct(self, curvature: Curvature, weight: Tensor, count: int, width: int, where: str) -> Reconstruction:
-        """Choose `count` units of the driver to remove and refit the others.
+        """Choose `count` units of the driver to remove and refit the others; the curvature is used up.
 
         weight [out, in], any float type, on the curvature's device. Raises InputError, naming `where`, for NaN or Inf
         weights, and if the Hessian cannot be inverted even with a thousand times the damping.
         """
         column_norms(weight, where)  # names NaN and Inf
-        damped = damped_inverse(curvature.hessian, self.damping, where)
+        damped = damped_inverse(curvature.take_hessian(), self.damping, where)
         inverse = damped.inverse
-        dense = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        target = dense.clone()
+        target = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        bias = self._output_on_average(curvature, target) if self.centred else None
         if self.correction:
-            assert curvature.cross is not None
-            target.addmm_(curvature.cross, inverse, alpha=self.correction)
+            add_split_product(target, curvature.take_cross(), inverse, self.correction)
         target[:, damped.dead] = 0
         scores = single_errors(inverse, target, width).double().cpu()
         units = target.shape[1] // width
@@ -116,15 +120,20 @@ class SecondOrderMethod(Method):
         mask = torch.ones(units, dtype=torch.bool)
         mask[removed.cpu()] = False
         kept = mask.nonzero().flatten()
-        bias = None
-        if self.centred:
+        if bias is not None:
             assert curvature.mean is not None
             channels = mask.repeat_interleave(width).nonzero().flatten().to(weight.device)
-            bias = dense @ curvature.mean - refitted @ curvature.mean[channels]
-            if self.correction:
-                assert curvature.shortfall is not None
-                bias += self.correction * curvature.shortfall
+            bias -= refitted @ curvature.mean[channels]
         return Reconstruction(kept, refitted, bias, scores, damped.damping)
+
+    def _output_on_average(self, curvature: Curvature, dense: Tensor) -> Tensor:
+        """What the driver shall put out on average, [out]: W m, and its share of the mean shortfall."""
+        assert curvature.mean is not None
+        average = dense @ curvature.mean
+        if self.correction:
+            assert curvature.shortfall is not None
+            average += self.correction * curvature.shortfall
+        return average
 
 
 def single_errors(inverse: Tensor, weight: Tensor, width: int) -> Tensor:

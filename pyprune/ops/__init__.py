@@ -3,15 +3,17 @@
 from .backends import describe, describe_installation
 from .eliminate import Elimination, eliminate, refit
 from .grouped_cholesky import grouped_cholesky_errors, grouped_cholesky_errors_reference
-from .hessian import Hessian
+from .hessian import Hessian, lower_gram
 from .moments import ChannelMoments, channel_moments_update, channel_moments_update_reference
 from .spd_inverse import DampedInverse, damped_inverse
+from .split_tf32 import add_split_product
 
 __all__ = [
     "ChannelMoments",
     "DampedInverse",
     "Elimination",
     "Hessian",
+    "add_split_product",
     "channel_moments_update",
     "channel_moments_update_reference",
     "damped_inverse",
@@ -20,5 +22,6 @@ __all__ = [
     "eliminate",
     "grouped_cholesky_errors",
     "grouped_cholesky_errors_reference",
+    "lower_gram",
     "refit",
 ]

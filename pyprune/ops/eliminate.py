@@ -28,7 +28,8 @@ from torch import Tensor
 from . import backends
 from .grouped_cholesky import grouped_cholesky_errors
 from .moments import multiprocessors_of
-from .precision import exact_float32
+from .precision import exact_float32, tf32_products
+from .split_tf32 import has_fast_tf32, high_and_low, split_factors, split_panel, subtract_product
 
 OPERATOR = "eliminate"
 
@@ -39,6 +40,9 @@ PANEL = 64
 # in products that are still large.
 TRAILING_BLOCKS = 12
 TRAILING_WIDTH = 512
+TRAILING_STEP = 128  # widths are multiples: tensor cores are fed from addresses that 16 divides
+# From so many channels on the updates run as split products on tensor cores, where these are fast.
+SPLIT_FROM = 4096
 
 
 @dataclass(frozen=True)
@@ -192,16 +196,52 @@ def lower_column(matrix: Tensor, columns: Tensor, channels: Tensor) -> Tensor:
     return column.squeeze(1) if column.shape[1] == 1 else column
 
 
-def update_lower_triangle(matrix: Tensor, left: Tensor, right: Tensor) -> None:
-    """matrix [d, d] −= left rightᵀ, [d, n] each, where the product is symmetric: all that is below its diagonal.
+def update_lower_triangle(matrix: Tensor, factors: list[tuple[Tensor, Tensor]]) -> None:
+    """matrix [d, d] −= Σ left rightᵀ over the pairs, [d, n] each, whose sum is symmetric: all below its diagonal."""
+    for update in lower_updates(matrix, factors):
+        subtract_product(*update)
+
+
+def lower_updates(matrix: Tensor, factors: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The products of update_lower_triangle, each c −= left right, all of them views.
 
     By block columns, so that little above the diagonal is computed and no more than that is overwritten.
     """
     size = len(matrix)
-    width = max(TRAILING_WIDTH, -(-size // TRAILING_BLOCKS))
-    for begin in range(0, size, width):
-        block = slice(begin, min(begin + width, size))
-        matrix[begin:, block].addmm_(left[begin:], right[block].T, alpha=-1)
+    width = max(TRAILING_WIDTH, -(-size // (TRAILING_BLOCKS * TRAILING_STEP)) * TRAILING_STEP)
+    return [
+        (matrix[begin:, begin : begin + width], left[begin:], right[begin : begin + width].T)
+        for begin in range(0, size, width)
+        for left, right in factors
+    ]
+
+
+class SplitUpdates:
+    """Both updates after a whole panel as split products on tensor cores. The parts keep their place, and so do all
+    views of them: the host makes these once."""
+
+    # Of [Uh Rh Ul Rl], h and l the high and low parts: the factors of U Rᵀ + R Uᵀ but for products of two low parts,
+    # the small terms first (`split_panel` says why): Uh·Rlᵀ + Ul·Rhᵀ + Rh·Ulᵀ + Rl·Uhᵀ + Uh·Rhᵀ + Rh·Uhᵀ.
+    LEFT, RIGHT = (0, 2, 1, 3, 0, 1), (3, 1, 2, 0, 1, 0)
+
+    def __init__(self, a: Tensor, g: Tensor, size: int) -> None:
+        channels = len(a)
+        self.lower = a.new_empty(1, channels, 4 * size)
+        self.parts = a.new_empty(channels, 4, size)
+        self.sides = [a.new_empty(channels, 6, size) for _ in range(2)]
+        self.places = [torch.tensor(side, device=a.device) for side in (self.LEFT, self.RIGHT)]
+        left, right = (side.flatten(1) for side in self.sides)
+        self.updates = lower_updates(a, split_factors(size, self.lower)) + lower_updates(g, [(left, right)])
+
+    def apply(self, lower: Tensor, products: Tensor) -> None:
+        """A −= L Lᵀ, G −= U Rᵀ + R Uᵀ; lower: L [d, size]; products: [d, U | R]."""
+        split_panel(lower, self.lower)
+        high_and_low(products.unflatten(1, (2, -1)), self.parts[:, :2], self.parts[:, 2:])
+        for places, side in zip(self.places, self.sides, strict=True):
+            torch.index_select(self.parts, 1, places, out=side)
+        with tf32_products():
+            for update in self.updates:
+                subtract_product(*update)
 
 
 def eliminate_channels(
@@ -213,13 +253,18 @@ def eliminate_channels(
     factor = a.new_empty(channels, count if keep_factor else 0)
     scratch = a.new_empty(channels, 0 if keep_factor else size)
     products = a.new_empty(channels, 2 * size)  # [d, U | R]
+    split = SplitUpdates(a, g, size) if channels >= SPLIT_FROM and has_fast_tf32(a) else None
     for first in range(0, count, size):
         last = min(first + size, count)
         lower = factor[:, first:last] if keep_factor else scratch[:, : last - first]
         panel(a, g, selection, first, lower, products)
-        if last < count:
-            update_lower_triangle(a, lower, lower)
-            update_lower_triangle(g, products, products.roll(size, dims=1))
+        if last == count:
+            break
+        if split is None:
+            update_lower_triangle(a, [(lower, lower)])
+            update_lower_triangle(g, [(products, products.roll(size, dims=1))])
+        else:
+            split.apply(lower, products)
     return selection.order, selection.errors, factor
 
 
@@ -258,8 +303,8 @@ def eliminate_units(a: Tensor, g: Tensor, count: int, width: int, keep_factor: b
         if keep_factor:
             factor[:, k * width : (k + 1) * width] = column
         if k + 1 < count:
-            update_lower_triangle(a, column, column)
-            update_lower_triangle(g, torch.cat((u, r), 1), torch.cat((r, u), 1))
+            update_lower_triangle(a, [(column, column)])
+            update_lower_triangle(g, [(torch.cat((u, r), 1), torch.cat((r, u), 1))])
     return order, errors, factor
 
 

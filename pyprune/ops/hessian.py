@@ -67,6 +67,15 @@ class Hessian:
         return self.lower
 
 
+def lower_gram(weight: Tensor) -> Tensor:
+    """WᵀW [in, in] of weight [out, in] in float32, only its lower triangle; of a float64 weight in float64, whole."""
+    if weight.dtype == torch.float64:
+        return weight.T @ weight
+    gram = Hessian.zeros(weight.shape[1], weight.device)
+    gram.update(weight)
+    return gram.lower
+
+
 def hessian_update_reference(x: Tensor, lower: Tensor, sums: Tensor | None = None) -> None:
     """lower += xᵀx where row ≥ column, sums += Σ x, in plain PyTorch: any device and floating-point dtype.
 

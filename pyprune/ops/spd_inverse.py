@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .precision import exact_float32, tf32_products
+from .split_tf32 import has_fast_tf32, split_factors, split_panel, subtract_product
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,6 @@ class Blocking:
 BLOCKING = {"cpu": Blocking(128, 256), "cuda": Blocking(256, 2048, split=256, look_ahead=True)}
 # Below, the host's share of a step rules, and where the library's own error is 3e-7 split products would add 1e-6.
 SPLIT_FROM = 8192
-# Compute capabilities whose TF32 has several times the rate of float32; elsewhere at most twice, and three products
-# in place of one do not pay.
-FAST_TF32 = {(8, 0), (9, 0), (10, 0), (10, 3)}
 # Smaller matrices are left to the library.
 SWEPT_FROM = {"cpu": 1500, "cuda": 1024}
 
@@ -242,48 +240,6 @@ def invert_factor_aside(block: Tensor, identity: Tensor) -> tuple[Tensor, Tensor
 @cache  # cuBLAS keeps a workspace for every stream it has seen
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
-
-
-def subtract_product(c: Tensor, left: Tensor, right: Tensor) -> None:
-    """c −= left right, in place."""
-    c.addmm_(left, right, alpha=-1)
-
-
-def has_fast_tf32(a: Tensor) -> bool:
-    return (
-        a.is_cuda
-        and a.dtype == torch.float32
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(a.device) in FAST_TF32
-    )
-
-
-def split_factors(block: int, buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (left, right), views of split_panel's buffer, for a panel of `block` columns."""
-    columns = buffer.shape[2] // 4
-    widths = [min(columns, block - start) for start in range(0, block, columns)]
-    return [(rows[:, : 3 * width], rows[:, width : 4 * width]) for rows, width in zip(buffer, widths, strict=True)]
-
-
-def split_panel(panel: Tensor, buffer: Tensor) -> None:
-    """Fill `buffer` so that TF32 products of split_factors' pairs, left rightᵀ over all pairs, are P Pᵀ as in float32.
-
-    panel: P [d, b] float32. buffer: [⌈b / columns⌉, d, 4·columns], overwritten.
-    P = hi + lo, where hi is P rounded to TF32's 10 bits and lo the exact rest, ≤ 2^-11 |P|, of which TF32 drops at
-    most the last bit. A row of the buffer is [hi lo hi hi]: its first three quarters times its last three are
-    hi·loᵀ + lo·hiᵀ + hi·hiᵀ, all but lo·loᵀ ≤ 2^-22.
-
-    Tensor cores truncate each partial sum of 8 columns, so errors add up in one direction along the inner dimension:
-    hence the small terms come first, while the sum is small, and after `columns` of P float32 units add the sum to A,
-    rounding to nearest. Emulated on a CPU with truncation (swept 256, d = 1024, five spectra), `columns` of 256, 128
-    and 64 had 0.5 to 5.2, 0.5 to 2.8 and 0.6 to 1.7 times the error of the sweep in float32; hi·hiᵀ first, 3 to 18.
-    """
-    for part, rows in zip(panel.split(buffer.shape[2] // 4, dim=1), buffer, strict=True):
-        width = part.shape[1]
-        bits = (part.view(torch.int32) + 0x1000).bitwise_and_(-0x2000)  # half a unit of the 10th bit; 13 bits off
-        quarters = rows[:, : 4 * width].unflatten(1, (4, width))
-        quarters.copy_(bits.view(torch.float32)[:, None])
-        torch.sub(part, quarters[:, 0], out=quarters[:, 1])
 
 
 def mirror_lower(a: Tensor, block: int) -> None:

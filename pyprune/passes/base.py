@@ -2,25 +2,23 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..allocation import Choice, Kept, UnitScores
-from ..architectures import ATTENTION, FFN, LayerShape
+from ..architectures import ATTENTION, FFN, MODULES, LayerShape
 from ..checkpoint import CheckpointWriter
 from ..device import Meter
+from ..forward import LayerForward
 from ..job import Job
 from ..plan import kept_from_entry
+from ..rewrite import pad_channels
 
-
-def drain(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The entries of a dictionary, each gone from it as it is handed over: the layer is never there twice."""
-    while tensors:
-        yield tensors.popitem()
+# On a GPU a pruned layer's forward has its FFN in multiples of so many channels: a whole tile of every type.
+ROUND_CHANNELS = 64
 
 
 class Passes(ABC):
@@ -65,6 +63,21 @@ class Passes(ABC):
         for name, value in (sizes | self.job.biases).items():
             setattr(config, name, value)
         return config
+
+    def build_pruned(self, forward: LayerForward, tensors: dict[str, Tensor], layer: int, kept: Kept) -> nn.Module:
+        """A pruned layer as a module: on a GPU, once its FFN is cut, that is padded to a round size, for forwards only.
+
+        A compensation bias that is still to come is zero.
+        """
+        shape, family = self.reader.shapes[layer], self.reader.family
+        config = self.layer_config(layer, shape, kept)
+        if self.device.type == "cuda" and len(kept[FFN]) < shape.intermediate_channels:
+            config.intermediate_size = -(-config.intermediate_size // ROUND_CHANNELS) * ROUND_CHANNELS
+            tensors = pad_channels(family, tensors, config.intermediate_size)
+        if self.job.method.biased:
+            zeros = torch.zeros(shape.hidden_size)
+            tensors = {family.driver(module) + ".bias": zeros for module in MODULES} | tensors
+        return forward.build(tensors.items(), layer, config)
 
     def write_layer(self, layer: int, tensors: dict[str, Tensor], record: Any) -> None:
         prefix = self.reader.layer_prefix(layer)

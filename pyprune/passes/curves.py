@@ -1,43 +1,93 @@
 """The survey of residual allocation: error curves of both drivers of every layer on the dense model; cached."""
 
 import json
+import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..architectures import MODULES
+from .. import distributed
+from ..architectures import FFN, MODULES, LayerShape
 from ..checkpoint import save_cached
 from ..curvature import Curvature, CurvatureObserver
 from ..device import Meter
 from ..errors import InputError
 from ..forward import LayerForward, layer_name
+from ..hidden_states import HiddenStates
 from ..job import Job
 from ..methods import SecondOrderMethod
-from ..ops import damped_inverse, eliminate
+from ..ops import damped_inverse, eliminate, lower_gram
 from ..residual_allocation import ErrorCurves, error_curve
 from ..statistics import column_norms
+from .layer_log import LayerLog
 
-FORMAT = "pyprune-curves-1"  # part of a file's name: a change of the formulas makes old ones unfindable
+FORMAT = "pyprune-curves-2"  # part of a file's name: a change of the formulas makes old ones unfindable
+
+# An FFN's curve ends where it lost so many times the ratio, unless less than a ten-thousandth of the stream's energy is
+# lost by then (a layer that is dead or nearly so): to eliminate all of 28672 channels takes longer than the forward.
+CUT_RATIOS = 2
+NEGLIGIBLE = 1e-4
 
 
 def cached_curves(job: Job, method: SecondOrderMethod, meter: Meter) -> tuple[list[ErrorCurves], bool]:
-    """The curves of the job's model and text, and whether they were there already; new ones are kept."""
-    path, identity = job.cache_file(
+    """The curves of the job's model and text, and whether they were there already; new ones are kept.
+
+    They are taken over the first `survey_windows` windows, an FFN's up to `deepest_cut` of its channels.
+    """
+    deepest = deepest_cut(job.options.ratio)
+    files = [curves_file(job, method, tenths) for tenths in range(deepest, 11)]
+    stored = distributed.from_first(lambda: first_curves([path for path, _ in files], job.reader.layers))
+    if stored is not None:
+        return [cut(own, shape, deepest) for own, shape in zip(stored, job.reader.shapes, strict=True)], True
+    path, identity = files[0]
+    with LayerLog(path, distributed.is_first()) as log:
+        curves = survey_curves(job, method, deepest, meter, log)
+        if distributed.is_first():
+            tensors = {f"{layer}.{module}": curve for layer, own in enumerate(curves) for module, curve in own.items()}
+            save_cached(tensors, path, {"identity": json.dumps(identity)})
+    return curves, False
+
+
+def curves_file(job: Job, method: SecondOrderMethod, tenths: int) -> tuple[Path, dict[str, Any]]:
+    return job.cache_file(
         "curves",
         ("hessian", "grouped_cholesky_errors", "eliminate"),
         damping=method.damping,
         centred=method.centred,
+        samples=method.survey_windows,
+        tenths=tenths,
         format=FORMAT,
     )
-    if path.is_file():
-        return load_curves(path, job.reader.layers), True
-    curves = survey_curves(job, method, meter)
-    tensors = {f"{layer}.{module}": curve for layer, own in enumerate(curves) for module, curve in own.items()}
-    save_cached(tensors, path, {"identity": json.dumps(identity)})
-    return curves, False
+
+
+def deepest_cut(ratio: float) -> int:
+    """Tenths of an FFN that are taken to go at most under a budget of `ratio`: there its curve ends."""
+    return min(10, math.ceil(10 * CUT_RATIOS * ratio - 1e-9))
+
+
+def removals(shape: LayerShape, module: str, tenths: int) -> int:
+    """Units of the module that its curve covers; KV groups are few, and theirs is whole."""
+    units = shape.units(module)
+    return min(units - 1, math.ceil(tenths * units / 10)) if module == FFN else units - 1
+
+
+def cut(curves: ErrorCurves, shape: LayerShape, tenths: int) -> ErrorCurves:
+    """The curves as a survey of so many tenths has them, from one that went deeper."""
+    lengths = {module: removals(shape, module, tenths) + 1 for module in MODULES}
+    return {
+        module: curve if curve[lengths[module] - 1] < NEGLIGIBLE else curve[: lengths[module]]
+        for module, curve in curves.items()
+    }
+
+
+def first_curves(files: list[Path], layers: int) -> list[ErrorCurves] | None:
+    """From the first of the files that is there: each after it is of a survey that went deeper, which will do."""
+    return next((load_curves(path, layers) for path in files if path.is_file()), None)
 
 
 def load_curves(path: Path, layers: int) -> list[ErrorCurves]:
@@ -50,29 +100,42 @@ def load_curves(path: Path, layers: int) -> list[ErrorCurves]:
 
 
 @torch.no_grad()
-def survey_curves(job: Job, method: SecondOrderMethod, meter: Meter) -> list[ErrorCurves]:
-    """One forward of the dense model, layer by layer; each driver is eliminated to the last unit."""
-    reader, forward = job.reader, job.forward()
+def survey_curves(job: Job, method: SecondOrderMethod, deepest: int, meter: Meter, log: LayerLog) -> list[ErrorCurves]:
+    """One forward of the dense model, layer by layer; each driver is eliminated as far as the curves go.
+
+    Layers that the log holds are only passed.
+    """
+    reader, forward = job.reader, job.forward(method.survey_windows)
     hidden = forward.embed()
     curves = []
+    stored = job.loader().layers()
     for layer, shape in enumerate(reader.shapes):
         job.progress("survey", layer, reader.layers)
         with meter.layer():
-            block = forward.build(reader.stream_layer(layer), layer)
-            own = {}
+            block = forward.build(next(stored).items(), layer)
+            known = distributed.from_first(partial(log.read, layer))
+            own: ErrorCurves = {} if known is None else known[0]
             for module in MODULES:
                 where = layer_name(reader.family, layer, module)
-                weight = block.get_parameter(reader.family.driver(module) + ".weight").data
-                curvature, energy = observe_half(forward, block, layer, module, hidden, method.centred)
-                errors = removal_errors(curvature, weight, shape.unit_width(module), method.damping, where)
-                own[module] = error_curve(errors, curvature.count, energy)
+                if known is not None:
+                    for part in hidden.parts():
+                        part.replace(forward.half(block, layer, module, part.value))
+                    continue
+                with meter.stage("forward and hessian"):
+                    curvature, energy = observe_half(forward, block, layer, module, hidden, method.centred)
+                with meter.stage("choice"):
+                    weight = block.get_parameter(reader.family.driver(module) + ".weight").data
+                    own[module] = curve_of(curvature, energy, weight, shape, module, deepest, method.damping, where)
+            if known is None:
+                log.write(layer, own, {})
             curves.append(own)
+            del block  # freed before the next one is built
     job.progress("survey", reader.layers, reader.layers)
     return curves
 
 
 def observe_half(
-    forward: LayerForward, block: torch.nn.Module, layer: int, module: str, hidden: Tensor, centred: bool
+    forward: LayerForward, block: torch.nn.Module, layer: int, module: str, hidden: HiddenStates, centred: bool
 ) -> tuple[Curvature, float]:
     """Curvature of one driver and the energy of the residual stream after it; `hidden` advances past the module."""
     channels = block.get_parameter(forward.family.driver(module) + ".weight").shape[1]
@@ -80,20 +143,36 @@ def observe_half(
     observer = CurvatureObserver(channels, forward.device, where, centred, forward.allow_nonfinite)
     energy = torch.zeros((), dtype=torch.float64, device=forward.device)
     with forward.observed(block, {module: observer.observe}):
-        for part in forward.parts(hidden):
-            result = forward.half(block, layer, module, forward.to_device(part))
+        for part in hidden.parts():
+            result = forward.half(block, layer, module, part.value)
             energy += torch.linalg.vector_norm(result, dtype=torch.float32).double() ** 2
-            part.copy_(result)
+            part.replace(result)
     curvature = observer.finish()
+    distributed.all_reduce_(energy)
     return curvature, float(energy) / curvature.count
 
 
-def removal_errors(curvature: Curvature, weight: Tensor, width: int, damping: float, where: str) -> Tensor:
-    """Errors at removal of all units but the last, in the order of exact greedy elimination, [units - 1]."""
+def curve_of(
+    curvature: Curvature,
+    energy: float,
+    weight: Tensor,
+    shape: LayerShape,
+    module: str,
+    tenths: int,
+    damping: float,
+    where: str,
+) -> Tensor:
+    """The module's error curve, [removals + 1]; the curvature is used up."""
     column_norms(weight, where)  # names NaN and Inf
-    units = weight.shape[1] // width
-    if units == 1:
-        return torch.empty(0, dtype=torch.float32)
-    damped = damped_inverse(curvature.hessian, damping, where)
-    own = weight.float().masked_fill(damped.dead, 0)
-    return eliminate(damped.inverse, own.T @ own, units - 1, width, keep_factor=False).errors
+    count, last = removals(shape, module, tenths), shape.units(module) - 1
+    curve = error_curve(torch.empty(0), curvature.count, energy)
+    for n in (count, last):
+        # One unit's curve is a point, and a whole curve needs no second look.
+        if len(curve) <= n and float(curve[-1]) < NEGLIGIBLE:
+            hessian = curvature.take_hessian() if n == last else curvature.hessian
+            damped = damped_inverse(hessian, damping, where)
+            del hessian
+            gram, width = lower_gram(weight.masked_fill(damped.dead, 0)), shape.unit_width(module)
+            errors = eliminate(damped.inverse, gram, n, width, keep_factor=False).errors
+            curve = error_curve(errors, curvature.count, energy)
+    return curve

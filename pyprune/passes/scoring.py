@@ -1,17 +1,21 @@
 """The passes of methods that score and slice: survey and rewrite, or layer by layer on pruned inputs."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
+from .. import distributed
 from ..allocation import Choice, Kept, UnitScores, keep_highest
 from ..architectures import MODULES
 from ..checkpoint import CheckpointWriter
 from ..device import Meter
 from ..forward import LayerForward, layer_name
+from ..hidden_states import HiddenStates
 from ..job import Job
 from ..methods import LayerStatistics, ScoringMethod
 from ..plan import layer_entry
 from ..rewrite import compensation_bias, rewrite_layer
-from .base import Passes, drain
+from .base import Passes
 from .survey import cached_survey, observe_layer, survey_weights
 
 
@@ -29,7 +33,7 @@ class ScoringPasses(Passes):
         for layer, statistics in enumerate(survey):
             self._count_nonfinite(layer, statistics)
         scores = self.method.scores(survey, self.reader.shapes)
-        choice = self.method.choose(scores, self.reader.shapes, self.job.options.ratio)
+        choice = distributed.from_first(lambda: self.method.choose(scores, self.reader.shapes, self.job.options.ratio))
         self._prune_by_choice(choice, scores, survey)
         return choice, scores
 
@@ -49,14 +53,20 @@ class ScoringPasses(Passes):
         """Slice every layer as chosen beforehand; no forward."""
         meter = self.meters["prune"] = Meter(self.device)
         self.copy_embeddings()
-        for layer, kept in enumerate(choice.layers):
+        records = [layer_entry(kept, own) for kept, own in zip(choice.layers, scores, strict=True)]
+        # A shard of a killed run counts only if it keeps the same units as this choice.
+        missing = [layer for layer, record in enumerate(records) if self.writer.record(layer + 1) != record]
+        first = missing[0] if missing else len(records)
+        stored = self.job.loader().layers(first)
+        for layer in range(first, len(records)):
             self.job.progress("prune", layer, self.reader.layers)
-            record = layer_entry(kept, scores[layer])
-            # A shard of a killed run counts only if it keeps the same units as this choice.
-            if self.writer.record(layer + 1) != record:
-                with meter.layer():
-                    tensors = self.reader.read_layer(layer)
-                    self.write_layer(layer, self._rewritten(tensors, layer, kept, survey[layer]), record)
+            with meter.layer():
+                source = next(stored)
+                if layer in missing:
+                    with meter.stage("rewrite"):
+                        pruned = self._rewritten(dict(source), layer, choice.layers[layer], survey[layer])
+                        self.write_layer(layer, pruned, records[layer])
+                del source  # before the loader begins with the layer after the next
         self.copy_head()
 
     def _prune_in_sequence(self) -> tuple[Choice, list[UnitScores]]:
@@ -68,38 +78,44 @@ class ScoringPasses(Passes):
         hidden = forward.embed()
         layers: list[Kept] = []
         scores: list[UnitScores] = []
-        for layer, shape in enumerate(self.reader.shapes):
+        stored = self.job.loader().layers()
+        for layer in range(self.reader.layers):
             self.job.progress("prune", layer, self.reader.layers)
             with meter.layer():
+                source = next(stored)
                 if layer + 1 in self.writer.done:
                     kept, own, pruned = self.restored(layer)
                 else:
-                    kept, own, pruned = self._chosen(forward, layer, hidden, counts[layer])
+                    kept, own, pruned = self._chosen(forward, layer, source, hidden, counts[layer], meter)
                     self.write_layer(layer, pruned, layer_entry(kept, own))
                 layers.append(kept)
                 scores.append(own)
                 if layer < last:
-                    config = self.layer_config(layer, shape, kept)
-                    forward.run(forward.build(drain(pruned), layer, config), layer, hidden, {})
+                    with meter.stage("second forward"):
+                        forward.run(self.build_pruned(forward, pruned, layer, kept), layer, hidden, {})
+                del pruned, source  # before the loader begins with the layer after the next
         self.copy_head()
         return Choice(layers), scores
 
     def _chosen(
-        self, forward: LayerForward, layer: int, hidden: Tensor, removed: dict[str, int]
+        self,
+        forward: LayerForward,
+        layer: int,
+        source: Mapping[str, Tensor],
+        hidden: HiddenStates,
+        removed: dict[str, int],
+        meter: Meter,
     ) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
-        statistics = observe_layer(
-            forward,
-            forward.build(self.reader.stream_layer(layer), layer),
-            layer,
-            hidden,
-            self.method.by_window,
-            advance=False,
-        )
+        with meter.stage("forward"):
+            block = forward.build(source.items(), layer)
+            statistics = observe_layer(forward, block, layer, hidden, self.method.by_window, advance=False)
+        del block
         self._count_nonfinite(layer, statistics)
         scores = self.method.unit_scores(statistics, self.reader.shapes[layer])
-        kept = {module: keep_highest(scores[module], removed[module]) for module in MODULES}
-        # Read again: holding the stored layer beside the one in the compute type would cost half as much more memory.
-        return kept, scores, self._rewritten(self.reader.read_layer(layer), layer, kept, statistics)
+        kept = distributed.from_first(
+            lambda: {module: keep_highest(scores[module], removed[module]) for module in MODULES}
+        )
+        return kept, scores, self._rewritten(dict(source), layer, kept, statistics)
 
     def _rewritten(
         self, tensors: dict[str, Tensor], layer: int, kept: Kept, statistics: LayerStatistics

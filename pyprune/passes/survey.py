@@ -1,30 +1,35 @@
 """The first pass: a forward of the dense model, layer by layer, and the statistics of every driver; cached."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
+from .. import distributed
 from ..architectures import MODULES
 from ..checkpoint import CheckpointReader, save_cached
 from ..device import Meter
 from ..errors import InputError
 from ..forward import LayerForward, layer_name
+from ..hidden_states import HiddenStates
 from ..job import Job
 from ..methods import LayerStatistics
 from ..options import Progress
 from ..statistics import DriverObserver, DriverStatistics, column_norms
+from .layer_log import LayerLog
 
-FORMAT = "pyprune-survey-1"  # part of a survey's name: a change of the formulas makes old ones unfindable
+FORMAT = "pyprune-survey-2"  # part of a survey's name: a change of the formulas makes old ones unfindable
 
 
 def observe_layer(
     forward: LayerForward,
     block: torch.nn.Module,
     layer: int,
-    hidden: torch.Tensor,
+    hidden: HiddenStates,
     by_window: bool,
     advance: bool,
 ) -> LayerStatistics:
@@ -42,25 +47,30 @@ def observe_layer(
     return {module: observer.finish() for module, observer in observers.items()}
 
 
-def survey_model(forward: LayerForward, by_window: bool, meter: Meter, progress: Progress) -> list[LayerStatistics]:
-    """Statistics of every layer on the dense model's own activations; one layer in memory at a time."""
-    reader, hidden = forward.reader, forward.embed()
+def survey_model(job: Job, by_window: bool, meter: Meter, log: LayerLog) -> list[LayerStatistics]:
+    """Statistics of every layer on the dense model's own activations; one layer in memory at a time.
+
+    Layers that the log holds are only passed.
+    """
+    forward, last = job.forward(), job.reader.layers - 1
+    hidden = forward.embed()
     survey = []
-    for layer in range(reader.layers):
-        progress("survey", layer, reader.layers)
-        with meter.layer():
-            # Nothing here keeps the layer: it is freed before the next is built.
-            survey.append(
-                observe_layer(
-                    forward,
-                    forward.build(reader.stream_layer(layer), layer),
-                    layer,
-                    hidden,
-                    by_window,
-                    advance=layer < reader.layers - 1,
-                )
-            )
-    progress("survey", reader.layers, reader.layers)
+    stored = job.loader().layers()
+    for layer in range(job.reader.layers):
+        job.progress("survey", layer, job.reader.layers)
+        with meter.layer(), meter.stage("forward"):
+            block = forward.build(next(stored).items(), layer)
+            known = distributed.from_first(partial(log.read, layer))
+            if known is None:
+                statistics = observe_layer(forward, block, layer, hidden, by_window, advance=layer < last)
+                log.write(layer, *packed(statistics))
+            else:
+                statistics = unpacked(*known)
+                if layer < last:
+                    forward.run(block, layer, hidden, {})
+            survey.append(statistics)
+            del block  # freed before the next one is built
+    job.progress("survey", job.reader.layers, job.reader.layers)
     return survey
 
 
@@ -87,40 +97,53 @@ def survey_weights(
 def cached_survey(job: Job, by_window: bool, meter: Meter) -> tuple[list[LayerStatistics], bool]:
     """The survey of the job's model and text, and whether it was there already; a new one is kept."""
     path, identity = job.cache_file("survey", ("channel_moments",), by_window=by_window, format=FORMAT)
-    if path.is_file():
-        return load_survey(path, job.reader.layers), True
-    survey = survey_model(job.forward(), by_window, meter, job.progress)
-    save_survey(path, survey, identity)
+    stored = distributed.from_first(lambda: load_survey(path, job.reader.layers) if path.is_file() else None)
+    if stored is not None:
+        return stored, True
+    with LayerLog(path, distributed.is_first()) as log:
+        survey = survey_model(job, by_window, meter, log)
+        if distributed.is_first():
+            save_survey(path, survey, identity)
     return survey, False
+
+
+def packed(statistics: LayerStatistics) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that holds a layer's statistics (a few numbers a channel)."""
+    tensors = {f"{module}.{name}": t for module, own in statistics.items() for name, t in own.tensors().items()}
+    counts = {module: [own.count, own.windows, own.nonfinite] for module, own in statistics.items()}
+    return tensors, {"counts": json.dumps(counts)}
+
+
+def unpacked(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> LayerStatistics:
+    """What `packed` took apart."""
+    statistics: LayerStatistics = {}
+    for module, (count, windows, nonfinite) in json.loads(metadata["counts"]).items():
+        own = {name: tensors[f"{module}.{name}"] for name in DriverStatistics.TENSORS if f"{module}.{name}" in tensors}
+        statistics[module] = DriverStatistics(count=count, windows=windows, nonfinite=nonfinite, **own)
+    return statistics
 
 
 def load_survey(path: Path, layers: int) -> list[LayerStatistics]:
     """What `save_survey` wrote; InputError if the file is damaged."""
     try:
+        stored = load_file(path)
         with safe_open(path, framework="pt") as f:
             counts = json.loads(f.metadata()["counts"])
-            stored = set(f.keys())
-            survey: list[LayerStatistics] = [{} for _ in range(layers)]
-            for layer in range(layers):
-                for module in MODULES:
-                    prefix = f"{layer}.{module}."
-                    names = [name for name in DriverStatistics.TENSORS if prefix + name in stored]
-                    tensors = {name: f.get_tensor(prefix + name) for name in names}
-                    count, windows, nonfinite = counts[f"{layer}.{module}"]
-                    survey[layer][module] = DriverStatistics(
-                        count=count, windows=windows, nonfinite=nonfinite, **tensors
-                    )
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        survey = []
+        for layer in range(layers):
+            own = {name.removeprefix(f"{layer}."): t for name, t in stored.items() if name.startswith(f"{layer}.")}
+            survey.append(unpacked(own, {"counts": json.dumps(counts[layer])}))
+    except (SafetensorError, KeyError, IndexError, ValueError, TypeError) as error:
         raise InputError(f"{path}: a damaged survey ({error}); delete it") from error
     return survey
 
 
 def save_survey(path: Path, survey: list[LayerStatistics], identity: dict[str, Any]) -> None:
-    """Write the statistics (a few numbers a channel) so that another ratio needs no new forward."""
+    """Write the statistics so that another ratio needs no new forward."""
     tensors: dict[str, torch.Tensor] = {}
-    counts: dict[str, list[int]] = {}
-    for layer, modules in enumerate(survey):
-        for module, statistics in modules.items():
-            counts[f"{layer}.{module}"] = [statistics.count, statistics.windows, statistics.nonfinite]
-            tensors |= {f"{layer}.{module}.{name}": t for name, t in statistics.tensors().items()}
+    counts = []
+    for layer, statistics in enumerate(survey):
+        own, metadata = packed(statistics)
+        tensors |= {f"{layer}.{name}": t for name, t in own.items()}
+        counts.append(json.loads(metadata["counts"]))
     save_cached(tensors, path, {"identity": json.dumps(identity), "counts": json.dumps(counts)})

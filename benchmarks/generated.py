@@ -1,0 +1,141 @@
+"""A model that needs no disk: layers are made on the device when asked for, and what is written is counted and dropped.
+
+Everything between the two, passes, statistics, choice and rewriting, is pyprune's own. The checkpoint folder holds a
+configuration, a tokenizer and headers (`make_checkpoint(..., headers_only=True)`); a layer's tensors are those that
+`make_checkpoint` would have written, so both give the same plan.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from make_checkpoint import RandomWeights
+from torch import Tensor
+
+from pyprune.checkpoint import CheckpointReader, CheckpointWriter, LayerLoader
+from pyprune.checkpoint.shard_file import _host_bytes
+from pyprune.finish import finish
+from pyprune.job import Job
+from pyprune.options import Progress, PruneOptions
+from pyprune.passes import make_passes
+from pyprune.pipeline import prune
+
+SEED = 0
+
+
+class GeneratedReader(CheckpointReader):
+    """A checkpoint of which only the headers exist; tensors are made on the device and given out on the CPU."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        super().__init__(folder)
+        self.weights = RandomWeights(self.config, SEED, device)
+        self._table: Tensor | None = None
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        return {name: self.weights.tensor(name).cpu() for name in names}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        if self._table is None:  # made once: it is looked up window by window
+            self._table = self.read([self.family.embeddings])[self.family.embeddings]
+        return self._table[ids]
+
+
+class GeneratedLoader:
+    """pyprune's `LayerLoader` for a generated model: one layer ahead, and what is waited for is its making."""
+
+    def __init__(self, reader: GeneratedReader, device: torch.device) -> None:
+        self.reader, self.device = reader, device
+        self.bytes_read = 0
+        self.wait_seconds = 0.0
+
+    def layers(self, first: int = 0, stop: int | None = None) -> Iterator[dict[str, Tensor]]:
+        stop = self.reader.layers if stop is None else stop
+        following = self._make(first) if first < stop else {}
+        for layer in range(first, stop):
+            tensors, following = following, self._make(layer + 1) if layer + 1 < stop else {}
+            yield tensors
+            tensors.clear()
+
+    def _make(self, layer: int) -> dict[str, Tensor]:
+        start = perf_counter()
+        prefix = self.reader.layer_prefix(layer)
+        names = self.reader.family.layer_state_shapes(self.reader.config, layer)
+        tensors = {name: self.reader.weights.tensor(prefix + name).to(self.device) for name in names}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
+        self.wait_seconds += perf_counter() - start
+        return tensors
+
+
+class GeneratedJob(Job):
+    """A job whose layers are made rather than read."""
+
+    def __init__(self, options: PruneOptions, progress: Progress) -> None:
+        super().__init__(options, progress)
+        self.reader = GeneratedReader(self.reader.folder, self.device)
+        self.loaders: list[GeneratedLoader] = []
+
+    def loader(self) -> GeneratedLoader:
+        self.loaders.append(GeneratedLoader(self.reader, self.device))
+        return self.loaders[-1]
+
+
+class DiscardingWriter(CheckpointWriter):
+    """Copies every shard to the host in the writer's own thread and way, and drops it there."""
+
+    def _write(self, shard: int, tensors: dict[str, Tensor], record: Any) -> None:
+        size = sum(len(part) for part in _host_bytes(iter(tensors.values()), self._stream))
+        self.done[shard] = {
+            "shard": shard,
+            "file": self.file(shard).name,
+            "tensors": list(tensors),
+            "tensor_bytes": size,
+            "bytes": size,
+            "record": record,
+        }
+        self.bytes_written += size
+
+
+def prune_generated(options: PruneOptions, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `pyprune.pipeline.prune` of a folder of headers; the plan, and the traffic (see `traffic`)."""
+    job = GeneratedJob(options, progress)
+    writer = DiscardingWriter(options.output, job.reader.layers + 2, job.identity, resume=False)
+    passes = make_passes(job, writer)
+    writer.begin()
+    choice, scores = passes.execute()
+    plan = finish(job, writer, passes, choice, scores)
+    return plan, traffic(job.loaders, writer)
+
+
+def prune_counted(options: PruneOptions, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`pyprune.pipeline.prune`; the plan, and the traffic of its loaders and its writer."""
+    loaders: list[LayerLoader] = []
+    writers: list[CheckpointWriter] = []
+
+    def remembered(kind: Callable[..., Any], made: list[Any]) -> Callable[..., Any]:
+        def make(*arguments: Any, **named: Any) -> Any:
+            made.append(kind(*arguments, **named))
+            return made[-1]
+
+        return make
+
+    with (
+        patch("pyprune.job.LayerLoader", remembered(LayerLoader, loaders)),
+        patch("pyprune.pipeline.CheckpointWriter", remembered(CheckpointWriter, writers)),
+    ):
+        plan = prune(options, progress)
+    return plan, traffic(loaders, writers[0])
+
+
+def traffic(loaders: Sequence[LayerLoader | GeneratedLoader], writer: CheckpointWriter) -> dict[str, Any]:
+    """Bytes of the layers read, in all passes, and of the shards written; seconds that the passes waited for either."""
+    return {
+        "bytes_read": sum(loader.bytes_read for loader in loaders),
+        "bytes_written": writer.bytes_written,
+        "read_wait_seconds": sum(loader.wait_seconds for loader in loaders),
+        "write_wait_seconds": writer.wait_seconds,
+    }

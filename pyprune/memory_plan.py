@@ -1,0 +1,190 @@
+"""What a run needs on a GPU, and how it is cut so that it stays within a budget: batches, and what lives in the host.
+
+The figures count PyTorch's allocations. They follow the passes' code step by step; each term names its tensors.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .architectures import ATTENTION, FFN, MODULES, LayerShape
+from .errors import InputError
+from .forward import micro_batch
+from .methods import Method, SecondOrderMethod
+from .methods.second_order import CURVES, NONE
+
+# PyTorch hands out memory in blocks that it cannot always fill again: measured 2 to 6 % of the peak on an H200.
+FRAGMENTATION = 1.06
+# cuBLAS workspaces (32 MiB for each stream that multiplies) and the kernels' own.
+WORKSPACE = 96 << 20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """batch: windows in a micro-batch. on_device: sets of hidden states on the device (the others in pinned host
+    memory). device_bytes, host_bytes: predicted peaks by pass."""
+
+    batch: int
+    on_device: int
+    device_bytes: dict[str, int] = field(default_factory=dict)
+    host_bytes: int = 0
+
+    @property
+    def peak(self) -> int:
+        return max(self.device_bytes.values(), default=0)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a run on a GPU follows from; tokens of all windows are split over `processes`."""
+
+    shapes: list[LayerShape]
+    method: Method
+    ratio: float
+    samples: int
+    sequence_length: int
+    compute_bytes: int
+    stored_bytes: int
+    processes: int = 1
+
+    @property
+    def windows(self) -> int:
+        return -(-self.samples // self.processes)
+
+    @property
+    def shape(self) -> LayerShape:
+        return max(self.shapes, key=lambda shape: shape.parameters)
+
+    @property
+    def streams(self) -> int:
+        return 2 if isinstance(self.method, SecondOrderMethod) and self.method.correction else 1
+
+    def hidden(self, windows: int) -> int:
+        return windows * self.sequence_length * self.shape.hidden_size * self.compute_bytes
+
+    def width(self, module: str) -> int:
+        return self.shape.units(module) * self.shape.unit_width(module)
+
+    def matrices(self, module: str) -> int:
+        """Bytes of a module's matrices that read the residual stream, in the compute type."""
+        shape = self.shape
+        if module == FFN:
+            return 2 * shape.hidden_size * shape.intermediate_channels * self.compute_bytes
+        groups = shape.kv_groups * (shape.heads_per_group + 2) * shape.head_dim
+        return shape.hidden_size * groups * self.compute_bytes
+
+    def layer(self) -> int:
+        return self.shape.parameters * self.stored_bytes
+
+    def converted(self) -> int:
+        """A layer in the compute type, where that is not the stored one."""
+        return 0 if self.compute_bytes == self.stored_bytes else self.shape.parameters * self.compute_bytes
+
+    def forward(self, module: str, batch: int) -> int:
+        """Temporaries of one half of a layer over a micro-batch: what is alive at once at its widest."""
+        tokens, shape = batch * self.sequence_length, self.shape
+        rows = tokens * shape.hidden_size
+        norm = rows * (4 + 4 + self.compute_bytes)  # float32 copy, its square or product, result
+        if module == FFN:  # the normed input; gate, its activation and up, or those and their product; output, sum
+            wide = rows + 3 * tokens * shape.intermediate_channels
+        else:  # normed input, q, k, v, both rotated, the attention's output
+            wide = rows + 3 * tokens * self.width(ATTENTION) + 4 * tokens * shape.kv_groups * shape.head_dim
+        return max(norm, (wide + rows) * self.compute_bytes)
+
+    def placed(self, batch: int, on_device: int, streams: int, windows: int) -> int:
+        """Hidden states on the device; for each set in the host two buffers and a result on its way."""
+        inside = min(on_device, streams)
+        return inside * self.hidden(windows) + (streams - inside) * 3 * self.hidden(batch)
+
+    def shortfall(self, module: str, batch: int) -> int:
+        """Σ r xᵀ and the product added to it, and both results with their difference in float32."""
+        rows = batch * self.sequence_length * self.shape.hidden_size
+        return 2 * self.shape.hidden_size * self.width(module) * 4 + rows * (12 + 2 * self.compute_bytes)
+
+
+def inverting(sizes: Sizes, module: str) -> int:
+    """H, its inverse, and the panels of the sweep."""
+    d = sizes.width(module)
+    return 2 * d * d * 4 + 6 * 256 * d * 4
+
+
+def choosing(sizes: Sizes, module: str, removed: float) -> int:
+    """The inverse, WᵀW, the factor of what goes, and W in float32 before and after."""
+    d = sizes.width(module)
+    return 2 * d * d * 4 + int(removed * d) * d * 4 + 2 * sizes.shape.hidden_size * d * 4
+
+
+def survey_peak(sizes: Sizes, batch: int, on_device: int) -> int:
+    """One forward of the dense model and its statistics: moments, or for the curves Hessians."""
+    method, windows = sizes.method, sizes.windows
+    curves = False
+    if isinstance(method, SecondOrderMethod) and method.survey == CURVES:
+        curves = True
+        windows = min(windows, -(-method.survey_windows // sizes.processes))
+    layers = 2 * sizes.layer() + sizes.converted()
+    standing = layers + sizes.placed(batch, on_device, 1, windows)
+    peaks = []
+    for module in MODULES:
+        d = sizes.width(module)
+        statistics = d * d * 4 if curves else 4 * d * 8
+        peaks.append(statistics + sizes.forward(module, batch))
+        if curves:
+            peaks += [inverting(sizes, module), choosing(sizes, module, 0.0)]
+    return standing + max(peaks)
+
+
+def prune_peak(sizes: Sizes, batch: int, on_device: int) -> int:
+    """The prune pass: of a second-order method layer by layer in two halves, else of one forward or of none."""
+    method = sizes.method
+    layers = 2 * sizes.layer() + sizes.converted()
+    pruned = int((1 - sizes.ratio) * sizes.layer())
+    if not isinstance(method, SecondOrderMethod):
+        if not method.sequential:
+            return layers + pruned
+        standing = layers + pruned + sizes.placed(batch, on_device, 1, sizes.windows)
+        return standing + max(sizes.forward(module, batch) for module in MODULES)
+    standing = layers + sizes.placed(batch, on_device, sizes.streams, sizes.windows)
+    peaks = []
+    for module in MODULES:
+        aligned = sizes.matrices(module) if method.alignment else 0
+        before = sizes.matrices(ATTENTION) * 2 if module == FFN else 0  # aligned and pruned by then
+        d = sizes.width(module)
+        observing = d * d * 4 + sizes.forward(module, batch)
+        if method.correction:
+            observing += sizes.shortfall(module, batch)
+        cross = sizes.shape.hidden_size * d * 4 if method.correction else 0
+        own = aligned + before
+        peaks += [own + observing, own + max(cross + inverting(sizes, module), choosing(sizes, module, sizes.ratio))]
+    return standing + max(*peaks, pruned + sizes.forward(FFN, batch))
+
+
+def peaks(sizes: Sizes, batch: int, on_device: int) -> dict[str, int]:
+    """Predicted bytes of each pass."""
+    method, found = sizes.method, {}
+    surveyed = method.survey != NONE if isinstance(method, SecondOrderMethod) else not method.sequential
+    if method.needs_text and surveyed:
+        found["survey"] = survey_peak(sizes, batch, on_device)
+    found["prune"] = prune_peak(sizes, batch, on_device)
+    return {name: int(peak * FRAGMENTATION) + WORKSPACE for name, peak in found.items()}
+
+
+def plan_memory(sizes: Sizes, budget: int) -> MemoryPlan:
+    """The fastest way to run within `budget` bytes of the device.
+
+    Micro-batches shrink before hidden states move to the host: a quarter of the usual one still fills a GPU, while
+    every set in the host crosses the bus several times a layer. InputError where nothing fits.
+    """
+    usual = min(micro_batch(torch.device("cuda"), sizes.sequence_length), max(1, sizes.windows))
+    batches = sorted({max(1, usual // k) for k in (1, 2, 4)}, reverse=True)
+    smaller = [batch for k in (8, 16) if (batch := usual // k)]
+    choices = [(batch, n) for n in range(sizes.streams, -1, -1) for batch in batches]
+    for batch, on_device in [*choices, *((batch, 0) for batch in smaller)]:
+        found = peaks(sizes, batch, on_device)
+        if max(found.values()) <= budget:
+            host = (sizes.streams - min(on_device, sizes.streams)) * sizes.hidden(sizes.windows)
+            return MemoryPlan(batch, on_device, found, host)
+    least = min(max(peaks(sizes, batch, 0).values()) for batch in [*batches, *smaller])
+    raise InputError(
+        f"{budget / 1e9:.1f} GB of device memory are too few for this model and method: {least / 1e9:.1f} GB are "
+        "needed with hidden states in host memory and the smallest batches; raise --device-memory"
+    )
