@@ -173,7 +173,8 @@ def predict(options: PruneOptions, device: torch.device) -> dict[str, Any]:
     reader = CheckpointReader(Path(options.model))
     dtype = select_dtype(options.dtype, reader.dtype, device)
     method = make_method(options.method, options.method_options)
-    return estimate(reader, method, options.ratio, options.samples, options.sequence_length, device, dtype)
+    sizes = (options.ratio, options.samples, options.sequence_length)
+    return estimate(reader, method, *sizes, device, dtype, options.device_memory)
 
 
 def floor(

@@ -30,8 +30,9 @@ from pyprune.curvature import CurvatureObserver, alignment_of
 from pyprune.forward import LayerForward
 from pyprune.methods.obs import Obs
 from pyprune.methods.slimgpt import dynamic_groups
-from pyprune.ops import damped_inverse, eliminate, refit
-from pyprune.rewrite import rewrite_layer
+from pyprune.ops import add_split_product, damped_inverse, eliminate, lower_gram, refit
+from pyprune.passes.base import ROUND_CHANNELS
+from pyprune.rewrite import pad_channels, rewrite_layer
 
 STAGES = ("inputs", "forward", "hessian", "inverse", "choice", "refit", "second forward")
 
@@ -78,11 +79,15 @@ class Layer:
         config = copy.copy(self.reader.config.per_layer_config[0])
         config.num_attention_heads = len(kept[ATTENTION]) * self.shape.heads_per_group
         config.num_key_value_heads = len(kept[ATTENTION])
-        config.intermediate_size = len(kept[FFN])
+        config.intermediate_size = -(-len(kept[FFN]) // ROUND_CHANNELS) * ROUND_CHANNELS  # as pyprune does
+        pruned = pad_channels(self.reader.family, pruned, config.intermediate_size)
         return self.forward.build(list(pruned.items()), 0, config)
 
+    def parts(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        return hidden.split(self.forward.batch)
+
     def advance(self, block: nn.Module, module: str, hidden: Tensor) -> None:
-        for part in self.forward.parts(hidden):
+        for part in self.parts(hidden):
             part.copy_(self.forward.half(block, 0, module, part))
 
     def driver_weight(self, block: nn.Module, module: str) -> Tensor:
@@ -106,14 +111,14 @@ def ours(layer: Layer, ratio: float, stages: Stages) -> None:
             layer.driver_weight(block, module).shape[1], pruned.device, "layer", method.centred, False
         )
         inputs: list[Tensor] = []
-        for dense_part, part in zip(layer.forward.parts(dense), layer.forward.parts(pruned), strict=True):
+        for dense_part, part in zip(layer.parts(dense), layer.parts(pruned), strict=True):
             with stages.time("forward"):
                 goal = layer.forward.half(original, 0, module, dense_part)
                 dense_part.copy_(goal)
                 with layer.forward.observed(block, {module: inputs.append}):
                     result = layer.forward.half(block, 0, module, part)
             with stages.time("hessian"):
-                observer.observe_shortfall(observer.observe(inputs.pop()), goal.float() - result.float())
+                observer.observe_shortfall(observer.observe(inputs.pop()), goal - result)
         width, count = layer.shape.unit_width(module), layer.count(module, ratio)
         with stages.time("hessian"):
             curvature = observer.finish()
@@ -121,9 +126,9 @@ def ours(layer: Layer, ratio: float, stages: Stages) -> None:
             inverse = damped_inverse(curvature.hessian, method.damping).inverse
         with stages.time("refit"):
             target = layer.driver_weight(block, module)
-            target.addmm_(curvature.cross, inverse, alpha=method.correction)
+            add_split_product(target, curvature.cross, inverse, method.correction)
         with stages.time("choice"):
-            elimination = eliminate(inverse, target.T @ target, count, width)
+            elimination = eliminate(inverse, lower_gram(target), count, width)
         with stages.time("refit"):
             weights[module] = refit(target, elimination)
         mask = torch.ones(layer.shape.units(module), dtype=torch.bool)
@@ -139,7 +144,7 @@ def align(layer: Layer, original: nn.Module, module: str, dense: Tensor, pruned:
     """The work of fitting the matrices that read the stream to its change; the layer goes on with its own."""
     norm = original.get_submodule(layer.reader.family.norm(module))
     observer = CurvatureObserver(layer.shape.hidden_size, pruned.device, "layer", False, False)
-    for dense_part, part in zip(layer.forward.parts(dense), layer.forward.parts(pruned), strict=True):
+    for dense_part, part in zip(layer.parts(dense), layer.parts(pruned), strict=True):
         x = norm(part)
         observer.observe_shortfall(observer.observe(x), norm(dense_part).float() - x.float())
     change = alignment_of(observer.finish(), method.damping, "layer")
@@ -160,7 +165,7 @@ def authors(layer: Layer, ratio: float, stages: Stages) -> None:
         hessian = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
         inputs: list[Tensor] = []
         windows = 0
-        for part in layer.forward.parts(hidden):
+        for part in layer.parts(hidden):
             with (
                 stages.time("forward"),
                 layer.forward.observed(block, {module: inputs.append}),

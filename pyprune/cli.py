@@ -13,6 +13,7 @@ from .console import Console
 from .device import tune_allocators
 from .errors import InputError
 from .methods import METHODS
+from .time_model import KNOWN
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 
@@ -125,6 +126,8 @@ def evaluate(model: str, **options: Any) -> None:
 @cli.command(context_settings=SETTINGS)
 @click.argument("model")
 @method_options
+@click.option("--on", "named", type=click.Choice(list(KNOWN)), help="Ask about a GPU that is not here.")
+@click.option("--device-memory", type=MemorySize(), help="As in `pyprune prune`.")
 @device_options
 def plan(model: str, **options: Any) -> None:
     """What a pruning of MODEL would do: sizes, parameters, time, peak memory. Reads no weights, writes nothing."""
@@ -133,11 +136,17 @@ def plan(model: str, **options: Any) -> None:
     from .estimate import estimate
     from .methods import make_method
 
+    named = options["named"]
     device = select_device(options["device"])
+    if options["device_memory"] is not None and named is None and device.type == "cpu":
+        raise InputError("--device-memory is for a GPU: one that is here, or one named with --on")
     method = make_method(options["method"], options_given(options))
     reader = CheckpointReader(checkpoint_folder(model))
-    dtype = select_dtype(options["dtype"], reader.dtype, device)
-    result = estimate(reader, method, options["ratio"], options["samples"], options["sequence_length"], device, dtype)
+    dtype = (
+        reader.dtype if named and options["dtype"] == "auto" else select_dtype(options["dtype"], reader.dtype, device)
+    )
+    sizes = (options["ratio"], options["samples"], options["sequence_length"])
+    result = estimate(reader, method, *sizes, device, dtype, options["device_memory"], named)
     Console(options["as_json"]).estimated(result)
 
 

@@ -119,7 +119,11 @@ class Console:
             ("decoder linears", f"{before / 1e6:,.2f} M → {after / 1e6:,.2f} M parameters"),
             ("size", " → ".join(f"{n / 1e6:,.1f} MB" for n in result["bytes"])),
             ("peak memory", f"about {result['peak_memory_bytes'] / 1e6:,.0f} MB on {result['device']}"),
+            ("disk", f"{result['bytes_read'] / 1e6:,.1f} MB read, {result['bytes_written'] / 1e6:,.1f} MB written"),
         ]
+        if "hidden_states" in result:
+            host = f"about {result['host_memory_bytes'] / 1e6:,.0f} MB; hidden states: {result['hidden_states']}"
+            rows.append(("host memory", host))
         for step in result["passes"]:
             rows.append((f"{step['pass']} pass", f"{step['flops'] / 1e12:,.2f} TFLOP, about {step['seconds']:,.1f} s"))
         if result["layers"] is None:

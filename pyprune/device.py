@@ -12,6 +12,9 @@ import torch
 
 from .errors import InputError
 
+# Of the memory that is free on a GPU, what a run takes unless it is told.
+FREE_SHARE = 0.9
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

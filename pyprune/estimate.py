@@ -1,6 +1,6 @@
 """`pyprune plan`: what a pruning would do and take, from headers and configuration; no weights are read."""
 
-import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -8,12 +8,15 @@ import torch
 from .allocation import check_ratio, total_cost
 from .architectures import ATTENTION, FFN, MODULES, LayerShape
 from .checkpoint import CheckpointReader
-from .device import resident_peak
+from .device import FREE_SHARE, free_memory, resident_peak
 from .forward import micro_batch
+from .memory_plan import Sizes, plan_memory
 from .methods import Method, SecondOrderMethod
 from .methods.second_order import CURVES, MOMENTS
+from .time_model import KNOWN, MEMORY, matmul_rate, measured_rates, pass_seconds
 
-_PROBE_SECONDS = 0.5
+# Pinned memory through which layers are read and written.
+HOST_BUFFERS = 300 << 20
 
 
 def estimate(
@@ -24,35 +27,60 @@ def estimate(
     sequence_length: int,
     device: torch.device,
     dtype: torch.dtype,
+    device_memory: int | None = None,
+    named: str | None = None,
 ) -> dict[str, Any]:
-    """Sizes before and after, FLOPs, seconds and peak memory of each pass.
+    """Sizes before and after, FLOPs, seconds and bytes of each pass, peak memory of device and host.
 
-    Sizes by layer are known beforehand where they follow from the ratio alone; otherwise `layers` is null. Seconds
-    are FLOPs over a measured matrix-product rate, plus nothing for the disk and the choice. Peak memory counts, on a
-    CPU, the interpreter and libraries as they are now.
+    device: the one present; `named`, a key of time_model.KNOWN, is asked about in its place. On a GPU the seconds
+    follow from `time_model`, the memory, which `device_memory` bytes bound, from `memory_plan`; on a CPU seconds are
+    FLOPs over a measured rate of matrix products, and memory counts the interpreter and libraries as they are now.
+    Waiting for the disk is in neither. Sizes by layer are known beforehand where they follow from the ratio alone; otherwise `layers`
+    is null. Raises InputError where the run would be refused.
     """
     check_ratio(reader.shapes, ratio)
     before = sum(s.parameters for s in reader.shapes)
     removed = ratio * total_cost(reader.shapes) * 3 * reader.shapes[0].hidden_size
-    layers = _known_layers(reader.shapes, method, ratio) if method.predetermined else None
-    rate = matmul_rate(device, dtype) if method.needs_text else 0.0
-    passes = [
-        {"pass": name, "flops": work, "seconds": round(work / rate, 1)}
-        for name, work in pass_flops(reader.shapes, method, ratio, samples, sequence_length).items()
-    ]
-    return {
+    after = reader.bytes - round(removed) * reader.dtype.itemsize
+    flops = pass_flops(reader.shapes, method, ratio, samples, sequence_length)
+    result: dict[str, Any] = {
         "method": method.name,
         "options": method.options,
         "ratio": ratio,
         "parameters": {"decoder_linears": [before, before - round(removed)]},
-        "bytes": [reader.bytes, reader.bytes - round(removed) * reader.dtype.itemsize],
-        "layers": layers,
-        "passes": passes,
-        "peak_memory_bytes": peak_memory(reader, method, samples, sequence_length, device, dtype),
-        "matmul_flops_per_second": rate,
-        "device": str(device),
+        "bytes": [reader.bytes, after],
+        "bytes_read": reader.bytes * (1 + ("survey" in flops)),
+        "bytes_written": after,
+        "layers": _known_layers(reader.shapes, method, ratio) if method.predetermined else None,
+        "device": named or str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if named is None and device.type == "cpu":
+        rate = matmul_rate(device, dtype) if method.needs_text else 0.0
+        seconds = {name: work / rate for name, work in flops.items()}
+        peak = peak_memory(reader, method, samples, sequence_length, device, dtype)
+        result |= {"peak_memory_bytes": peak, "host_memory_bytes": peak}
+    else:
+        sizes = Sizes(reader.shapes, method, ratio, samples, sequence_length, dtype.itemsize, reader.dtype.itemsize)
+        memory = plan_memory(sizes, device_memory or _whole_memory(device, named))
+        rates = KNOWN[named] if named else measured_rates(device, dtype)
+        seconds = pass_seconds(sizes, rates) if method.needs_text else {}
+        result |= {
+            "peak_memory_bytes": memory.peak,
+            "peak_memory_by_pass": memory.device_bytes,
+            "host_memory_bytes": resident_peak() + memory.host_bytes + HOST_BUFFERS,
+            "windows_a_batch": memory.batch,
+            "hidden_states": "device" if not memory.host_bytes else "host, in part" if memory.on_device else "host",
+            "rates": asdict(rates),
+        }
+    result["passes"] = [
+        {"pass": name, "flops": work, "seconds": round(seconds[name], 1)} for name, work in flops.items()
+    ]
+    return result
+
+
+def _whole_memory(device: torch.device, named: str | None) -> int:
+    return int(MEMORY[named]) if named else int(FREE_SHARE * free_memory(device))
 
 
 def _known_layers(shapes: list[LayerShape], method: Method, ratio: float) -> list[dict[str, int]]:
@@ -129,17 +157,3 @@ def peak_memory(
         streams = 2 * hidden if method.correction else hidden
         return base + max(forward - hidden + streams, streams + layer * dtype.itemsize + on_host + solving)
     return base + max(forward, embeddings, rewriting + (hidden if method.sequential else 0))
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product on the device, the best of a few in half a second."""
-    n = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best, stop = float("inf"), time.perf_counter() + _PROBE_SECONDS
-    while time.perf_counter() < stop:
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import calibration, distributed
 from .allocation import check_ratio
 from .checkpoint import CheckpointReader, LayerLoader, check_place, checkpoint_folder, digest
-from .device import free_memory, select_dtype
+from .device import FREE_SHARE, free_memory, select_dtype
 from .errors import InputError
 from .forward import LayerForward, micro_batch
 from .memory_plan import MemoryPlan, Sizes, plan_memory
@@ -20,9 +20,6 @@ from .ops import backends
 from .options import Progress, PruneOptions
 from .plan import FORMAT
 from .windows import SELF, calibration_windows, evaluation_windows, load_windows, save_windows
-
-# Of the memory that is free on a GPU, what a run takes unless it is told.
-FREE_SHARE = 0.9
 
 # Operators that read activations, in the compute type; the others work on float32 statistics.
 ACTIVATION_OPERATORS = ("channel_moments", "hessian")
