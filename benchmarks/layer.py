@@ -79,7 +79,9 @@ class Layer:
         config = copy.copy(self.reader.config.per_layer_config[0])
         config.num_attention_heads = len(kept[ATTENTION]) * self.shape.heads_per_group
         config.num_key_value_heads = len(kept[ATTENTION])
-        config.intermediate_size = -(-len(kept[FFN]) // ROUND_CHANNELS) * ROUND_CHANNELS  # as pyprune does
+        config.intermediate_size = len(kept[FFN])
+        if len(kept[FFN]) < self.shape.intermediate_channels:  # as pyprune does
+            config.intermediate_size = -(-len(kept[FFN]) // ROUND_CHANNELS) * ROUND_CHANNELS
         pruned = pad_channels(self.reader.family, pruned, config.intermediate_size)
         return self.forward.build(list(pruned.items()), 0, config)
 

@@ -35,8 +35,8 @@ def estimate(
     device: the one present; `named`, a key of time_model.KNOWN, is asked about in its place. On a GPU the seconds
     follow from `time_model`, the memory, which `device_memory` bytes bound, from `memory_plan`; on a CPU seconds are
     FLOPs over a measured rate of matrix products, and memory counts the interpreter and libraries as they are now.
-    Waiting for the disk is in neither. Sizes by layer are known beforehand where they follow from the ratio alone; otherwise `layers`
-    is null. Raises InputError where the run would be refused.
+    Waiting for the disk is in neither. Sizes by layer are known beforehand where they follow from the ratio alone;
+    otherwise `layers` is null. Raises InputError where the run would be refused.
     """
     check_ratio(reader.shapes, ratio)
     before = sum(s.parameters for s in reader.shapes)
