@@ -4,6 +4,7 @@
 #   bash benchmarks/gpu_session.sh [STEP...]     (in the repository's root; results go to $OUT, default .)
 #
 # Steps: build facts tests prune moments hessian inverse grouped_cholesky eliminate layer sanitize; all, if none is named.
+# Whole models take longer: benchmarks/end_to_end.py.
 #
 # No network is used. A step that fails is named at the end and makes the exit status 1; later steps still run.
 set -uo pipefail

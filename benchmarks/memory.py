@@ -3,15 +3,19 @@
     python benchmarks/memory.py --output benchmarks/results/memory-cpu.json
 
 Makes a random checkpoint of the named shape (bfloat16), prunes it in a process of its own (float32 compute) and
-reads that process's high-water mark of resident memory from the kernel. The interpreter and its libraries count.
+reads that process's high-water mark of resident memory from the kernel. The interpreter and its libraries count. The
+process may have half the model's bytes of memory of its own (RLIMIT_DATA), and fails beyond. safetensors maps a file so
+that all of it counts, looked at or not: hence files of two layers each.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ def main() -> None:
 
     tokenizer = Path(__file__).resolve().parent.parent / "models" / "llama-6m-gqa"
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        model = make_checkpoint(Path(scratch) / "dense", tokenizer=tokenizer, **SHAPES[arguments.shape])
+        model = make_checkpoint(Path(scratch) / "dense", tokenizer=tokenizer, shard_layers=2, **SHAPES[arguments.shape])
         reader = CheckpointReader(model)
         text = Path(scratch) / "text.txt"
         text.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(4000)))
@@ -47,6 +51,7 @@ def main() -> None:
         "parameters": reader.bytes // 2,
         "dense_bytes": reader.bytes,
         "hidden_state_bytes": hidden,
+        "data_limit_bytes": reader.bytes // 2,
         "windows": [arguments.samples, arguments.sequence_length],
         "machine": describe_machine(torch.device("cpu")),
         "rows": rows,
@@ -70,7 +75,8 @@ def row(
         "--ratio", "0.3", "--calibration", str(text), "--samples", str(arguments.samples),
         "--sequence-length", str(arguments.sequence_length), "--device", "cpu", "--dtype", "float32", "--json",
     ]  # fmt: skip
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    limited = partial(resource.setrlimit, resource.RLIMIT_DATA, (dense // 2, dense // 2))
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=limited)
     assert child.stdout is not None
     result = json.loads(child.stdout.read())
     # wait4 gives the high-water mark of this child alone, as the kernel kept it.

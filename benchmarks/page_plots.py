@@ -64,8 +64,8 @@ def plot_memory(runs: dict[str, dict[str, Any]], published: list[Published], fil
 
 
 def peak_bytes(run: dict[str, Any]) -> int:
-    """What PyTorch allocated on the device at most; on a CPU the process's resident peak."""
-    return run["peak_memory"].get("device_allocated_bytes", run["peak_memory"]["host_bytes"])
+    """What PyTorch held of the device at most; on a CPU the process's resident peak."""
+    return run["peak_memory"].get("device_reserved_bytes", run["peak_memory"]["host_bytes"])
 
 
 def _figure(label: str, rows: int, draw: Callable[[Any], None], file: Path) -> None:

@@ -4,6 +4,8 @@ import errno
 import json
 from typing import Any
 
+import torch
+
 from . import distributed
 from .bystander import BystanderWriter
 from .checkpoint import JOURNAL, CheckpointWriter, check_free, check_space, differences
@@ -19,8 +21,8 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
     """Prune a checkpoint; returns the plan (what was written to plan.json).
 
     Raises InputError for anything wrong with the arguments or the input; then nothing is left behind. A run
-    that was killed, ran out of disk space or met a file that could not be read leaves `<output>.partial` with all
-    finished layers, which `resume` finishes; the last two are InputErrors too.
+    that was killed, ran out of disk space or device memory, or met a file that could not be read leaves
+    `<output>.partial` with all finished layers, which `resume` finishes; all but the first are InputErrors too.
 
     Within `distributed.process_group` every process calls it with the same options; the first one writes.
     """
@@ -57,8 +59,15 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
         raise InputError(
             f"{error.filename}: {error.strerror}; {writer.partial} keeps the finished layers: repeat with --resume"
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{job.device}: out of memory: {str(error).split('. ')[0]}; {writer.partial} keeps the finished layers: free "
+            "some and repeat with --resume, or start anew with a smaller --device-memory"
+        ) from error
     finally:
         writer.close()
+        if options.device_memory is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, job.device)
 
 
 def _finished(job: Job) -> dict[str, Any]:

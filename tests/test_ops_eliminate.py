@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -10,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from forced_backend import each_backend_of, each_device, forced_backend
-from tf32 import in_float32
+from tf32 import as_tensor_cores, in_float32
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -494,15 +495,18 @@ def test_compiles_as_one_graph(backend: str, device: str) -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("product", [in_float32, as_tensor_cores])
 @pytest.mark.parametrize("rank", [300, 40])
-def test_split_updates_with_tf32_emulated(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_updates_with_tf32_emulated(
+    rank: int, product: Callable[[Tensor, Tensor, Tensor], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Split products choose as well as float32 does, and so they refit; several panels, the last one narrower."""
     module = importlib.import_module("pyprune.ops.eliminate")
     hessian, weight = correlated(300, rank)
     exact = run(hessian, weight, 150)
     monkeypatch.setattr(module, "has_fast_tf32", lambda _: True)
     monkeypatch.setattr(module, "SPLIT_FROM", 1)
-    monkeypatch.setattr(module, "subtract_product", in_float32)
+    monkeypatch.setattr(module, "subtract_product", product)
     elimination = run(hessian, weight, 150, dtype=torch.float32)
     assert_set_as_good(hessian, weight, elimination, exact)
     kept = elimination.kept_channels()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tf32 import in_float32, truncated
+from tf32 import as_tensor_cores, in_float32, truncated
 from torch import Tensor
 
 from pyprune.errors import InputError
@@ -134,15 +134,6 @@ def test_sweep_in_small_blocks_reads_the_lower_triangle(
     # Within a diagonal block the products touch the upper triangle, but what stands there is not used.
     assert sweep(a, blocking).item() == 0
     assert_as_good_as_library(h, shift, a)
-
-
-def as_tensor_cores(c: Tensor, left: Tensor, right: Tensor) -> None:
-    """subtract_product by operands of 10 bits, every 8 columns' sum truncated to float32."""
-    left, right = (truncated(x, 13).double() for x in (left, right))
-    total = torch.zeros(c.shape, dtype=torch.float64)
-    for a, b in zip(left.split(8, dim=1), right.split(8), strict=True):
-        total = truncated(total.addmm_(a, b), 29)
-    c -= total.float()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import run as run_command
 
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
@@ -214,8 +215,22 @@ def test_resume_of_a_finished_run_and_of_another(model_and_text: tuple[Path, Pat
         prune(options(model, text, tmp_path / "out", "magnitude"))
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(28, os.strerror(28)),
+            r"out\.partial: no space left on the device; free some and repeat with --resume",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. GPU 0 has"),
+            r"cpu: out of memory: CUDA out of memory; .*out\.partial keeps the finished layers: .* repeat with --resume",
+        ),
+    ],
+    ids=["disk", "device"],
+)
 def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
-    model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     """No space left in the middle: one line, the finished layers stay, --resume writes only the rest."""
     model, text = model_and_text
@@ -224,13 +239,11 @@ def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
 
     def full(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
         if shard == 5:
-            raise OSError(28, os.strerror(28))
+            raise error
         write(self, shard, *arguments, **named)
 
     monkeypatch.setattr(CheckpointWriter, "write", full)
-    with pytest.raises(
-        InputError, match=r"out\.partial: no space left on the device; free some and repeat with --resume"
-    ):
+    with pytest.raises(InputError, match=message):
         prune(options(model, text, tmp_path / "out", "flap"))
     written: list[int] = []
     monkeypatch.setattr(

@@ -107,7 +107,7 @@ class SecondOrderMethod(Method):
         target = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         bias = self._output_on_average(curvature, target) if self.centred else None
         if self.correction:
-            add_split_product(target, curvature.take_cross(), inverse, self.correction)
+            add_split_product(target, curvature.take_cross(), inverse, self.correction)  # A is symmetric
         target[:, damped.dead] = 0
         scores = single_errors(inverse, target, width).double().cpu()
         units = target.shape[1] // width

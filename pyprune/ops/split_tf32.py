@@ -62,19 +62,18 @@ def high_and_low(x: Tensor, high: Tensor, low: Tensor) -> None:
 
 
 def add_split_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """total [m, n] += alpha · left right, [m, k] and [k, n], float32, in float32 or as good.
+    """total [m, n] += alpha · left rightᵀ, left [m, k], right [n, k], of one type; float32 is as good as exact float32.
 
     On tensor cores where TF32 is fast, COLUMNS of k at a time (see split_panel).
     """
     if not has_fast_tf32(left):
-        total.addmm_(left, right, alpha=alpha)
+        total.addmm_(left, right.mT, alpha=alpha)
         return
-    buffers = [left.new_empty(1, len(side), 4 * COLUMNS) for side in (left, right.mT)]
+    buffers = [side.new_empty(1, len(side), 4 * COLUMNS) for side in (left, right)]
     for start in range(0, left.shape[1], COLUMNS):
-        parts = [side[:, start : start + COLUMNS] for side in (left, right.mT)]
+        parts = [side[:, start : start + COLUMNS] for side in (left, right)]
         for part, buffer in zip(parts, buffers, strict=True):
             split_panel(part, buffer)
-        width = parts[0].shape[1]
-        ((first, _),), ((_, second),) = (split_factors(width, buffer) for buffer in buffers)
+        ((first, _),), ((_, second),) = (split_factors(parts[0].shape[1], buffer) for buffer in buffers)
         with tf32_products():
             total.addmm_(first, second.mT, alpha=alpha)

@@ -2,6 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,16 @@ from ..rewrite import pad_channels
 
 # On a GPU a pruned layer's forward has its FFN in multiples of so many channels: a whole tile of every type.
 ROUND_CHANNELS = 64
+
+
+def build_dense(job: Job, forward: LayerForward, stored: Mapping[str, Tensor], layer: int) -> nn.Module:
+    """A layer as it is stored, as a module.
+
+    On a CPU each tensor is mapped, converted and let go: pages of the file that were looked at count as memory as long
+    as anything of that mapping lives.
+    """
+    items = job.reader.stream_layer(layer) if job.device.type == "cpu" else stored.items()
+    return forward.build(items, layer)
 
 
 class Passes(ABC):

@@ -24,6 +24,7 @@ from ..methods import SecondOrderMethod
 from ..ops import damped_inverse, eliminate, lower_gram
 from ..residual_allocation import ErrorCurves, error_curve
 from ..statistics import column_norms
+from .base import build_dense
 from .layer_log import LayerLog
 
 FORMAT = "pyprune-curves-2"  # part of a file's name: a change of the formulas makes old ones unfindable
@@ -112,7 +113,7 @@ def survey_curves(job: Job, method: SecondOrderMethod, deepest: int, meter: Mete
     for layer, shape in enumerate(reader.shapes):
         job.progress("survey", layer, reader.layers)
         with meter.layer():
-            block = forward.build(next(stored).items(), layer)
+            block = build_dense(job, forward, next(stored), layer)
             known = distributed.from_first(partial(log.read, layer))
             own: ErrorCurves = {} if known is None else known[0]
             for module in MODULES:

@@ -25,7 +25,7 @@ from ..ops.precision import tf32_products
 from ..plan import layer_entry
 from ..residual_allocation import ErrorCurves
 from ..rewrite import rewrite_layer
-from .base import Passes
+from .base import Passes, build_dense
 from .curves import cached_curves
 from .survey import cached_survey
 
@@ -122,7 +122,7 @@ class ReconstructionPasses(Passes):
         shape, family = self.reader.shapes[layer], self.reader.family
         source = dict(stored)
         del stored
-        dense = forward.build(source.items(), layer)
+        dense = build_dense(self.job, forward, source, layer)
         norms = self._next_norms(dense, layer)
         original: nn.Module | None = dense
         del dense
@@ -198,7 +198,7 @@ class ReconstructionPasses(Passes):
         kept, scores, tensors = self.restored(layer)
         if advance:
             if streams.dense is not None:
-                block = forward.build(stored.items(), layer)
+                block = build_dense(self.job, forward, stored, layer)
                 for module in MODULES:
                     for part in streams.dense.parts():
                         part.replace(forward.half(block, layer, module, part.value))

@@ -15,7 +15,7 @@ from ..job import Job
 from ..methods import LayerStatistics, ScoringMethod
 from ..plan import layer_entry
 from ..rewrite import compensation_bias, rewrite_layer
-from .base import Passes
+from .base import Passes, build_dense
 from .survey import cached_survey, observe_layer, survey_weights
 
 
@@ -107,7 +107,7 @@ class ScoringPasses(Passes):
         meter: Meter,
     ) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
         with meter.stage("forward"):
-            block = forward.build(source.items(), layer)
+            block = build_dense(self.job, forward, source, layer)
             statistics = observe_layer(forward, block, layer, hidden, self.method.by_window, advance=False)
         del block
         self._count_nonfinite(layer, statistics)

@@ -20,6 +20,7 @@ from ..job import Job
 from ..methods import LayerStatistics
 from ..options import Progress
 from ..statistics import DriverObserver, DriverStatistics, column_norms
+from .base import build_dense
 from .layer_log import LayerLog
 
 FORMAT = "pyprune-survey-2"  # part of a survey's name: a change of the formulas makes old ones unfindable
@@ -59,7 +60,7 @@ def survey_model(job: Job, by_window: bool, meter: Meter, log: LayerLog) -> list
     for layer in range(job.reader.layers):
         job.progress("survey", layer, job.reader.layers)
         with meter.layer(), meter.stage("forward"):
-            block = forward.build(next(stored).items(), layer)
+            block = build_dense(job, forward, next(stored), layer)
             known = distributed.from_first(partial(log.read, layer))
             if known is None:
                 statistics = observe_layer(forward, block, layer, hidden, by_window, advance=layer < last)
