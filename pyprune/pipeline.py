@@ -60,9 +60,10 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
             f"{error.filename}: {error.strerror}; {writer.partial} keeps the finished layers: repeat with --resume"
         ) from error
     except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
         raise InputError(
-            f"{job.device}: out of memory: {str(error).split('. ')[0]}; {writer.partial} keeps the finished layers: free "
-            "some and repeat with --resume, or start anew with a smaller --device-memory"
+            f"{job.device}: out of memory: {reason}; {writer.partial} keeps the finished layers: free some and repeat "
+            "with --resume, or start anew with a smaller --device-memory"
         ) from error
     finally:
         writer.close()
