@@ -33,7 +33,7 @@ def cli() -> None:
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
 @method_options
-@click.option("--device-memory", type=MemorySize(), help="Stay below so much of the GPU's memory, e.g. 24GB.")
+@click.option("--device-memory", type=MemorySize(), help="Prune within so much GPU memory, e.g. 24GB.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder of surveys.  [default: beside OUTPUT]")
 @click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
 @click.option("--allow-nonfinite", is_flag=True, help="Count NaN and Inf activations as zero.")

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import distributed
 from .errors import InputError
 from .ops import Hessian, damped_inverse
+from .ops.precision import exact_float32
 
 
 @dataclass
@@ -113,6 +114,7 @@ def alignment_of(curvature: Curvature, damping: float, where: str) -> Tensor:
 def add_product(total: Tensor, r: Tensor, x: Tensor) -> None:
     """total [out, in] float32 += rᵀ x, r [tokens, out], x [tokens, in], in x's type on tensor cores."""
     if x.dtype == torch.float32 or x.device.type == "cpu":
-        total.addmm_(r.float().T, x.float())
+        with exact_float32():
+            total.addmm_(r.float().T, x.float())
     else:
         total += torch.mm(r.to(x.dtype).T, x, out_dtype=torch.float32)

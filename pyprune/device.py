@@ -53,6 +53,21 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+@contextmanager
+def memory_limit(device: torch.device, limit: int | None) -> Iterator[None]:
+    """Within it PyTorch gets no more than `limit` bytes of a CUDA device; None: no limit. OutOfMemoryError beyond."""
+    if limit is None:
+        yield
+        return
+    torch.cuda.empty_cache()  # what is held from before counts
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
 @dataclass
 class Meter:
     """Seconds and peak memory of a pass and of each of its layers, and seconds by stage (`stage`).
@@ -79,9 +94,10 @@ class Meter:
             self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
             return
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
+        stream = torch.cuda.current_stream(self.device)
+        first.record(stream)
         yield
-        last.record()
+        last.record(stream)
         self._marks.append((name, first, last))
 
     @contextmanager

@@ -80,7 +80,7 @@ def estimate(
 
 
 def _whole_memory(device: torch.device, named: str | None) -> int:
-    return int(MEMORY[named]) if named else int(FREE_SHARE * free_memory(device))
+    return int(FREE_SHARE * (MEMORY[named] if named else free_memory(device)))
 
 
 def _known_layers(shapes: list[LayerShape], method: Method, ratio: float) -> list[dict[str, int]]:

@@ -73,9 +73,10 @@ def finish(
     if job.evaluation_windows is not None:
         try:
             plan["evaluation"] = _evaluate(job, partial, job.evaluation_windows)
-        except InputError as error:
+        except (InputError, torch.OutOfMemoryError) as error:
+            reason = str(error).split(". ")[0]
             raise InputError(
-                f"{error}; the pruned model is complete all the same: repeat with --resume and without --evaluate"
+                f"{reason}; the pruned model is complete all the same: repeat with --resume and without --evaluate"
             ) from error
     plan["seconds"] = round(perf_counter() - job.start, 3)
     write_plan(plan, partial)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import calibration, distributed
 from .allocation import check_ratio
-from .checkpoint import CheckpointReader, LayerLoader, check_place, checkpoint_folder, digest
+from .checkpoint import CheckpointReader, LayerLoader, begun_identity, check_place, checkpoint_folder, digest
 from .device import FREE_SHARE, free_memory, select_dtype
 from .errors import InputError
 from .forward import LayerForward, micro_batch
@@ -51,10 +51,6 @@ class Job:
         self.model_fingerprint = self.reader.fingerprint()
         self.backends = self._backends() if self.method.needs_text else {}
         self.windows = self._windows() if self.method.needs_text else None
-        # After text was sampled from the model, which takes it whole.
-        if options.device_memory is not None:
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, options.device_memory / total), self.device)
         # Before the first layer: a text that cannot be read must not cost the whole run.
         self.evaluation_windows = self._evaluation_windows()
         self.text_fingerprint = None if self.windows is None else calibration.fingerprint(self.windows)
@@ -106,7 +102,9 @@ class Job:
             self.reader.dtype.itemsize,
             distributed.world_size(),
         )
-        return plan_memory(sizes, distributed.smallest(min(budget, total)))
+        # A resumed run has to go on with its batches: sums over others round otherwise.
+        begun = distributed.from_first(lambda: begun_identity(o.output)) if o.resume else {}
+        return plan_memory(sizes, distributed.smallest(min(budget, total)), begun.get("batch"))
 
     def cache_file(self, kind: str, operators: tuple[str, ...], **what: Any) -> tuple[Path, dict[str, Any]]:
         """Where statistics of this model and text are kept, and what their numbers follow from.

@@ -99,9 +99,9 @@ class Sizes:
         return inside * self.hidden(windows) + (streams - inside) * 3 * self.hidden(batch)
 
     def shortfall(self, module: str, batch: int) -> int:
-        """Σ r xᵀ and the product added to it, and both results with their difference in float32."""
+        """Σ r xᵀ and the product added to it, and both results with their difference."""
         rows = batch * self.sequence_length * self.shape.hidden_size
-        return 2 * self.shape.hidden_size * self.width(module) * 4 + rows * (12 + 2 * self.compute_bytes)
+        return 2 * self.shape.hidden_size * self.width(module) * 4 + rows * 3 * self.compute_bytes
 
 
 def inverting(sizes: Sizes, module: str) -> int:
@@ -151,7 +151,8 @@ def prune_peak(sizes: Sizes, batch: int, on_device: int) -> int:
             return layers + pruned
         standing = layers + pruned + sizes.placed(batch, on_device, 1, sizes.windows)
         return standing + max(sizes.forward(module, batch) for module in MODULES)
-    standing = layers + sizes.placed(batch, on_device, sizes.streams, sizes.windows)
+    # The layer before may still be on its way to the disk.
+    standing = layers + pruned + sizes.placed(batch, on_device, sizes.streams, sizes.windows)
     peaks = []
     for module in MODULES:
         aligned = sizes.matrices(module) if method.alignment else 0
@@ -160,10 +161,12 @@ def prune_peak(sizes: Sizes, batch: int, on_device: int) -> int:
         observing = d * d * 4 + sizes.forward(module, batch)
         if method.correction:
             observing += sizes.shortfall(module, batch)
+        # The dense FFN is through when its driver is solved for; the attention's new driver is kept in float32.
+        own = aligned if module == ATTENTION else sizes.shape.hidden_size * sizes.width(ATTENTION) * 4
         cross = sizes.shape.hidden_size * d * 4 if method.correction else 0
-        own = aligned + before
-        peaks += [own + observing, own + max(cross + inverting(sizes, module), choosing(sizes, module, sizes.ratio))]
-    return standing + max(*peaks, pruned + sizes.forward(FFN, batch))
+        solving = max(cross + inverting(sizes, module), choosing(sizes, module, min(1.0, 2 * sizes.ratio)))
+        peaks += [aligned + before + observing, own + solving]
+    return standing + max(*peaks, sizes.forward(FFN, batch))
 
 
 def peaks(sizes: Sizes, batch: int, on_device: int) -> dict[str, int]:
@@ -176,8 +179,8 @@ def peaks(sizes: Sizes, batch: int, on_device: int) -> dict[str, int]:
     return {name: int(peak * FRAGMENTATION) + WORKSPACE for name, peak in found.items()}
 
 
-def plan_memory(sizes: Sizes, budget: int) -> MemoryPlan:
-    """The fastest way to run within `budget` bytes of the device.
+def plan_memory(sizes: Sizes, budget: int, batch: int | None = None) -> MemoryPlan:
+    """The fastest way to run within `budget` bytes of the device; `batch`: the one that a run began with.
 
     Micro-batches of half the usual size still fill a GPU; hidden states in the host cross the bus several times a
     layer, mostly beside the computing. Smaller ones come last. InputError where nothing fits.
@@ -185,14 +188,19 @@ def plan_memory(sizes: Sizes, budget: int) -> MemoryPlan:
     usual = min(micro_batch(torch.device("cuda"), sizes.sequence_length), max(1, sizes.windows))
     batches = sorted({max(1, usual // k) for k in (1, 2)}, reverse=True)
     smaller = sorted({max(1, usual // k) for k in (4, 8, 16)} - set(batches), reverse=True)
-    choices = [(batch, n) for n in range(sizes.streams, -1, -1) for batch in batches]
-    for batch, on_device in [*choices, *((batch, 0) for batch in smaller)]:
-        found = peaks(sizes, batch, on_device)
+    if batch is not None:
+        batches, smaller = [batch], []
+    choices = [(own, n) for n in range(sizes.streams, -1, -1) for own in batches]
+    choices += [(own, 0) for own in smaller]
+    for own, on_device in choices:
+        found = peaks(sizes, own, on_device)
         if max(found.values()) <= budget:
-            host = (sizes.streams - min(on_device, sizes.streams)) * sizes.hidden(sizes.windows)
-            return MemoryPlan(batch, on_device, found, host)
-    least = min(max(peaks(sizes, batch, 0).values()) for batch in [*batches, *smaller])
+            # PyTorch takes pinned memory in powers of two.
+            each = 1 << (sizes.hidden(sizes.windows) - 1).bit_length()
+            return MemoryPlan(own, on_device, found, (sizes.streams - min(on_device, sizes.streams)) * each)
+    least = min(max(peaks(sizes, own, 0).values()) for own in [*batches, *smaller])
+    begun = "" if batch is None else f" with the batches of {batch} windows that the run began with"
     raise InputError(
-        f"{budget / 1e9:.1f} GB of device memory are too few for this model and method: {least / 1e9:.1f} GB are "
-        "needed with hidden states in host memory and the smallest batches; raise --device-memory"
+        f"{budget / 1e9:.1f} GB of device memory are too few for this model and method: {least / 1e9:.1f} GB are needed"
+        f" with hidden states in host memory{begun or ' and the smallest batches'}; raise --device-memory"
     )

@@ -9,6 +9,7 @@ import torch
 from . import distributed
 from .bystander import BystanderWriter
 from .checkpoint import JOURNAL, CheckpointWriter, check_free, check_space, differences
+from .device import memory_limit
 from .errors import InputError
 from .finish import finish
 from .job import Job
@@ -38,7 +39,8 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
     try:
         writer.begin()
         try:
-            choice, scores = passes.execute()
+            with memory_limit(job.device, options.device_memory):
+                choice, scores = passes.execute()
             writer.flush()
         except InputError:
             if fresh:  # this model cannot be pruned so: nothing to resume
@@ -67,8 +69,6 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
         ) from error
     finally:
         writer.close()
-        if options.device_memory is not None:
-            torch.cuda.set_per_process_memory_fraction(1.0, job.device)
 
 
 def _finished(job: Job) -> dict[str, Any]:

@@ -55,6 +55,17 @@ def test_a_smaller_budget_is_kept_or_refused(shape: str, method: str) -> None:
     assert peaks == sorted(peaks, reverse=True)
 
 
+def test_a_run_that_began_goes_on_with_its_batches() -> None:
+    """Less memory than at first: hidden states move, batches stay, since sums over others round otherwise."""
+    model = sizes("llama-3.3-70b", "obs")
+    roomy = plan_memory(model, int(140e9))
+    budgets = [int(gigabytes * 1e9) for gigabytes in range(18, 30)]
+    assert any(plan_memory(model, budget).batch < roomy.batch for budget in budgets)
+    assert all(plan_memory(model, budget, roomy.batch).batch == roomy.batch for budget in budgets)
+    with pytest.raises(InputError, match="batches of 8 windows that the run began with"):
+        plan_memory(model, int(8e9), roomy.batch)
+
+
 def test_two_processes_need_less_each() -> None:
     one, two = (plan_memory(sizes("llama-2-13b", "obs", processes=n), int(140e9)) for n in (1, 2))
     assert two.peak < one.peak
@@ -118,8 +129,5 @@ def test_a_run_stays_in_its_budget(method: str, demo_model: Path, tmp_path: Path
     options = PruneOptions(
         str(demo_model), tmp_path / "out", method, 0.3, {}, str(text), 64, 256, device="cuda", device_memory=400 * 10**6
     )
-    try:
-        plan = prune(options)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    plan = prune(options)
     assert 0 < plan["peak_memory_bytes"] <= 400 * 10**6

@@ -5,13 +5,14 @@ from .hub import checkpoint_folder
 from .loader import LayerLoader
 from .places import check_free, check_place, check_space
 from .reader import CheckpointReader
-from .writer import JOURNAL, CheckpointWriter, differences
+from .writer import JOURNAL, CheckpointWriter, begun_identity, differences
 
 __all__ = [
     "JOURNAL",
     "CheckpointReader",
     "CheckpointWriter",
     "LayerLoader",
+    "begun_identity",
     "check_free",
     "check_place",
     "check_space",

@@ -87,8 +87,9 @@ class ChunkReader:
         return self._descriptors[chunk.file]
 
     def _read(self, descriptor: int, chunk: Chunk) -> None:
-        buffer = self._buffers.get() or HostBuffer(self.chunk_bytes, self.stream)
+        buffer = self._buffers.get()
         try:
+            buffer = buffer or HostBuffer(self.chunk_bytes, self.stream)
             buffer.wait()
             _read_exactly(descriptor, chunk, buffer.view)
             if chunk.target is not None:

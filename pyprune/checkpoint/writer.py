@@ -184,6 +184,17 @@ class CheckpointWriter:
         (self.output / JOURNAL).unlink()
 
 
+def begun_identity(output: Path) -> dict[str, Any]:
+    """The identity in the journal of an unfinished run; empty where there is none that can be read."""
+    journal = output.resolve().with_name(output.resolve().name + ".partial") / JOURNAL
+    try:
+        with journal.open(encoding="utf-8") as f:
+            identity = json.loads(f.readline())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):  # the writer says what is wrong with it
+        return {}
+    return identity if isinstance(identity, dict) else {}
+
+
 def _sync(folder: Path) -> None:
     """Bring the names in a folder to the disk."""
     directory = os.open(folder, os.O_RDONLY)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .precision import tf32_products
+from .precision import exact_float32, tf32_products
 
 # Compute capabilities whose TF32 has several times the rate of float32; elsewhere at most twice, and three products
 # in place of one do not pay.
@@ -67,7 +67,8 @@ def add_split_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) 
     On tensor cores where TF32 is fast, COLUMNS of k at a time (see split_panel).
     """
     if not has_fast_tf32(left):
-        total.addmm_(left, right.mT, alpha=alpha)
+        with exact_float32():
+            total.addmm_(left, right.mT, alpha=alpha)
         return
     buffers = [side.new_empty(1, len(side), 4 * COLUMNS) for side in (left, right)]
     for start in range(0, left.shape[1], COLUMNS):

@@ -42,9 +42,9 @@ def cached_curves(job: Job, method: SecondOrderMethod, meter: Meter) -> tuple[li
     """
     deepest = deepest_cut(job.options.ratio)
     files = [curves_file(job, method, tenths) for tenths in range(deepest, 11)]
-    stored = distributed.from_first(lambda: first_curves([path for path, _ in files], job.reader.layers))
+    stored = distributed.from_first(lambda: first_curves([path for path, _ in files], job.reader.shapes, deepest))
     if stored is not None:
-        return [cut(own, shape, deepest) for own, shape in zip(stored, job.reader.shapes, strict=True)], True
+        return stored, True
     path, identity = files[0]
     with LayerLog(path, distributed.is_first()) as log:
         curves = survey_curves(job, method, deepest, meter, log)
@@ -78,17 +78,27 @@ def removals(shape: LayerShape, module: str, tenths: int) -> int:
 
 
 def cut(curves: ErrorCurves, shape: LayerShape, tenths: int) -> ErrorCurves:
-    """The curves as a survey of so many tenths has them, from one that went deeper."""
-    lengths = {module: removals(shape, module, tenths) + 1 for module in MODULES}
-    return {
-        module: curve if curve[lengths[module] - 1] < NEGLIGIBLE else curve[: lengths[module]]
-        for module, curve in curves.items()
-    }
+    """The curves as a survey of so many tenths has them, from one that went deeper; empty: it did not go so deep.
+
+    A survey goes on to the last unit where its end is negligible; a deeper one may have ended where it was not.
+    """
+    result = {}
+    for module, curve in curves.items():
+        length = removals(shape, module, tenths) + 1
+        to_the_end = curve if len(curve) == shape.units(module) else curve[:0]
+        result[module] = to_the_end if curve[length - 1] < NEGLIGIBLE else curve[:length]
+    return result
 
 
-def first_curves(files: list[Path], layers: int) -> list[ErrorCurves] | None:
-    """From the first of the files that is there: each after it is of a survey that went deeper, which will do."""
-    return next((load_curves(path, layers) for path in files if path.is_file()), None)
+def first_curves(files: list[Path], shapes: list[LayerShape], tenths: int) -> list[ErrorCurves] | None:
+    """As a survey of so many tenths has them: from its own file, or one after it, of a survey that went deeper."""
+    for path in files:
+        if path.is_file():
+            layers = load_curves(path, len(shapes))
+            found = [cut(own, shape, tenths) for own, shape in zip(layers, shapes, strict=True)]
+            if all(len(curve) for own in found for curve in own.values()):
+                return found
+    return None
 
 
 def load_curves(path: Path, layers: int) -> list[ErrorCurves]:
@@ -127,6 +137,7 @@ def survey_curves(job: Job, method: SecondOrderMethod, deepest: int, meter: Mete
                 with meter.stage("choice"):
                     weight = block.get_parameter(reader.family.driver(module) + ".weight").data
                     own[module] = curve_of(curvature, energy, weight, shape, module, deepest, method.damping, where)
+                del curvature, weight
             if known is None:
                 log.write(layer, own, {})
             curves.append(own)
@@ -176,4 +187,5 @@ def curve_of(
             gram, width = lower_gram(weight.masked_fill(damped.dead, 0)), shape.unit_width(module)
             errors = eliminate(damped.inverse, gram, n, width, keep_factor=False).errors
             curve = error_curve(errors, curvature.count, energy)
+            del damped, gram, errors  # before the second round makes its own
     return curve

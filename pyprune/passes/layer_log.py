@@ -31,12 +31,15 @@ class LayerLog:
             with safe_open(file, framework="pt") as f:
                 tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
                 return tensors, dict(f.metadata() or {})
+        except FileNotFoundError:  # another run of the same survey is through
+            return None
         except SafetensorError as error:
             raise InputError(f"{file}: damaged ({error}); delete it") from error
 
     def write(self, layer: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         if self.writes:
-            save_cached(tensors, self._file(layer), metadata)
+            with suppress(FileNotFoundError):  # another run of the same survey is through and removed the folder
+                save_cached(tensors, self._file(layer), metadata)
 
     def __enter__(self) -> "LayerLog":
         return self

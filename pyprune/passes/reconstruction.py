@@ -71,12 +71,11 @@ class ReconstructionPasses(Passes):
         for layer in range(self.reader.layers):
             self.job.progress("prune", layer, self.reader.layers)
             with self.meter.layer():
-                # Handed over for good: the loader begins with the layer after the next once this one is gone.
-                source = [next(stored)]
+                source = next(stored)
                 if layer + 1 in self.writer.done:
-                    kept, own = self._repeat(forward, layer, source.pop(), streams, layer < last)
+                    kept, own = self._repeat(forward, layer, source, streams, layer < last)
                 else:
-                    kept, own = self._prune(forward, layer, source.pop(), streams, counts[layer], layer < last)
+                    kept, own = self._prune(forward, layer, source, streams, counts[layer], layer < last)
             layers.append(kept)
             scores.append(own)
         self.copy_head()
@@ -113,7 +112,7 @@ class ReconstructionPasses(Passes):
         self,
         forward: LayerForward,
         layer: int,
-        stored: Mapping[str, Tensor],
+        stored: dict[str, Tensor],
         streams: Streams,
         counts: dict[str, int],
         advance: bool,
@@ -121,7 +120,7 @@ class ReconstructionPasses(Passes):
         """Choose, refit and write both modules of a layer; the streams advance past it unless it is the last."""
         shape, family = self.reader.shapes[layer], self.reader.family
         source = dict(stored)
-        del stored
+        stored.clear()  # the loader holds it too: what is replaced in `source` is free at once
         dense = build_dense(self.job, forward, source, layer)
         norms = self._next_norms(dense, layer)
         original: nn.Module | None = dense
@@ -140,6 +139,7 @@ class ReconstructionPasses(Passes):
             if block is None:
                 tensors = rewrite_layer(family, source, shape, kept, bias, weight)
                 block = self.build_pruned(forward, tensors, layer, kept)
+                del tensors
             curvature = self._observe(forward, original, block, layer, module, streams)
             own = block.get_parameter(family.driver(module) + ".weight").data
             block = None
