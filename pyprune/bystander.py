@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import CheckpointWriter
+from .checkpoint.writer import partial_of
 
 
 class BystanderWriter(CheckpointWriter):
@@ -15,7 +16,7 @@ class BystanderWriter(CheckpointWriter):
 
     def __init__(self, output: Path, shards: int, done: dict[int, dict[str, Any]]) -> None:
         self.output = output.resolve()
-        self.partial = self.output.with_name(self.output.name + ".partial")
+        self.partial = partial_of(output)
         self.shards, self.done = shards, done
         self.bytes_written, self.wait_seconds = 0, 0.0
 

@@ -68,6 +68,11 @@ def memory_limit(device: torch.device, limit: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+def what_ran_out(error: torch.OutOfMemoryError) -> str:
+    """The first sentence of PyTorch's paragraph."""
+    return str(error).split(". ")[0]
+
+
 @dataclass
 class Meter:
     """Seconds and peak memory of a pass and of each of its layers, and seconds by stage (`stage`).

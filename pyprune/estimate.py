@@ -135,8 +135,8 @@ def peak_memory(
     device: torch.device,
     dtype: torch.dtype,
 ) -> int:
-    """Bytes: hidden states, one layer in the compute type and as stored, one micro-batch of its temporaries."""
-    base = resident_peak() if device.type == "cpu" else 0
+    """Bytes on a CPU: hidden states, one layer in the compute type and as stored, a micro-batch of its temporaries."""
+    base = resident_peak()
     layer = max(s.parameters for s in reader.shapes)
     stored = layer * reader.dtype.itemsize
     embeddings = reader.tensors[reader.family.embeddings].bytes
@@ -147,13 +147,12 @@ def peak_memory(
     tokens = micro_batch(device, sequence_length) * sequence_length
     # Of the FFN, gate, up, their activation and the product are alive at once; of the residual stream four copies.
     temporaries = tokens * (4 * shape.intermediate_channels + 4 * shape.hidden_size) * dtype.itemsize
-    on_host = stored if device.type == "cpu" and dtype != reader.dtype else 0
+    on_host = stored if dtype != reader.dtype else 0
     forward = hidden + layer * dtype.itemsize + on_host + temporaries
-    rewriting = stored * 2 if device.type == "cpu" else 0
     if isinstance(method, SecondOrderMethod):
         width = max(s.units(m) * s.unit_width(m) for s in reader.shapes for m in MODULES)
         # H, its inverse and the weights' products; the factor of what is removed; weights before and after in float32.
         solving = (3 * width**2 + width * width // 2 + 4 * shape.hidden_size * width) * 4
         streams = 2 * hidden if method.correction else hidden
         return base + max(forward - hidden + streams, streams + layer * dtype.itemsize + on_host + solving)
-    return base + max(forward, embeddings, rewriting + (hidden if method.sequential else 0))
+    return base + max(forward, embeddings, stored * 2 + (hidden if method.sequential else 0))

@@ -12,6 +12,7 @@ from . import distributed
 from .allocation import Choice, UnitScores
 from .architectures import LayerShape
 from .checkpoint import CheckpointWriter
+from .device import what_ran_out
 from .errors import InputError
 from .evaluate import evaluate
 from .job import Job
@@ -74,7 +75,7 @@ def finish(
         try:
             plan["evaluation"] = _evaluate(job, partial, job.evaluation_windows)
         except (InputError, torch.OutOfMemoryError) as error:
-            reason = str(error).split(". ")[0]
+            reason = what_ran_out(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
             raise InputError(
                 f"{reason}; the pruned model is complete all the same: repeat with --resume and without --evaluate"
             ) from error

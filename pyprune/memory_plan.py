@@ -13,6 +13,7 @@ from .errors import InputError
 from .forward import micro_batch
 from .methods import Method, SecondOrderMethod
 from .methods.second_order import CURVES, NONE
+from .residual_allocation import deepest_cut
 
 # Over what is alive at once. What PyTorch held on an H200, with segments that grow, was 0.4 to 16 % more than it had
 # allocated, and 5 % less to 5 % more than predicted so (six runs of 13 B and 70 B shapes).
@@ -56,6 +57,19 @@ class Sizes:
     @property
     def shape(self) -> LayerShape:
         return max(self.shapes, key=lambda shape: shape.parameters)
+
+    @property
+    def survey_windows(self) -> int:
+        """Windows of the survey that the allocation of a second-order method makes, or of any other survey."""
+        method = self.method
+        if isinstance(method, SecondOrderMethod) and method.survey == CURVES:
+            return min(self.windows, -(-method.survey_windows // self.processes))
+        return self.windows
+
+    @property
+    def deepest(self) -> float:
+        """Share of an FFN that goes at most."""
+        return deepest_cut(self.ratio) / 10
 
     @property
     def streams(self) -> int:
@@ -124,13 +138,9 @@ def curve(sizes: Sizes, module: str) -> int:
 
 def survey_peak(sizes: Sizes, batch: int, on_device: int) -> int:
     """One forward of the dense model and its statistics: moments, or for the curves Hessians."""
-    method, windows = sizes.method, sizes.windows
-    curves = False
-    if isinstance(method, SecondOrderMethod) and method.survey == CURVES:
-        curves = True
-        windows = min(windows, -(-method.survey_windows // sizes.processes))
+    curves = isinstance(sizes.method, SecondOrderMethod) and sizes.method.survey == CURVES
     layers = 2 * sizes.layer() + sizes.converted()
-    standing = layers + sizes.placed(batch, on_device, 1, windows)
+    standing = layers + sizes.placed(batch, on_device, 1, sizes.survey_windows)
     peaks = []
     for module in MODULES:
         d = sizes.width(module)
@@ -164,7 +174,7 @@ def prune_peak(sizes: Sizes, batch: int, on_device: int) -> int:
         # The dense FFN is through when its driver is solved for; the attention's new driver is kept in float32.
         own = aligned if module == ATTENTION else sizes.shape.hidden_size * sizes.width(ATTENTION) * 4
         cross = sizes.shape.hidden_size * d * 4 if method.correction else 0
-        solving = max(cross + inverting(sizes, module), choosing(sizes, module, min(1.0, 2 * sizes.ratio)))
+        solving = max(cross + inverting(sizes, module), choosing(sizes, module, sizes.deepest))
         peaks += [aligned + before + observing, own + solving]
     return standing + max(*peaks, sizes.forward(FFN, batch))
 

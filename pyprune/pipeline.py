@@ -9,7 +9,7 @@ import torch
 from . import distributed
 from .bystander import BystanderWriter
 from .checkpoint import JOURNAL, CheckpointWriter, check_free, check_space, differences
-from .device import memory_limit
+from .device import memory_limit, what_ran_out
 from .errors import InputError
 from .finish import finish
 from .job import Job
@@ -62,10 +62,9 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
             f"{error.filename}: {error.strerror}; {writer.partial} keeps the finished layers: repeat with --resume"
         ) from error
     except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
         raise InputError(
-            f"{job.device}: out of memory: {reason}; {writer.partial} keeps the finished layers: free some and repeat "
-            "with --resume, or start anew with a smaller --device-memory"
+            f"{job.device}: out of memory: {what_ran_out(error)}; {writer.partial} keeps the finished layers: free some "
+            "and repeat with --resume, or start anew with a smaller --device-memory"
         ) from error
     finally:
         writer.close()

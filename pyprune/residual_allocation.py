@@ -5,6 +5,7 @@ units after refitting the rest, relative to the energy of the residual stream ri
 removed globally along the lower convex hulls of these curves, the flattest slopes first, until the budget is met.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +16,16 @@ from .allocation import check_ratio, total_cost
 from .architectures import ATTENTION, MODULES, LayerShape
 
 ErrorCurves = dict[str, Tensor]  # module -> [units] float64: entry n is the error after n removals; entry 0 is 0
+
+
+# An FFN's curve ends where it lost so many times the ratio: to eliminate all of 28672 channels takes longer than the
+# layer's forward.
+CUT_RATIOS = 2
+
+
+def deepest_cut(ratio: float) -> int:
+    """Tenths of an FFN that are taken to go at most under a budget of `ratio`: there its curve ends."""
+    return min(10, math.ceil(10 * CUT_RATIOS * ratio - 1e-9))
 
 
 @dataclass(frozen=True)

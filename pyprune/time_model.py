@@ -116,10 +116,10 @@ def pass_seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
         return {name: OVERHEAD * layers * seconds for name, seconds in found.items()}
     found = {}
     if method.survey == CURVES:
-        few = min(sizes.windows, -(-method.survey_windows // sizes.processes)) * sizes.sequence_length
+        few = sizes.survey_windows * sizes.sequence_length
         survey = forward * few / tokens
         for module in MODULES:
-            share = min(1.0, 2 * sizes.ratio) if module == FFN else 1.0  # how far the curves go
+            share = sizes.deepest if module == FFN else 1.0  # how far the curves go
             own = driver_seconds(sizes, module, few, share, rates)
             survey += own["hessian"] + own["inverse"] + own["eliminate"]
         found["survey"] = survey

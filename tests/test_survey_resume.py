@@ -14,13 +14,14 @@ from pyprune.options import PruneOptions
 from pyprune.passes import curves, survey
 from pyprune.passes.layer_log import LayerLog
 from pyprune.pipeline import prune
+from pyprune.residual_allocation import deepest_cut
 
 SHAPE = LayerShape(hidden_size=64, head_dim=16, kv_groups=4, heads_per_group=2, intermediate_channels=100)
 
 
 @pytest.mark.parametrize(("ratio", "tenths"), [(0.01, 1), (0.2, 4), (0.21, 5), (0.3, 6), (0.5, 10), (0.9, 10)])
 def test_depth_follows_the_ratio(ratio: float, tenths: int) -> None:
-    assert curves.deepest_cut(ratio) == tenths
+    assert deepest_cut(ratio) == tenths
     assert curves.removals(SHAPE, FFN, tenths) == min(99, 10 * tenths)
     assert curves.removals(SHAPE, ATTENTION, tenths) == 3
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .chunk_reader import Chunk, ChunkReader
-from .reader import CheckpointReader
+from .reader import CheckpointReader, StoredTensor
 
 # For a CPU the bytes only pass through on their way into the page cache: buffers that stay in a core's own cache.
 _PASSING_BYTES = 1 << 20
@@ -76,12 +76,12 @@ class LayerLoader:
         """Begin to read a layer; on CUDA its memory is taken on the caller's stream, from what is free by its end."""
         stored = self.reader.layer_tensors(layer)
         if self._mapped:
-            advice = chunks.advise(self._chunks(layer, {}, sys.maxsize))
-            return _Ahead(layer, advice + chunks.read(self._chunks(layer, {}, chunks.chunk_bytes)), None)
+            advice = chunks.advise(self._chunks(layer, stored, {}, sys.maxsize))
+            return _Ahead(layer, advice + chunks.read(self._chunks(layer, stored, {}, chunks.chunk_bytes)), None)
         tensors = {name: torch.empty(s.shape, dtype=s.dtype, device=self.device) for name, s in stored.items()}
         if chunks.stream is not None:
             chunks.own(torch.cuda.current_stream(self.device))
-        return _Ahead(layer, chunks.read(self._chunks(layer, tensors, chunks.chunk_bytes)), tensors)
+        return _Ahead(layer, chunks.read(self._chunks(layer, stored, tensors, chunks.chunk_bytes)), tensors)
 
     def _finish(self, chunks: ChunkReader, ahead: _Ahead) -> dict[str, Tensor]:
         """Wait for the files, and have the caller's stream wait for the copies."""
@@ -96,9 +96,11 @@ class LayerLoader:
                 tensor.record_stream(current)  # matters only if it is another stream than that of `_start`
         return ahead.tensors
 
-    def _chunks(self, layer: int, targets: dict[str, Tensor], chunk_bytes: int) -> list[Chunk]:
+    def _chunks(
+        self, layer: int, stored: dict[str, StoredTensor], targets: dict[str, Tensor], chunk_bytes: int
+    ) -> list[Chunk]:
         """The layer in pieces, in the files' order."""
-        prefix, stored = self.reader.layer_prefix(layer), self.reader.layer_tensors(layer)
+        prefix = self.reader.layer_prefix(layer)
         chunks = []
         for name, place in sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset)):
             target = targets[name].view(-1).view(torch.uint8) if targets else None

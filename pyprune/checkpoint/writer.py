@@ -34,7 +34,7 @@ class CheckpointWriter:
 
     def __init__(self, output: Path, shards: int, identity: dict[str, Any], resume: bool) -> None:
         self.output = output = output.resolve()
-        self.partial = output.with_name(output.name + ".partial")
+        self.partial = partial_of(output)
         self.shards = shards
         self.done: dict[int, dict[str, Any]] = {}
         self.bytes_written = 0
@@ -184,9 +184,15 @@ class CheckpointWriter:
         (self.output / JOURNAL).unlink()
 
 
+def partial_of(output: Path) -> Path:
+    """The folder beside `output` in which it is made."""
+    output = output.resolve()
+    return output.with_name(output.name + ".partial")
+
+
 def begun_identity(output: Path) -> dict[str, Any]:
     """The identity in the journal of an unfinished run; empty where there is none that can be read."""
-    journal = output.resolve().with_name(output.resolve().name + ".partial") / JOURNAL
+    journal = partial_of(output) / JOURNAL
     try:
         with journal.open(encoding="utf-8") as f:
             identity = json.loads(f.readline())["identity"]

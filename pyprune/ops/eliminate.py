@@ -29,7 +29,7 @@ from . import backends
 from .grouped_cholesky import grouped_cholesky_errors
 from .moments import multiprocessors_of
 from .precision import exact_float32, tf32_products
-from .split_tf32 import has_fast_tf32, high_and_low, split_factors, split_panel, subtract_product
+from .split_tf32 import has_fast_tf32, high_and_low, split_factors, split_panel, subtract_product, triangle_updates
 
 OPERATOR = "eliminate"
 
@@ -203,17 +203,9 @@ def update_lower_triangle(matrix: Tensor, factors: list[tuple[Tensor, Tensor]]) 
 
 
 def lower_updates(matrix: Tensor, factors: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The products of update_lower_triangle, each c −= left right, all of them views.
-
-    By block columns, so that little above the diagonal is computed and no more than that is overwritten.
-    """
-    size = len(matrix)
-    width = max(TRAILING_WIDTH, -(-size // (TRAILING_BLOCKS * TRAILING_STEP)) * TRAILING_STEP)
-    return [
-        (matrix[begin:, begin : begin + width], left[begin:], right[begin : begin + width].T)
-        for begin in range(0, size, width)
-        for left, right in factors
-    ]
+    """The products of update_lower_triangle, each c −= left right, all of them views."""
+    width = max(TRAILING_WIDTH, -(-len(matrix) // (TRAILING_BLOCKS * TRAILING_STEP)) * TRAILING_STEP)
+    return triangle_updates(matrix, factors, width)
 
 
 class SplitUpdates:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .precision import exact_float32, tf32_products
-from .split_tf32 import has_fast_tf32, split_factors, split_panel, subtract_product
+from .split_tf32 import has_fast_tf32, split_factors, split_panel, subtract_product, triangle_updates
 
 logger = logging.getLogger(__name__)
 
@@ -181,11 +181,7 @@ def sweep(a: Tensor, blocking: Blocking) -> Tensor:
     panel_buffer = a.new_empty(d, block)
     split_buffer = a.new_empty(-(-block // blocking.split), d, 4 * blocking.split) if on_tensor_cores else None
     factors = [(panel_buffer, panel_buffer)] if split_buffer is None else split_factors(block, split_buffer)
-    updates = [
-        (a[start:, start : start + blocking.updated], left[start:], right[start : start + blocking.updated].mT)
-        for start in range(0, d, blocking.updated)
-        for left, right in factors
-    ]
+    updates = triangle_updates(a, factors, blocking.updated)
     identity = torch.eye(block, dtype=a.dtype, device=a.device)
     failures = []
     inverse_factor, failed = invert_factor(a[:block, :block], identity)

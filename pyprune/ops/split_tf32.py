@@ -18,6 +18,21 @@ def subtract_product(c: Tensor, left: Tensor, right: Tensor) -> None:
     c.addmm_(left, right, alpha=-1)
 
 
+def triangle_updates(
+    matrix: Tensor, factors: list[tuple[Tensor, Tensor]], width: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Arguments of subtract_product, views all, that take Σ left rightᵀ from the lower triangle of matrix [d, d].
+
+    factors: pairs of [d, n] whose sum of products is symmetric. By block columns of `width`, so that little above the
+    diagonal is computed and no more than that is overwritten.
+    """
+    return [
+        (matrix[start:, start : start + width], left[start:], right[start : start + width].mT)
+        for start in range(0, len(matrix), width)
+        for left, right in factors
+    ]
+
+
 def has_fast_tf32(a: Tensor) -> bool:
     return (
         a.is_cuda

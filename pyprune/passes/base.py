@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,16 @@ def build_dense(job: Job, forward: LayerForward, stored: Mapping[str, Tensor], l
     """
     items = job.reader.stream_layer(layer) if job.device.type == "cpu" else stored.items()
     return forward.build(items, layer)
+
+
+def stored_layers(job: Job, what: str, meter: Meter, first: int = 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Layers in order, each with its tensors, which go when the next is asked for; shown and metered as pass `what`."""
+    stored = job.loader().layers(first)
+    for layer in range(first, job.reader.layers):
+        job.progress(what, layer, job.reader.layers)
+        with meter.layer():
+            yield layer, next(stored)
+    job.progress(what, job.reader.layers, job.reader.layers)
 
 
 class Passes(ABC):
@@ -99,7 +109,6 @@ class Passes(ABC):
             self.writer.write(0, self.reader.read([self.reader.family.embeddings]))
 
     def copy_head(self) -> None:
-        self.job.progress("prune", self.reader.layers, self.reader.layers)
         last = self.reader.layers + 1
         if last not in self.writer.done:
             self.writer.write(last, self.reader.read(self.reader.outside_layers()[1:]))

@@ -22,16 +22,15 @@ from ..hidden_states import HiddenStates
 from ..job import Job
 from ..methods import SecondOrderMethod
 from ..ops import damped_inverse, eliminate, lower_gram
-from ..residual_allocation import ErrorCurves, error_curve
+from ..residual_allocation import ErrorCurves, deepest_cut, error_curve
 from ..statistics import column_norms
-from .base import build_dense
+from .base import build_dense, stored_layers
 from .layer_log import LayerLog
 
 FORMAT = "pyprune-curves-2"  # part of a file's name: a change of the formulas makes old ones unfindable
 
-# An FFN's curve ends where it lost so many times the ratio, unless less than a ten-thousandth of the stream's energy is
-# lost by then (a layer that is dead or nearly so): to eliminate all of 28672 channels takes longer than the forward.
-CUT_RATIOS = 2
+# A curve goes on beyond `deepest_cut` where less than a ten-thousandth of the stream's energy is lost by then: the layer
+# is dead or nearly so.
 NEGLIGIBLE = 1e-4
 
 
@@ -64,11 +63,6 @@ def curves_file(job: Job, method: SecondOrderMethod, tenths: int) -> tuple[Path,
         tenths=tenths,
         format=FORMAT,
     )
-
-
-def deepest_cut(ratio: float) -> int:
-    """Tenths of an FFN that are taken to go at most under a budget of `ratio`: there its curve ends."""
-    return min(10, math.ceil(10 * CUT_RATIOS * ratio - 1e-9))
 
 
 def removals(shape: LayerShape, module: str, tenths: int) -> int:
@@ -119,30 +113,27 @@ def survey_curves(job: Job, method: SecondOrderMethod, deepest: int, meter: Mete
     reader, forward = job.reader, job.forward(method.survey_windows)
     hidden = forward.embed()
     curves = []
-    stored = job.loader().layers()
-    for layer, shape in enumerate(reader.shapes):
-        job.progress("survey", layer, reader.layers)
-        with meter.layer():
-            block = build_dense(job, forward, next(stored), layer)
-            known = distributed.from_first(partial(log.read, layer))
-            own: ErrorCurves = {} if known is None else known[0]
-            for module in MODULES:
-                where = layer_name(reader.family, layer, module)
-                if known is not None:
-                    for part in hidden.parts():
-                        part.replace(forward.half(block, layer, module, part.value))
-                    continue
-                with meter.stage("forward and hessian"):
-                    curvature, energy = observe_half(forward, block, layer, module, hidden, method.centred)
-                with meter.stage("choice"):
-                    weight = block.get_parameter(reader.family.driver(module) + ".weight").data
-                    own[module] = curve_of(curvature, energy, weight, shape, module, deepest, method.damping, where)
-                del curvature, weight
-            if known is None:
-                log.write(layer, own, {})
-            curves.append(own)
-            del block  # freed before the next one is built
-    job.progress("survey", reader.layers, reader.layers)
+    for layer, source in stored_layers(job, "survey", meter):
+        shape = reader.shapes[layer]
+        block = build_dense(job, forward, source, layer)
+        known = distributed.from_first(partial(log.read, layer))
+        own: ErrorCurves = {} if known is None else known[0]
+        for module in MODULES:
+            where = layer_name(reader.family, layer, module)
+            if known is not None:
+                for part in hidden.parts():
+                    part.replace(forward.half(block, layer, module, part.value))
+                continue
+            with meter.stage("forward and hessian"):
+                curvature, energy = observe_half(forward, block, layer, module, hidden, method.centred)
+            with meter.stage("choice"):
+                weight = block.get_parameter(reader.family.driver(module) + ".weight").data
+                own[module] = curve_of(curvature, energy, weight, shape, module, deepest, method.damping, where)
+            del curvature, weight
+        if known is None:
+            log.write(layer, own, {})
+        curves.append(own)
+        del block  # freed before the next one is built
     return curves
 
 

@@ -25,7 +25,7 @@ from ..ops.precision import tf32_products
 from ..plan import layer_entry
 from ..residual_allocation import ErrorCurves
 from ..rewrite import rewrite_layer
-from .base import Passes, build_dense
+from .base import Passes, build_dense, stored_layers
 from .curves import cached_curves
 from .survey import cached_survey
 
@@ -65,17 +65,13 @@ class ReconstructionPasses(Passes):
         forward, last = self.job.forward(), self.reader.layers - 1
         hidden = forward.embed()
         streams = Streams(hidden, forward.copy(hidden) if self.method.correction else None)
-        stored = self.job.loader().layers()
         layers: list[Kept] = []
         scores: list[UnitScores] = []
-        for layer in range(self.reader.layers):
-            self.job.progress("prune", layer, self.reader.layers)
-            with self.meter.layer():
-                source = next(stored)
-                if layer + 1 in self.writer.done:
-                    kept, own = self._repeat(forward, layer, source, streams, layer < last)
-                else:
-                    kept, own = self._prune(forward, layer, source, streams, counts[layer], layer < last)
+        for layer, stored in stored_layers(self.job, "prune", self.meter):
+            if layer + 1 in self.writer.done:
+                kept, own = self._repeat(forward, layer, stored, streams, layer < last)
+            else:
+                kept, own = self._prune(forward, layer, stored, streams, counts[layer], layer < last)
             layers.append(kept)
             scores.append(own)
         self.copy_head()

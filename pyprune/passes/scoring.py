@@ -1,7 +1,5 @@
 """The passes of methods that score and slice: survey and rewrite, or layer by layer on pruned inputs."""
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from .. import distributed
@@ -15,7 +13,7 @@ from ..job import Job
 from ..methods import LayerStatistics, ScoringMethod
 from ..plan import layer_entry
 from ..rewrite import compensation_bias, rewrite_layer
-from .base import Passes, build_dense
+from .base import Passes, build_dense, stored_layers
 from .survey import cached_survey, observe_layer, survey_weights
 
 
@@ -57,16 +55,11 @@ class ScoringPasses(Passes):
         # A shard of a killed run counts only if it keeps the same units as this choice.
         missing = [layer for layer, record in enumerate(records) if self.writer.record(layer + 1) != record]
         first = missing[0] if missing else len(records)
-        stored = self.job.loader().layers(first)
-        for layer in range(first, len(records)):
-            self.job.progress("prune", layer, self.reader.layers)
-            with meter.layer():
-                source = next(stored)
-                if layer in missing:
-                    with meter.stage("rewrite"):
-                        pruned = self._rewritten(dict(source), layer, choice.layers[layer], survey[layer])
-                        self.write_layer(layer, pruned, records[layer])
-                del source  # before the loader begins with the layer after the next
+        for layer, source in stored_layers(self.job, "prune", meter, first):
+            if layer in missing:
+                with meter.stage("rewrite"):
+                    pruned = self._rewritten(source, layer, choice.layers[layer], survey[layer])
+                    self.write_layer(layer, pruned, records[layer])
         self.copy_head()
 
     def _prune_in_sequence(self) -> tuple[Choice, list[UnitScores]]:
@@ -78,22 +71,18 @@ class ScoringPasses(Passes):
         hidden = forward.embed()
         layers: list[Kept] = []
         scores: list[UnitScores] = []
-        stored = self.job.loader().layers()
-        for layer in range(self.reader.layers):
-            self.job.progress("prune", layer, self.reader.layers)
-            with meter.layer():
-                source = next(stored)
-                if layer + 1 in self.writer.done:
-                    kept, own, pruned = self.restored(layer)
-                else:
-                    kept, own, pruned = self._chosen(forward, layer, source, hidden, counts[layer], meter)
-                    self.write_layer(layer, pruned, layer_entry(kept, own))
-                layers.append(kept)
-                scores.append(own)
-                if layer < last:
-                    with meter.stage("second forward"):
-                        forward.run(self.build_pruned(forward, pruned, layer, kept), layer, hidden, {})
-                del pruned, source  # before the loader begins with the layer after the next
+        for layer, source in stored_layers(self.job, "prune", meter):
+            if layer + 1 in self.writer.done:
+                kept, own, pruned = self.restored(layer)
+            else:
+                kept, own, pruned = self._chosen(forward, layer, source, hidden, counts[layer], meter)
+                self.write_layer(layer, pruned, layer_entry(kept, own))
+            layers.append(kept)
+            scores.append(own)
+            if layer < last:
+                with meter.stage("second forward"):
+                    forward.run(self.build_pruned(forward, pruned, layer, kept), layer, hidden, {})
+            del pruned  # before the next one is made
         self.copy_head()
         return Choice(layers), scores
 
@@ -101,7 +90,7 @@ class ScoringPasses(Passes):
         self,
         forward: LayerForward,
         layer: int,
-        source: Mapping[str, Tensor],
+        source: dict[str, Tensor],
         hidden: HiddenStates,
         removed: dict[str, int],
         meter: Meter,
@@ -115,7 +104,7 @@ class ScoringPasses(Passes):
         kept = distributed.from_first(
             lambda: {module: keep_highest(scores[module], removed[module]) for module in MODULES}
         )
-        return kept, scores, self._rewritten(dict(source), layer, kept, statistics)
+        return kept, scores, self._rewritten(source, layer, kept, statistics)
 
     def _rewritten(
         self, tensors: dict[str, Tensor], layer: int, kept: Kept, statistics: LayerStatistics

@@ -20,7 +20,7 @@ from ..job import Job
 from ..methods import LayerStatistics
 from ..options import Progress
 from ..statistics import DriverObserver, DriverStatistics, column_norms
-from .base import build_dense
+from .base import build_dense, stored_layers
 from .layer_log import LayerLog
 
 FORMAT = "pyprune-survey-2"  # part of a survey's name: a change of the formulas makes old ones unfindable
@@ -56,11 +56,9 @@ def survey_model(job: Job, by_window: bool, meter: Meter, log: LayerLog) -> list
     forward, last = job.forward(), job.reader.layers - 1
     hidden = forward.embed()
     survey = []
-    stored = job.loader().layers()
-    for layer in range(job.reader.layers):
-        job.progress("survey", layer, job.reader.layers)
-        with meter.layer(), meter.stage("forward"):
-            block = build_dense(job, forward, next(stored), layer)
+    for layer, source in stored_layers(job, "survey", meter):
+        with meter.stage("forward"):
+            block = build_dense(job, forward, source, layer)
             known = distributed.from_first(partial(log.read, layer))
             if known is None:
                 statistics = observe_layer(forward, block, layer, hidden, by_window, advance=layer < last)
@@ -71,7 +69,6 @@ def survey_model(job: Job, by_window: bool, meter: Meter, log: LayerLog) -> list
                     forward.run(block, layer, hidden, {})
             survey.append(statistics)
             del block  # freed before the next one is built
-    job.progress("survey", job.reader.layers, job.reader.layers)
     return survey
 
 
