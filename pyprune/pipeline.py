@@ -63,8 +63,8 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
         ) from error
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"{job.device}: out of memory: {what_ran_out(error)}; {writer.partial} keeps the finished layers: free some "
-            "and repeat with --resume, or start anew with a smaller --device-memory"
+            f"{job.device}: out of memory: {what_ran_out(error)}; {writer.partial} keeps the finished layers: free "
+            "some and repeat with --resume, or start anew with a smaller --device-memory"
         ) from error
     finally:
         writer.close()

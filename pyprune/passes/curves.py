@@ -29,8 +29,8 @@ from .layer_log import LayerLog
 
 FORMAT = "pyprune-curves-2"  # part of a file's name: a change of the formulas makes old ones unfindable
 
-# A curve goes on beyond `deepest_cut` where less than a ten-thousandth of the stream's energy is lost by then: the layer
-# is dead or nearly so.
+# A curve goes on beyond `deepest_cut` where less than a ten-thousandth of the stream's energy is lost by then: the
+# layer is dead or nearly so.
 NEGLIGIBLE = 1e-4
 
 
