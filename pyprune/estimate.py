@@ -114,7 +114,8 @@ def pass_flops(
         if method.alignment:  # second moments of what both norms put out, and of its change
             passes["prune"] += 2 * len(shapes) * 3 * tokens * shapes[0].hidden_size ** 2
         if method.survey == CURVES:
-            passes = {"survey": forward + hessians} | passes
+            share = min(1.0, method.survey_windows / samples)  # of the windows
+            passes = {"survey": share * (forward + hessians)} | passes
         elif method.survey == MOMENTS:
             passes = {"survey": forward} | passes
     return passes

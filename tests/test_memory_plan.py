@@ -12,7 +12,7 @@ from command_line import run
 from pyprune.architectures import LayerShape
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
-from pyprune.estimate import estimate
+from pyprune.estimate import estimate, pass_flops
 from pyprune.memory_plan import Sizes, plan_memory
 from pyprune.methods import make_method
 from pyprune.options import PruneOptions
@@ -101,6 +101,13 @@ def test_a_gpu_that_is_not_here(method: str, tiny_checkpoint: Callable[..., Path
     assert all(own["seconds"] >= 0 for own in result["passes"])
     slower: dict[str, Any] = estimate(reader, make_method(method, {}), 0.3, 16, 64, cpu, dtype, named="a100")
     assert slower["peak_memory_bytes"] == result["peak_memory_bytes"]
+
+
+def test_flops_of_a_survey_on_fewer_windows() -> None:
+    shapes = SHAPES["llama-2-13b"][:2]
+    few, all_ = (pass_flops(shapes, make_method("obs", {"survey_samples": n}), 0.2, 128, 64) for n in (32, 500))
+    assert few["survey"] == pytest.approx(all_["survey"] / 4)
+    assert few["prune"] == all_["prune"]
 
 
 def test_sizes_on_the_command_line(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
