@@ -117,4 +117,4 @@ def add_product(total: Tensor, r: Tensor, x: Tensor) -> None:
         with exact_float32():
             total.addmm_(r.float().T, x.float())
     else:
-        total += torch.mm(r.to(x.dtype).T, x, out_dtype=torch.float32)
+        torch.addmm(total, r.to(x.dtype).T, x, out_dtype=torch.float32, out=total)

@@ -1,7 +1,7 @@
 """Runs decoder layers one at a time over hidden states, with transformers' own layer classes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .architectures import ATTENTION, Family
 from .checkpoint import CheckpointReader
+from .fused import fuse_norms, fused_rotary, runs_fused
 from .hidden_states import HiddenStates
 
 Observe = Callable[[Tensor], object]
@@ -44,6 +45,7 @@ class LayerForward:
         self.reader, self.family = reader, reader.family
         self.device, self.dtype = device, dtype
         self.allow_nonfinite = allow_nonfinite
+        self.fused = runs_fused(device, dtype)
         self.windows = windows
         length = windows.shape[1]
         self.batch = batch or micro_batch(device, length)
@@ -79,6 +81,8 @@ class LayerForward:
             state[name] = tensor.to(self.device, self.dtype)
             del tensor  # the next one is read after this one is gone
         block.load_state_dict(state, assign=True)
+        if self.fused:
+            fuse_norms(block, self.family)
         return block.eval()
 
     @torch.no_grad()
@@ -90,7 +94,7 @@ class LayerForward:
         With `advance`, `hidden` is overwritten by the layer's output.
         """
         mask = self._mask(layer)
-        with self.observed(block, observe):
+        with self.observed(block, observe), self._kernels():
             for part in hidden.parts():
                 output = block(
                     part.value,
@@ -132,16 +136,20 @@ class LayerForward:
         normed = block.get_submodule(self.family.norm(module))(part)
         owner = block.get_submodule(self.family.driver(module).split(".")[0])
         if module == ATTENTION:
-            output, _ = owner(
-                hidden_states=normed,
-                attention_mask=self._mask(layer),
-                position_ids=self.positions,
-                position_embeddings=self.rotary,
-            )
+            with self._kernels():
+                output, _ = owner(
+                    hidden_states=normed,
+                    attention_mask=self._mask(layer),
+                    position_ids=self.positions,
+                    position_embeddings=self.rotary,
+                )
         else:
             output = owner(normed)
         result = part + output
         return torch.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0) if self.allow_nonfinite else result
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return fused_rotary(self.family) if self.fused else nullcontext()
 
     def _mask(self, layer: int) -> Tensor | None:
         """transformers' mask of the layer: None where sdpa is causal by itself, a sliding window where shorter."""

@@ -14,6 +14,7 @@ from .checkpoint import CheckpointReader, LayerLoader, begun_identity, check_pla
 from .device import FREE_SHARE, free_memory, select_dtype
 from .errors import InputError
 from .forward import LayerForward, micro_batch
+from .fused import OPERATORS as FORWARD_OPERATORS
 from .memory_plan import MemoryPlan, Sizes, plan_memory
 from .methods import Method, make_method
 from .ops import backends
@@ -22,7 +23,7 @@ from .plan import FORMAT
 from .windows import SELF, calibration_windows, evaluation_windows, load_windows, save_windows
 
 # Operators that read activations, in the compute type; the others work on float32 statistics.
-ACTIVATION_OPERATORS = ("channel_moments", "hessian")
+ACTIVATION_OPERATORS = ("channel_moments", "hessian", *FORWARD_OPERATORS)
 
 
 class Job:
@@ -113,13 +114,13 @@ class Job:
         """
         names = ("model", "calibration", "dtype", "device", "allow_nonfinite", "batch", "torch", "processes")
         identity = {name: self.identity[name] for name in names if name in self.identity}
-        identity |= {"backends": {name: self.backends[name] for name in operators}} | what
+        identity |= {"backends": {name: self.backends[name] for name in (*operators, *FORWARD_OPERATORS)}} | what
         return self.cache / f"{kind}-{digest(identity)}.safetensors", identity
 
     def _backends(self) -> dict[str, str]:
-        """The backend of every operator that the method uses: results follow from it to the last bit."""
+        """The backend of every operator that the forward and the method use: results follow from it to the last bit."""
         chosen = {}
-        for operator in self.method.operators:
+        for operator in (*self.method.operators, *FORWARD_OPERATORS):
             # Which kernel runs may depend on sizes: those of the whole job are named by its shapes and this choice.
             dtype = self.dtype if operator in ACTIVATION_OPERATORS else torch.float32
             sample = torch.empty(1, 8, dtype=dtype, device=self.device)

@@ -24,6 +24,18 @@ def test_a_split_product_is_the_product(inner: int, device: str, monkeypatch: py
     assert ((result.cpu().double() - exact).abs() <= unit * bound).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("out", "channels", "width"), [(5, 33, 8), (300, 70, 64), (700, 129, 256)])
+def test_a_split_gram_is_the_gram(out: int, channels: int, width: int, device: str) -> None:
+    """Against float64, with the unit of test_a_split_product_is_the_product."""
+    weight = torch.randn(out, channels, generator=torch.Generator().manual_seed(out))
+    exact = (weight.double().T @ weight.double()).tril()
+    bound = (weight.abs().double().T @ weight.abs().double()).tril()
+    result = split_tf32.split_gram(weight.to(device), width).cpu().double().tril()
+    unit = 2.0**-22 + (out if device == "cpu" else 4 * out) * 2.0**-24
+    assert ((result - exact).abs() <= unit * bound).all()
+
+
 def test_without_fast_tf32_it_is_the_plain_product() -> None:
     left, right, total = torch.randn(3, 4), torch.randn(5, 4), torch.randn(3, 5)
     expected = total.addmm(left, right.T, alpha=0.5)

@@ -3,8 +3,9 @@
 import re
 
 import pytest
+import triton.language as tl
 from machine_code import MachineCode, compile_kernel
-from pyprune.triton_kernels import channel_moments
+from pyprune.triton_kernels import channel_moments, rms_norm, rotary
 from pyprune.triton_kernels.channel_moments import CONFIGURATIONS, Configuration
 
 ELEMENT_TYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
@@ -70,3 +71,28 @@ def test_merge_chunks_fits(target: int) -> None:
     assert code.stack == 0, "a spill"
     assert code.resident(target, channel_moments.MERGE_WARPS) >= 1
     assert ("griddepcontrol.wait" in code.ptx) == early_merge
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize("channels", [128, 5120, 8192, 32768])
+def test_rms_norm_fits(channels: int, target: int) -> None:
+    width = 1 << (channels - 1).bit_length()
+    constants = {"ROWS": max(1, rms_norm.TILE // width), "CHANNELS": width, "OUT": tl.bfloat16}
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "rows": "i32", "channels": "i32", "eps": "fp32"}
+    aligned = {"x", "weight", "out", "channels"}
+    code = compile_kernel(rms_norm.rms_norm_rows, target, types, constants, aligned, num_warps=rms_norm.WARPS)
+    assert code.stack == 0, "a spill"
+    assert re.search(r"ld\.global[^\n]*\.v4\.b32", code.ptx), "narrow reads"
+    assert code.resident(target, rms_norm.WARPS) >= (2 if channels <= 8192 else 1)
+
+
+@pytest.mark.parametrize("target", [80, 90])
+def test_rotate_heads_fits(target: int) -> None:
+    pointers = dict.fromkeys(("x", "cos", "sin"), "*bf16")
+    sizes = ("tokens", "heads", "head_dim", "x_batch", "x_token", "x_head", "angle_batch", "angle_token")
+    types = pointers | dict.fromkeys(sizes, "i32")
+    constants = {"HEADS": rotary.HEADS, "HALF": 64}
+    aligned = {*pointers, "head_dim", "x_batch", "x_token", "x_head", "angle_batch", "angle_token"}
+    code = compile_kernel(rotary.rotate_heads, target, types, constants, aligned, num_warps=rotary.WARPS)
+    assert code.stack == 0, "a spill"
+    assert re.search(r"ld\.global[^\n]*\.v4\.b32", code.ptx), "narrow reads"

@@ -96,9 +96,12 @@ class Family:
         """Names within a layer of the matrices that read the module's norm: their rows go with the driver's columns."""
         return (self.query, *self.key_value) if module == ATTENTION else self.gate_up
 
-    def _class(self, suffix: str, module: str = "modeling") -> Any:
-        source = importlib.import_module(f"transformers.models.{self.name}.{module}_{self.name}")
-        return getattr(source, self.prefix + suffix)
+    def source(self, kind: str = "modeling") -> Any:
+        """transformers' module of the family's classes."""
+        return importlib.import_module(f"transformers.models.{self.name}.{kind}_{self.name}")
+
+    def _class(self, suffix: str, kind: str = "modeling") -> Any:
+        return getattr(self.source(kind), self.prefix + suffix)
 
     @property
     def config_class(self) -> Any:
@@ -111,6 +114,10 @@ class Family:
     @property
     def rotary_class(self) -> Any:
         return self._class("RotaryEmbedding")
+
+    @property
+    def norm_class(self) -> Any:
+        return self._class("RMSNorm")
 
     @property
     def causal_lm_class(self) -> Any:

@@ -5,6 +5,8 @@ from .eliminate import Elimination, eliminate, refit
 from .grouped_cholesky import grouped_cholesky_errors, grouped_cholesky_errors_reference
 from .hessian import Hessian, lower_gram
 from .moments import ChannelMoments, channel_moments_update, channel_moments_update_reference
+from .rms_norm import rms_norm
+from .rotary import rotate_
 from .spd_inverse import DampedInverse, damped_inverse
 from .split_tf32 import add_split_product
 
@@ -24,4 +26,6 @@ __all__ = [
     "grouped_cholesky_errors_reference",
     "lower_gram",
     "refit",
+    "rms_norm",
+    "rotate_",
 ]

@@ -231,6 +231,11 @@ WIDTH_8 = Requirement(
     lambda problem: problem.shape is None or problem.shape[-1] % 8 == 0,
     lambda problem: f"{(problem.shape or (0,))[-1]} channels are not a multiple of 8",
 )
+ROW_IN_REGISTERS = Requirement(
+    "rows of at most 32768 channels",
+    lambda problem: problem.shape is None or problem.shape[-1] <= 32768,
+    lambda problem: f"a row has {(problem.shape or (0,))[-1]} channels; a program holds at most 32768",
+)
 # One matrix of the group lies in a multiprocessor's shared memory.
 WIDTH_256 = Requirement(
     "units of at most 256 channels",
@@ -272,6 +277,16 @@ REQUIREMENTS: dict[str, dict[str, tuple[Requirement, ...]]] = {
         "cpu": (ON_CPU, FLOAT32, CORE_BUILT),
         "reference": (),
     },
+    # shape: [rows, channels]
+    "rms_norm": {
+        "triton": (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, ROW_IN_REGISTERS, TRITON_INSTALLED, C_COMPILER),
+        "reference": (),
+    },
+    # shape: [batch, heads, tokens, head_dim]
+    "rotary": {
+        "triton": (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, TRITON_INSTALLED, C_COMPILER),
+        "reference": (),
+    },
     # shape: [channels, channels]
     "eliminate": {
         "cuda": (ON_NVIDIA_GPU, FLOAT32, CORE_BUILT, CORE_WITH_CUDA, CORE_FOR_THIS_GPU),
@@ -287,6 +302,8 @@ PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("hessian", "cuda"): ("cuda", "triton", "reference"),
     ("grouped_cholesky_errors", "cuda"): ("cuda", "reference"),
     ("grouped_cholesky_errors", "cpu"): ("cpu", "reference"),
+    ("rms_norm", "cuda"): ("triton", "reference"),
+    ("rotary", "cuda"): ("triton", "reference"),
     ("eliminate", "cuda"): ("cuda", "reference"),
     ("eliminate", "cpu"): ("cpu", "reference"),
 }

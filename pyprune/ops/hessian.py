@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backends
 from .moments import as_rows, multiprocessors_of, row_count
+from .split_tf32 import has_fast_tf32, split_gram
 
 OPERATOR = "hessian"
 
@@ -25,6 +26,9 @@ REFERENCE_CHUNK_ROWS = 2048
 REFERENCE_BLOCK = 512
 # Columns that are mirrored at a time: 4 MiB of temporary memory, and 28 steps at 28672 channels.
 MIRROR_BLOCK = 1024
+# From so many channels on WᵀW of float32 weights is summed from split products on tensor cores, where these are fast,
+# by so many columns at a time.
+SPLIT_FROM, SPLIT_WIDTH = 4096, 2048
 
 
 @dataclass
@@ -71,6 +75,8 @@ def lower_gram(weight: Tensor) -> Tensor:
     """WᵀW [in, in] of weight [out, in] in float32, only its lower triangle; of a float64 weight in float64, whole."""
     if weight.dtype == torch.float64:
         return weight.T @ weight
+    if weight.shape[1] >= SPLIT_FROM and has_fast_tf32(weight):
+        return split_gram(weight, SPLIT_WIDTH)
     gram = Hessian.zeros(weight.shape[1], weight.device)
     gram.update(weight)
     return gram.lower

@@ -76,6 +76,22 @@ def high_and_low(x: Tensor, high: Tensor, low: Tensor) -> None:
     torch.sub(x, high, out=low)
 
 
+def split_gram(weight: Tensor, width: int) -> Tensor:
+    """WᵀW [in, in] of weight [out, in] float32 by block columns of `width`; above the diagonal anything may stand.
+
+    As good as exact float32, on tensor cores, COLUMNS rows of W at a time (see split_panel).
+    """
+    channels = weight.shape[1]
+    gram = weight.new_zeros(channels, channels)
+    buffer = weight.new_empty(1, channels, 4 * COLUMNS)
+    with tf32_products():
+        for rows in weight.split(COLUMNS):
+            split_panel(rows.mT, buffer)
+            for update in triangle_updates(gram, split_factors(len(rows), buffer), width):
+                subtract_product(*update)
+    return gram.neg_()
+
+
 def add_split_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """total [m, n] += alpha · left rightᵀ, left [m, k], right [n, k], of one type; float32 is as good as exact float32.
 

@@ -1,0 +1,55 @@
+"""RMSNorm of rows (Zhang & Sennrich 2019), as the decoder layers of the Llama family have it, in one pass.
+
+The operator is `pyprune::rms_norm`; `rms_norm_reference` says in plain PyTorch what it computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+OPERATOR = "rms_norm"
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight · (x / √(mean x² + eps)) over the last dimension, in float32 or wider, rounded to x's type between."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+@torch.library.custom_op("pyprune::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps) -> Tensor")
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm on the backend that pyprune.ops.backends chooses.
+
+    x: [..., channels] bfloat16, float16, float32 (float64: reference only); weight: [channels], a floating type, on x's
+    device. Returns x's shape, contiguous, in the promoted type of both. Nothing waits for a GPU.
+    Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
+    """
+    check_tensors(x, weight)
+    if x.numel() == 0:
+        return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    rows = x.reshape(-1, x.shape[-1])
+    if backends.choose_backend(OPERATOR, rows) == "triton":
+        from ..triton_kernels.rms_norm import rms_norm_triton
+
+        with torch.cuda.device(x.device):
+            return rms_norm_triton(rows.contiguous(), weight.contiguous(), eps).view(x.shape)
+    return rms_norm_reference(rows, weight, eps).contiguous().view(x.shape)
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    check_tensors(x, weight)
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+def check_tensors(x: Tensor, weight: Tensor) -> None:
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms norm: the weight is {list(weight.shape)}; x {list(x.shape)} needs one of its last size")
+    if not x.dtype.is_floating_point or not weight.dtype.is_floating_point:
+        raise ValueError(f"rms norm: x is {x.dtype} and the weight {weight.dtype}; both need a floating type")
+    if x.device != weight.device:
+        raise ValueError(f"rms norm: x is on {x.device} and the weight on {weight.device}")

@@ -1,0 +1,60 @@
+"""Rotary position embedding (Su et al. 2021) of queries or keys, in place, in one pass.
+
+The operator is `pyprune::rotate_`; `rotate_reference` says in plain PyTorch what it computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+OPERATOR = "rotary"
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """x ← x cos + (−second half, first half of x) sin, in place; each product and their sum rounded to x's type."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    x.copy_(x * cos.unsqueeze(1) + turned * sin.unsqueeze(1))
+
+
+@torch.library.custom_op("pyprune::rotate_", mutates_args=("x",), schema="(Tensor(a!) x, Tensor cos, Tensor sin) -> ()")
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn every head by its token's angles, on the backend that pyprune.ops.backends chooses.
+
+    x: [batch, heads, tokens, head_dim] bfloat16, float16, float32 (float64: reference only), any strides that do not
+    overlap, changed in place. cos, sin: [1 or batch, tokens, head_dim], of x's type and device. The halves of a head
+    are the two coordinates (Llama's order). Nothing waits for a GPU.
+    Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
+    """
+    check_tensors(x, cos, sin)
+    if x.numel() == 0:
+        return
+    if x.stride(-1) == 1 and backends.choose_backend(OPERATOR, x) == "triton":
+        from ..triton_kernels.rotary import rotate_triton
+
+        with torch.cuda.device(x.device):
+            rotate_triton(x, cos.contiguous(), sin.contiguous())
+    else:
+        rotate_reference(x, cos, sin)
+
+
+@rotate_.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Nothing is returned: the schema says what changes. What does not fit fails while it is traced."""
+    check_tensors(x, cos, sin)
+
+
+def check_tensors(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise ValueError(f"rotary: x is {list(x.shape)}; it needs [batch, heads, tokens, an even head_dim]")
+    batch, _, tokens, head_dim = x.shape
+    for angles in (cos, sin):
+        if tuple(angles.shape) not in ((1, tokens, head_dim), (batch, tokens, head_dim)):  # sizes may be symbolic
+            raise ValueError(f"rotary: cos or sin is {list(angles.shape)}; x {list(x.shape)} needs one row a token")
+        if angles.dtype != x.dtype or angles.device != x.device:
+            raise ValueError(f"rotary: x is {x.dtype} on {x.device}, cos or sin {angles.dtype} on {angles.device}")
+    if cos.shape != sin.shape:
+        raise ValueError(f"rotary: cos is {list(cos.shape)}, sin {list(sin.shape)}")
