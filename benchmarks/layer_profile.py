@@ -56,18 +56,23 @@ class LayerProfile:
 
 
 def summary(intervals: Iterable[Interval], seconds: float) -> dict[str, Any]:
-    """The share of `seconds` in which anything ran, and the names that ran longest."""
+    """The share of `seconds` in which anything ran, the names that ran longest, those before which it idled most."""
     busy, reached = 0, 0
+    idle: dict[str, float] = defaultdict(float)
     of_name: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for name, start, end in sorted(intervals, key=lambda interval: interval[1]):
         busy += max(0, end - max(start, reached))
+        if reached and start > reached:
+            idle[name] += (start - reached) * 1e-9
         reached = max(reached, end)
         of_name[name] += (end - start) * 1e-9
         calls[name] += 1
+    waited = sorted(idle, key=idle.__getitem__, reverse=True)[:TOP]
     longest = sorted(of_name, key=of_name.__getitem__, reverse=True)[:TOP]
     return {
         "seconds": seconds,
         "busy_share": busy * 1e-9 / seconds,
         "kernels": [{"name": name[:120], "seconds": of_name[name], "calls": calls[name]} for name in longest],
+        "idle_before": [{"name": name[:120], "seconds": idle[name]} for name in waited],
     }

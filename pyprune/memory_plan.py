@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .architectures import ATTENTION, FFN, MODULES, LayerShape
+from .checkpoint import CheckpointWriter
 from .errors import InputError
 from .forward import micro_batch
 from .methods import Method, SecondOrderMethod
@@ -158,7 +159,7 @@ def prune_peak(sizes: Sizes, batch: int, on_device: int) -> int:
     pruned = int((1 - sizes.ratio) * sizes.layer())
     if not isinstance(method, SecondOrderMethod):
         if not method.sequential:
-            return layers + pruned
+            return layers + CheckpointWriter.MOST_IN_FLIGHT * pruned
         standing = layers + pruned + sizes.placed(batch, on_device, 1, sizes.windows)
         return standing + max(sizes.forward(module, batch) for module in MODULES)
     # The layer before may still be on its way to the disk.

@@ -17,10 +17,12 @@ from .methods.second_order import CURVES, NONE
 
 OVERHEAD = 1.1
 # Of the rate of matrix products: H (one triangle, 2·T·d²/2 FLOP at 0.9), split products in TF32 (per d³ or n·d²).
+# Elimination is thrice as fast in one TF32 product, as for curves.
 HESSIAN_SHARE, INVERSE_SHARE, ELIMINATE_SHARE, SPLIT_SHARE = 0.9, 1 / 11, 1 / 30, 1 / 5
+CURVE_SHARE = 3 * ELIMINATE_SHARE
 ATTENTION_SHARE = 0.5
 PIVOT_SECONDS = 8e-6  # one channel's removal within a panel
-GROUP_SECONDS = 2.5e-3  # one KV group's, a dozen products one after the other
+GROUP_SECONDS = 1.5e-3  # one KV group's, a dozen products one after the other
 PROBE_SECONDS = 0.3
 
 
@@ -77,28 +79,30 @@ def half_seconds(sizes: Sizes, module: str, tokens: int, rates: Rates) -> float:
     inner = sizes.width(module)
     if module == FFN:
         flops = tokens * 2 * 3 * hidden * inner
-        moved = tokens * (34 * hidden + 10 * inner)  # norm in float32, residual; activation and product
+        moved = tokens * (10 * hidden + 10 * inner)  # norm, residual; activation and product
         attention = 0.0
     else:
         keys = shape.kv_groups * shape.head_dim
         flops = tokens * 2 * hidden * (2 * inner + 2 * keys)
-        moved = tokens * (34 * hidden + 30 * (inner + keys))  # rotation of queries and keys
+        moved = tokens * (10 * hidden + 4 * (inner + keys))  # norm, residual; rotation of queries and keys
         attention = tokens * 2 * inner * sizes.sequence_length / (ATTENTION_SHARE * rates.matmul)
     return flops / rates.matmul + attention + moved * sizes.compute_bytes / 2 / rates.memory
 
 
-def driver_seconds(sizes: Sizes, module: str, tokens: int, removed: float, rates: Rates) -> dict[str, float]:
+def driver_seconds(
+    sizes: Sizes, module: str, tokens: int, removed: float, rates: Rates, eliminate_share: float = ELIMINATE_SHARE
+) -> dict[str, float]:
     """Statistics of one driver over so many tokens, and the removal of a share of its units."""
     d, out = sizes.width(module), sizes.shape.hidden_size
     units = d // sizes.shape.unit_width(module)
     each = PIVOT_SECONDS if module == FFN else GROUP_SECONDS
-    eliminated = removed * d * d * d / (ELIMINATE_SHARE * rates.matmul) + removed * units * each
+    eliminated = removed * d * d * d / (eliminate_share * rates.matmul) + removed * units * each
     return {
         "hessian": tokens * d * d / (HESSIAN_SHARE * rates.matmul),
         "shortfall": 2 * tokens * out * d / rates.matmul + 10 * tokens * out / rates.memory,
         "inverse": d**3 / (INVERSE_SHARE * rates.matmul * d / (d + 6000)),
         "eliminate": eliminated,
-        "gram": out * d * d / rates.float32,
+        "gram": out * d * d / (SPLIT_SHARE / 2 * rates.matmul),
         "fit": 2 * out * d * d / (SPLIT_SHARE * rates.matmul) + removed * d * d * out / rates.float32,
     }
 
@@ -120,7 +124,7 @@ def pass_seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
         survey = forward * few / tokens
         for module in MODULES:
             share = sizes.deepest if module == FFN else 1.0  # how far the curves go
-            own = driver_seconds(sizes, module, few, share, rates)
+            own = driver_seconds(sizes, module, few, share, rates, CURVE_SHARE)
             survey += own["hessian"] + own["inverse"] + own["eliminate"]
         found["survey"] = survey
     elif method.survey != NONE:

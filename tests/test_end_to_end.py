@@ -121,6 +121,7 @@ def test_busy_share_counts_overlaps_once() -> None:
     result = summary(intervals, 8.0)
     assert result["busy_share"] == 4 / 8
     assert [(k["name"], k["seconds"], k["calls"]) for k in result["kernels"]] == [("b", 3, 2), ("a", 2, 1), ("c", 0, 1)]
+    assert result["idle_before"] == [{"name": "b", "seconds": 1}]
 
 
 def test_page_shows_the_runs(measured: Measured, tmp_path: Path) -> None:

@@ -55,9 +55,10 @@ def run(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     keep_factor: bool = True,
+    tf32: bool = False,
 ) -> Elimination:
     a, g = poisoned(inverse(hessian), dtype, device), poisoned(weight.T @ weight, dtype, device)
-    return eliminate(a, g, count, width, keep_factor)
+    return eliminate(a, g, count, width, keep_factor, tf32)
 
 
 def eliminate_densely(hessian: Tensor, weight: Tensor, count: int, width: int) -> tuple[list[int], list[float], Tensor]:
@@ -457,8 +458,8 @@ def test_core_refuses_what_cannot_be() -> None:
 
 def test_schema() -> None:
     schema = (
-        "pyprune::eliminate(Tensor(a!) a, Tensor(b!) g, SymInt count, SymInt width, bool keep_factor) "
-        "-> (Tensor, Tensor, Tensor)"
+        "pyprune::eliminate(Tensor(a!) a, Tensor(b!) g, SymInt count, SymInt width, bool keep_factor, "
+        "bool tf32=False) -> (Tensor, Tensor, Tensor)"
     )
     assert str(torch.ops.pyprune.eliminate.default._schema) == schema
 
@@ -514,6 +515,42 @@ def test_split_updates_with_tf32_emulated(
     lost[:, kept] -= refit(weight.float(), elimination).double()
     error = set_error(hessian, weight, elimination.removed_channels())
     assert torch.trace(lost @ hessian @ lost.T).item() <= 1.0001 * error
+
+
+@pytest.mark.parametrize("rank", [300, 40])
+def test_curves_in_tf32(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of removing n channels, every n: off by what truncated operands lose, 2^-10 of each product.
+
+    The first 2^-10 is of A and G as they are read; n removals move them by about as much again as they hold.
+    """
+    module = importlib.import_module("pyprune.ops.eliminate")
+    hessian, weight = correlated(300, rank)
+    exact = run(hessian, weight, 150).errors.cumsum(0)
+    monkeypatch.setattr(module, "has_fast_tf32", lambda _: True)
+    monkeypatch.setattr(module, "SPLIT_FROM", 1)
+    monkeypatch.setattr(module, "SplitUpdates", None)
+    monkeypatch.setattr(module, "subtract_product", in_float32)
+    found = run(hessian, weight, 150, dtype=torch.float32, keep_factor=False, tf32=True).errors.double().cumsum(0)
+    assert ((found - exact).abs() <= 8 * 2.0**-10 * exact).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [4100, 11008])
+def test_curves_in_tf32_on_tensor_cores(channels: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(channels, channels, device="cuda", generator=generator)
+    x *= torch.logspace(0, 2, channels, device="cuda")
+    weight = torch.randn(256, channels, device="cuda", generator=generator)
+    hessian = (x.T @ x).double()
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    a, g = inverse(hessian).float().contiguous(), weight.T @ weight
+    count = 2 * channels // 5
+    with forced("cuda", "cuda"):
+        exact, found = (
+            eliminate(a.clone(), g.clone(), count, 1, False, tf32).errors.double().cumsum(0) for tf32 in (False, True)
+        )
+    assert ((found - exact).abs() <= 8 * 2.0**-10 * exact).all()
+    assert not torch.equal(found, exact)
 
 
 def test_block_columns_of_the_trailing_update(monkeypatch: pytest.MonkeyPatch) -> None:

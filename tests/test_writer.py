@@ -171,13 +171,31 @@ def test_no_half_line_stays_in_the_journal(tmp_path: Path, monkeypatch: pytest.M
     assert journal(w) == [0, 2]
 
 
+def test_two_shards_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is begun while the first is on its way to the disk; the third waits. All are in the journal."""
+    gate, w = Gate(monkeypatch), begun(tmp_path / "out")
+    w.in_flight = 2
+    for shard in (0, 1):
+        w.write(shard, {f"{shard}": torch.ones(3)})
+    assert len(w._pending) == 2
+    assert journal(w) == []
+    threading.Timer(0.1, gate.passes.release, (2,)).start()
+    w.write(2, {"2": torch.ones(3)})
+    assert w.wait_seconds > 0.05
+    gate.passes.release(8)
+    w.write_index()
+    assert sorted(journal(w)) == [0, 1, 2]
+    for shard in range(3):
+        assert (load_file(w.file(shard))[f"{shard}"] == 1).all()
+
+
 def test_close_finishes_the_shard_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, w = Gate(monkeypatch), begun(tmp_path / "out")
     w.write(0, {"a": torch.ones(3)})
     threading.Timer(0.1, gate.passes.release).start()
     w.close()
     assert journal(w) == [0]
-    assert not any(thread.is_alive() for thread in w._thread._threads)
+    assert not any(thread.is_alive() for thread in w._threads._threads)
 
 
 def test_close_says_nothing_of_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -27,10 +29,12 @@ class CheckpointWriter:
     A shard counts once its line is there, which is after its bytes reached the disk. `record` is whatever the
     caller wants back on resume.
 
-    Shards are written by a thread, one at a time, while the caller goes on; `done` holds those that count. An error of
-    the thread is raised by the next `write`, `flush`, `write_index` or `finish`; its shard is then not in the journal.
-    `bytes_written` counts the shards' bytes, `wait_seconds` how long the caller had to wait for the thread.
+    Shards are written by threads, `in_flight` at a time, while the caller goes on; `done` holds those that count. An
+    error of a thread is raised by a later `write`, or by `flush`, `write_index` or `finish`; its shard is then not in
+    the journal. `bytes_written` counts the shards' bytes, `wait_seconds` how long the caller had to wait for a thread.
     """
+
+    MOST_IN_FLIGHT = 2  # one is copied and handed to the system while the other is brought to the disk
 
     def __init__(self, output: Path, shards: int, identity: dict[str, Any], resume: bool) -> None:
         self.output = output = output.resolve()
@@ -39,8 +43,10 @@ class CheckpointWriter:
         self.done: dict[int, dict[str, Any]] = {}
         self.bytes_written = 0
         self.wait_seconds = 0.0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shard")
-        self._pending: Future[None] | None = None
+        self.in_flight = 1
+        self._threads = ThreadPoolExecutor(self.MOST_IN_FLIGHT, thread_name_prefix="shard")
+        self._pending: deque[Future[None]] = deque()
+        self._journal_lock = Lock()
         self._stream: torch.cuda.Stream | None = None
         check_free(output)
         journal = self.partial / JOURNAL
@@ -64,8 +70,8 @@ class CheckpointWriter:
         temporary.replace(journal)
 
     def close(self) -> None:
-        """End the thread, after the shard that it is at. Its error is not raised: a resume writes that shard again."""
-        self._thread.shutdown()
+        """End the threads, after the shards that they are at. No error is raised: a resume writes those shards again."""
+        self._threads.shutdown()
 
     def discard(self) -> None:
         """Remove what was written: the input cannot be pruned, so there is nothing to resume."""
@@ -100,13 +106,13 @@ class CheckpointWriter:
         return self.done[shard]["record"] if shard in self.done else None
 
     def write(self, shard: int, tensors: dict[str, Tensor], record: Any = None) -> None:
-        """Have one shard written and entered in the journal; waits for the shard before it, not for this one.
+        """Have one shard written and entered in the journal; waits until fewer than `in_flight` are under way.
 
         tensors: by full name, float32, bfloat16 or float16, any shape and strides, on the CPU or one CUDA device, where
         their values may still be in the making on the current stream. They and `record` must not change any more; the
         tensors are kept until they are written. ValueError: another type. OSError: an earlier shard's.
         """
-        self.flush()
+        self._wait(self.in_flight - 1)
         for name, tensor in tensors.items():
             if tensor.dtype not in STORED:
                 raise ValueError(f"tensor {name} is {tensor.dtype}; float32, bfloat16 or float16 is needed")
@@ -114,17 +120,20 @@ class CheckpointWriter:
         if device is not None:
             self._stream = self._stream or torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._pending = self._thread.submit(self._write, shard, dict(tensors), record)
+        self._pending.append(self._threads.submit(self._write, shard, dict(tensors), record))
 
     def flush(self) -> None:
         """Wait until every shard given so far counts; raises what kept it from that."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            start = perf_counter()
-            try:
-                pending.result()
-            finally:
-                self.wait_seconds += perf_counter() - start
+        self._wait(0)
+
+    def _wait(self, left: int) -> None:
+        """Until no more than `left` shards are under way, the oldest first."""
+        start = perf_counter()
+        try:
+            while len(self._pending) > left:
+                self._pending.popleft().result()
+        finally:
+            self.wait_seconds += perf_counter() - start
 
     def _write(self, shard: int, tensors: dict[str, Tensor], record: Any) -> None:
         file = self.file(shard)
@@ -139,9 +148,10 @@ class CheckpointWriter:
         temporary.replace(file)
         _sync(self.partial)
         entry |= {"bytes": size, "record": record}
-        self._enter(json.dumps(entry) + "\n")
-        self.done[shard] = entry
-        self.bytes_written += size
+        with self._journal_lock:
+            self._enter(json.dumps(entry) + "\n")
+            self.done[shard] = entry
+            self.bytes_written += size
 
     def _enter(self, line: str) -> None:
         journal = self.partial / JOURNAL

@@ -176,7 +176,7 @@ def curve_of(
             damped = damped_inverse(hessian, damping, where)
             del hessian
             gram, width = lower_gram(weight.masked_fill(damped.dead, 0)), shape.unit_width(module)
-            errors = eliminate(damped.inverse, gram, n, width, keep_factor=False).errors
+            errors = eliminate(damped.inverse, gram, n, width, keep_factor=False, tf32=True).errors
             curve = error_curve(errors, curvature.count, energy)
             del damped, gram, errors  # before the second round makes its own
     return curve

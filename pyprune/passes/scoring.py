@@ -50,6 +50,8 @@ class ScoringPasses(Passes):
     def _prune_by_choice(self, choice: Choice, scores: list[UnitScores], survey: list[LayerStatistics]) -> None:
         """Slice every layer as chosen beforehand; no forward."""
         meter = self.meters["prune"] = Meter(self.device)
+        if self.device.type == "cuda":  # where the layers are on the device, with room: no forward runs
+            self.writer.in_flight = self.writer.MOST_IN_FLIGHT
         self.copy_embeddings()
         records = [layer_entry(kept, own) for kept, own in zip(choice.layers, scores, strict=True)]
         # A shard of a killed run counts only if it keeps the same units as this choice.
