@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter, LayerLoader
 from pyprune.checkpoint.shard_file import _host_bytes
+from pyprune.device import memory_limit
 from pyprune.finish import finish
 from pyprune.job import Job
 from pyprune.options import Progress, PruneOptions
@@ -106,7 +107,8 @@ def prune_generated(options: PruneOptions, progress: Progress) -> tuple[dict[str
     writer = DiscardingWriter(options.output, job.reader.layers + 2, job.identity, resume=False)
     passes = make_passes(job, writer)
     writer.begin()
-    choice, scores = passes.execute()
+    with memory_limit(job.device, options.device_memory):
+        choice, scores = passes.execute()
     plan = finish(job, writer, passes, choice, scores)
     return plan, traffic(job.loaders, writer)
 

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .architectures import ATTENTION, Family
 from .checkpoint import CheckpointReader
-from .fused import fuse_norms, fused_rotary, runs_fused
+from .fused import fuse, fused_rotary, runs_fused
 from .hidden_states import HiddenStates
 
 Observe = Callable[[Tensor], object]
@@ -82,7 +82,7 @@ class LayerForward:
             del tensor  # the next one is read after this one is gone
         block.load_state_dict(state, assign=True)
         if self.fused:
-            fuse_norms(block, self.family)
+            fuse(block, self.family, self.config.hidden_act)
         return block.eval()
 
     @torch.no_grad()

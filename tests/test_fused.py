@@ -9,10 +9,11 @@ from torch import Tensor
 
 from pyprune import fused
 from pyprune.architectures import FAMILIES
-from pyprune.ops import rms_norm, rotate_
+from pyprune.ops import rms_norm, rotate_, swiglu_
 from pyprune.ops.backends import KERNEL_DTYPES
 from pyprune.ops.rms_norm import rms_norm_reference
 from pyprune.ops.rotary import rotate_reference
+from pyprune.ops.swiglu import swiglu_reference
 
 each_family = pytest.mark.parametrize("name", sorted(FAMILIES))
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES)
@@ -48,6 +49,21 @@ def assert_rms_norm(x: Tensor, weight: Tensor, found: Tensor, eps: float) -> Non
     assert ((found.double() - exact).abs() <= unit * exact.abs() + smallest).all()
 
 
+def swiglu_case(rows: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows + channels)
+    return tuple((4 * torch.randn(rows, channels, generator=generator)).to(dtype) for _ in range(2))
+
+
+def assert_swiglu(gate: Tensor, up: Tensor, found: Tensor) -> None:
+    """Against float64: silu and the product rounded; the exponential in float32 to two units."""
+    exact = gate.double()
+    swiglu_reference(exact, up.double())
+    smallest = torch.finfo(gate.dtype).tiny * torch.finfo(gate.dtype).eps * (1 + up.abs().double())
+    # silu(x) = x / (1 + exp(-x)): for x ≪ 0 the error of the argument's own rounding, |x| units, comes in.
+    unit = rounding(gate.dtype) + (4 + 2 * gate.abs().double()) * torch.finfo(torch.float32).eps
+    assert ((found.double() - exact).abs() <= unit * exact.abs() + smallest).all()
+
+
 def assert_rotary(x: Tensor, cos: Tensor, sin: Tensor, found: Tensor) -> None:
     """Against float64: each product rounded once, and their sum."""
     exact = x.double()
@@ -63,6 +79,7 @@ if INTERPRETED:
     mend()
     from pyprune.triton_kernels.rms_norm import rms_norm_triton
     from pyprune.triton_kernels.rotary import rotate_triton
+    from pyprune.triton_kernels.swiglu import swiglu_triton
 
     @each_dtype
     @pytest.mark.parametrize(("rows", "channels"), NORM_SHAPES)
@@ -80,6 +97,14 @@ if INTERPRETED:
         found = x.clone()
         rotate_triton(found, cos, sin)
         assert_rotary(x, cos, sin, found)
+
+    @each_dtype
+    @pytest.mark.parametrize(("rows", "channels"), NORM_SHAPES)
+    def test_swiglu_kernel(rows: int, channels: int, dtype: torch.dtype) -> None:
+        gate, up = swiglu_case(rows, channels, dtype)
+        found = gate.clone()
+        swiglu_triton(found, up)
+        assert_swiglu(gate, up, found)
 
 else:
 
@@ -102,6 +127,10 @@ else:
         rotate_(k, cos, sin)
         assert torch.equal(q, expected[0])
         assert torch.equal(k, expected[1])
+        gate, up = swiglu_case(5, 7, dtype)
+        product = torch.nn.functional.silu(gate) * up
+        swiglu_(gate, up)
+        assert torch.equal(gate, product)
 
     @each_family
     def test_a_fused_layer_is_the_layer(name: str) -> None:
@@ -112,7 +141,8 @@ else:
         torch.manual_seed(0)
         block = family.build_layer(config, 0)
         fused_block = copy.deepcopy(block)
-        fused.fuse_norms(fused_block, family)
+        fused.fuse(fused_block, family, config.hidden_act)
+        assert isinstance(fused_block.mlp, fused.FusedMLP)
         assert not any(type(module) is family.norm_class for module in fused_block.modules())
         assert list(fused_block.state_dict()) == list(block.state_dict())
         x = torch.randn(2, 7, config.hidden_size)
@@ -138,6 +168,7 @@ else:
     def test_operators_are_well_formed() -> None:
         x, weight = norm_case(4, 6, torch.float32)
         torch.library.opcheck(rms_norm, (x, weight, 1e-6))
+        torch.library.opcheck(swiglu_, swiglu_case(3, 5, torch.float32))
         torch.library.opcheck(rotate_, rotary_case(2, 3, 4, 6, torch.float32))
 
     @pytest.mark.parametrize(
@@ -162,7 +193,25 @@ else:
             with pytest.raises(ValueError, match=message):
                 rotate_(*wrong)
 
+    def test_swiglu_refuses() -> None:
+        for gate, up, message in (
+            (torch.zeros(2, 3), torch.zeros(3), "need to be alike"),
+            (torch.zeros(2), torch.zeros(2).double(), "float64"),
+            (torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), "floating type"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                swiglu_(gate, up)
+
+    def test_another_activation_stays() -> None:
+        family = FAMILIES["llama"]
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 1}
+        block = family.build_layer(family.config_class(**sizes, hidden_act="gelu"), 0)
+        own = block.mlp
+        fused.fuse(block, family, "gelu")
+        assert block.mlp is own
+
     def test_nothing_of_nothing() -> None:
+        swiglu_(torch.zeros(0, 3), torch.zeros(0, 3))
         assert rms_norm(torch.zeros(0, 3), torch.ones(3), 1e-6).shape == (0, 3)
         rotate_(torch.zeros(0, 1, 2, 4), torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
 
@@ -181,3 +230,11 @@ else:
             found = x.clone()
             rotate_(found, cos[:1], sin[:1])
             assert_rotary(x, cos[:1], sin[:1], found)
+        for rows, channels in NORM_SHAPES:
+            gate, up = (t.cuda() for t in swiglu_case(rows, channels, dtype))
+            found = gate.clone()
+            swiglu_(found, up)
+            assert_swiglu(gate, up, found)
+            found = gate.clone().T
+            swiglu_(found, up.T)
+            assert_swiglu(gate.T, up.T, found)

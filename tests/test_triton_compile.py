@@ -5,7 +5,7 @@ import re
 import pytest
 import triton.language as tl
 from machine_code import MachineCode, compile_kernel
-from pyprune.triton_kernels import channel_moments, rms_norm, rotary
+from pyprune.triton_kernels import channel_moments, rms_norm, rotary, swiglu
 from pyprune.triton_kernels.channel_moments import CONFIGURATIONS, Configuration
 
 ELEMENT_TYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
@@ -96,3 +96,13 @@ def test_rotate_heads_fits(target: int) -> None:
     code = compile_kernel(rotary.rotate_heads, target, types, constants, aligned, num_warps=rotary.WARPS)
     assert code.stack == 0, "a spill"
     assert re.search(r"ld\.global[^\n]*\.v4\.b32", code.ptx), "narrow reads"
+
+
+@pytest.mark.parametrize("target", [80, 90])
+def test_swiglu_fits(target: int) -> None:
+    types = {"gate": "*bf16", "up": "*bf16", "count": "i32"}
+    code = compile_kernel(
+        swiglu.swiglu_elements, target, types, {"BLOCK": swiglu.BLOCK}, {*types}, num_warps=swiglu.WARPS
+    )
+    assert code.stack == 0, "a spill"
+    assert len(re.findall(r"ld\.global[^\n]*\.v4\.b32", code.ptx)) == 4

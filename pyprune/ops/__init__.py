@@ -9,6 +9,7 @@ from .rms_norm import rms_norm
 from .rotary import rotate_
 from .spd_inverse import DampedInverse, damped_inverse
 from .split_tf32 import add_split_product
+from .swiglu import swiglu_
 
 __all__ = [
     "ChannelMoments",
@@ -28,4 +29,5 @@ __all__ = [
     "refit",
     "rms_norm",
     "rotate_",
+    "swiglu_",
 ]

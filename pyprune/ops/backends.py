@@ -287,6 +287,11 @@ REQUIREMENTS: dict[str, dict[str, tuple[Requirement, ...]]] = {
         "triton": (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, TRITON_INSTALLED, C_COMPILER),
         "reference": (),
     },
+    # shape: that of the gate
+    "swiglu": {
+        "triton": (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, TRITON_INSTALLED, C_COMPILER),
+        "reference": (),
+    },
     # shape: [channels, channels]
     "eliminate": {
         "cuda": (ON_NVIDIA_GPU, FLOAT32, CORE_BUILT, CORE_WITH_CUDA, CORE_FOR_THIS_GPU),
@@ -304,6 +309,7 @@ PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("grouped_cholesky_errors", "cpu"): ("cpu", "reference"),
     ("rms_norm", "cuda"): ("triton", "reference"),
     ("rotary", "cuda"): ("triton", "reference"),
+    ("swiglu", "cuda"): ("triton", "reference"),
     ("eliminate", "cuda"): ("cuda", "reference"),
     ("eliminate", "cpu"): ("cpu", "reference"),
 }

@@ -1,0 +1,55 @@
+"""The middle of a gated FFN (Shazeer 2020), gate ← silu(gate) · up, in place, in one pass.
+
+The operator is `pyprune::swiglu_`; `swiglu_reference` says in plain PyTorch what it computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+OPERATOR = "swiglu"
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> None:
+    """gate ← silu(gate) · up; silu and the product are each rounded to gate's type."""
+    gate.copy_(torch.nn.functional.silu(gate) * up)
+
+
+@torch.library.custom_op("pyprune::swiglu_", mutates_args=("gate",), schema="(Tensor(a!) gate, Tensor up) -> ()")
+def swiglu_(gate: Tensor, up: Tensor) -> None:
+    """gate ← silu(gate) · up on the backend that pyprune.ops.backends chooses.
+
+    gate, up: of one shape, type and device, bfloat16, float16, float32 (float64: reference only), any strides; gate is
+    changed in place. Nothing waits for a GPU.
+    Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
+    """
+    check_tensors(gate, up)
+    if gate.numel() == 0:
+        return
+    together = gate.is_contiguous() and up.is_contiguous()
+    if together and backends.choose_backend(OPERATOR, gate) == "triton":
+        from ..triton_kernels.swiglu import swiglu_triton
+
+        with torch.cuda.device(gate.device):
+            swiglu_triton(gate, up)
+    else:
+        swiglu_reference(gate, up)
+
+
+@swiglu_.register_fake
+def _(gate: Tensor, up: Tensor) -> None:
+    """Nothing is returned: the schema says what changes. What does not fit fails while it is traced."""
+    check_tensors(gate, up)
+
+
+def check_tensors(gate: Tensor, up: Tensor) -> None:
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(
+            f"swiglu: gate is {gate.dtype} {list(gate.shape)} on {gate.device}, "
+            f"up {up.dtype} {list(up.shape)} on {up.device}; they need to be alike"
+        )
+    if not gate.dtype.is_floating_point:
+        raise ValueError(f"swiglu: gate is {gate.dtype}; it needs a floating type")
