@@ -27,11 +27,13 @@ def rewrite_layer(
     for module in MODULES:
         if len(kept[module]) == shape.units(module):
             continue
-        for name, (dimension, index) in family.unit_rows(shape, module, kept[module]).items():
+        # Once to the device: each copy of indices waits for what the device is at.
+        units = kept[module].to(next(iter(tensors.values())).device)
+        for name, (dimension, index) in family.unit_rows(shape, module, units).items():
             for suffix in (".weight", ".bias"):
                 if name + suffix in tensors and (suffix == ".weight" or dimension == 0):
                     tensor = tensors[name + suffix]
-                    pruned[name + suffix] = tensor.index_select(dimension, index.to(tensor.device))
+                    pruned[name + suffix] = tensor.index_select(dimension, index)
     for module, new in (weight or {}).items():
         name = family.driver(module) + ".weight"
         pruned[name] = new.to(tensors[name].device, tensors[name].dtype)

@@ -178,4 +178,4 @@ class Family:
 
 def expand(units: Tensor, width: int) -> Tensor:
     """Indices of the channels of `units` when each owns `width` contiguous ones: [n] -> [n * width]."""
-    return (units[:, None] * width + torch.arange(width)).reshape(-1)
+    return (units[:, None] * width + torch.arange(width, device=units.device)).reshape(-1)
