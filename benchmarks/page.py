@@ -51,14 +51,16 @@ and written over the disk's own rates.
 
 BOUNDS = """## What bounds them
 
-- `flap` from disk to disk: the disk, which read 1.6 and wrote 1.3 GB/s. The survey waits for reads, the prune pass for
-  writes, and the two passes do not overlap; with layers that need no disk the survey takes 1.06 times the forward.
+- `flap` from disk to disk: the disk. The prune pass writes at the disk's own rate. The survey reads at 1.15 GB/s beside
+  the forward where the same threads alone read 1.4 to 1.6 (the readers share Python's lock with the thread that feeds
+  the GPU), and the two passes do not overlap. Six seconds lie outside them: tokens, embeddings, plots, last shards.
 - `obs`: forwards. A layer runs 2.8 of them in the prune pass (dense stream, pruned stream before and after the choice)
-  and a quarter in the survey, at 520 TFLOP/s for a 13 B shape and 560 for a 70 B shape, products alone at 750. The rest
-  is, by layer of 13 B and 70 B: second moments 0.09 and 0.37 s, the shortfall's products 0.09 and 0.27 s, inverse,
-  choice and fit 0.24 and 1.1 s, in the survey 0.23 and 1.0 s.
-- The profiler has the GPU busy for 91 % of the prune pass at 13 B, with a set of hidden states in the host and the
-  profiler's own work included, and 97 % at 70 B. The gaps lie between small steps and where the host decides.
+  and a quarter in the survey, at 650 TFLOP/s, products alone at 750. The rest is, by layer of 13 B and 70 B: second
+  moments 0.09 and 0.37 s, the shortfall's products 0.08 and 0.24 s, inverse, choice and fit 0.15 and 0.90 s, in the
+  survey 0.15 and 0.75 s (inverse in split TF32 products, elimination in single ones).
+- The profiler (the runs of 6 layers, of an earlier commit than the whole ones) has the GPU busy for 91 % of the prune
+  pass at 13 B, with a set of hidden states in the host and the profiler's own work included, and 97 % at 70 B. The gaps
+  lie between small steps and where the host decides.
 """
 
 
