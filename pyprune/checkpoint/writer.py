@@ -70,7 +70,7 @@ class CheckpointWriter:
         temporary.replace(journal)
 
     def close(self) -> None:
-        """End the threads, after the shards that they are at. No error is raised: a resume writes those shards again."""
+        """End the threads after the shards that they are at. No error is raised: a resume writes those shards again."""
         self._threads.shutdown()
 
     def discard(self) -> None:
