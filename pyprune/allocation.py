@@ -1,7 +1,7 @@
 """From a ratio to units: how many, or which, KV groups and FFN channels every layer keeps.
 
 Costs are in FFN channels (3 * hidden_size parameters): 1 for a channel, head_dim * (2r + 2) / 3 for a KV group.
-At least one unit of each module stays in every layer.
+At least one KV group and `least` FFN channels stay in every layer.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor
 from .architectures import ATTENTION, FFN, MODULES, LayerShape
 from .errors import InputError
 
+Counts = list[dict[str, int]]  # by layer: module -> units removed
 Kept = dict[str, Tensor]  # module -> sorted indices of the units that stay, int64
 UnitScores = dict[str, Tensor]  # module -> [units] float64, higher is more important
 
@@ -29,34 +30,34 @@ def total_cost(shapes: list[LayerShape]) -> float:
     return sum(s.cost for s in shapes)
 
 
-def check_ratio(shapes: list[LayerShape], ratio: float) -> None:
-    """Raise InputError unless the ratio lies in (0, 1) and one unit of each module can stay in every layer."""
+def check_ratio(shapes: list[LayerShape], ratio: float, least: int = 1) -> None:
+    """Raise InputError unless the ratio lies in (0, 1) and what has to stay in every layer can stay."""
     if not 0 < ratio < 1:
         raise InputError(f"ratio {ratio:g} is outside (0, 1): it is the share of decoder parameters to remove")
-    most = 1 - sum(s.group_cost + 1 for s in shapes) / total_cost(shapes)
+    most = 1 - sum(s.group_cost + least for s in shapes) / total_cost(shapes)
     if ratio > most:
+        channels = "one FFN channel" if least == 1 else f"{least} FFN channels"
         raise InputError(
-            f"ratio {ratio:g} is impossible: one KV group and one FFN channel stay in every layer, "
+            f"ratio {ratio:g} is impossible: one KV group and {channels} stay in every layer, "
             f"so at most {most:.4f} can be removed from this model"
         )
 
 
 def uniform_counts(
-    shapes: list[LayerShape], ratio: float, attention_ratio: float | None = None
-) -> list[dict[str, int]]:
+    shapes: list[LayerShape], ratio: float, attention_ratio: float | None = None, least: int = 1
+) -> Counts:
     """Units removed in every layer when all layers lose the same share.
 
     `attention_ratio` sets the attention's own ratio (the "manual" structures of FLAP).
     """
-    check_ratio(shapes, ratio)
+    check_ratio(shapes, ratio, least)
     if attention_ratio is None:
-        return [layer_counts(shape, ratio) for shape in shapes]
-    if not 0 <= attention_ratio < 1:
-        raise InputError(f"attention ratio {attention_ratio:g} is outside [0, 1)")
+        return [layer_counts(shape, ratio, least) for shape in shapes]
+    check_attention_ratio(attention_ratio)
     counts = []
     for shape in shapes:
         groups, channels = _split(shape, ratio, attention_ratio)
-        if not 0 <= channels < shape.intermediate_channels:
+        if not 0 <= channels <= shape.intermediate_channels - least:
             raise InputError(
                 f"attention ratio {attention_ratio:g} with ratio {ratio:g} would remove {channels} of "
                 f"{shape.intermediate_channels} FFN channels; bring the two closer together"
@@ -65,19 +66,25 @@ def uniform_counts(
     return counts
 
 
-def layer_counts(shape: LayerShape, ratio: float) -> dict[str, int]:
+def check_attention_ratio(attention_ratio: float) -> None:
+    if not 0 <= attention_ratio < 1:
+        raise InputError(f"attention ratio {attention_ratio:g} is outside [0, 1)")
+
+
+def layer_counts(shape: LayerShape, ratio: float, least: int = 1) -> dict[str, int]:
     """Units that one layer loses: int(ratio * groups) KV groups, and FFN channels for the rest of its budget.
 
     With few KV groups int() falls far short (3 of 12 heads at 0.3 is 0.25), so that methods would be compared at
     different sizes; the shortfall is taken from the FFN of the same layer, rounded to the nearest channel.
     """
     groups, channels = _split(shape, ratio, ratio)
-    if channels > shape.intermediate_channels - 1:
+    most = shape.intermediate_channels - least
+    if channels > most:
         # The FFN alone cannot make up for the whole groups that int() left: take one more of them each time.
-        missing = channels - (shape.intermediate_channels - 1)
+        missing = channels - most
         groups = min(groups + math.ceil(missing / shape.group_cost), shape.kv_groups - 1)
         channels = round(ratio * shape.cost - groups * shape.group_cost)
-    if not 0 <= channels < shape.intermediate_channels:
+    if not 0 <= channels <= most:
         raise InputError(
             f"ratio {ratio:g} of one layer is impossible: one of {shape.kv_groups} KV groups and "
             f"{shape.intermediate_channels} FFN channels is too small or too large for it"
@@ -96,20 +103,31 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
     return order[removed:].sort().values
 
 
-def choose_by_counts(scores: list[UnitScores], counts: list[dict[str, int]]) -> Choice:
+def choose_by_counts(scores: list[UnitScores], counts: Counts) -> Choice:
     return Choice(
         [{m: keep_highest(own[m], count[m]) for m in MODULES} for own, count in zip(scores, counts, strict=True)]
     )
 
 
+def counts_of(choice: Choice, shapes: list[LayerShape]) -> Counts:
+    """Units that each layer loses by a choice."""
+    return [
+        {m: shape.units(m) - len(kept[m]) for m in MODULES} for kept, shape in zip(choice.layers, shapes, strict=True)
+    ]
+
+
 def choose_globally(
-    scores: list[UnitScores], shapes: list[LayerShape], budget: float, modules: tuple[str, ...] = MODULES
+    scores: list[UnitScores],
+    shapes: list[LayerShape],
+    budget: float,
+    modules: tuple[str, ...] = MODULES,
+    least: int = 1,
 ) -> Choice:
     """Remove the lowest units of the whole model until their cost is as near to `budget` as one unit allows.
 
-    The best unit of each module of a layer is out of reach. Modules not named keep all their units.
+    The best KV group and the `least` best channels of a layer are out of reach. Modules not named keep all their units.
     """
-    entries = _Units(scores, shapes, modules)
+    entries = _Units(scores, shapes, modules, least)
     order = torch.sort(entries.score, stable=True).indices
     order = order[~entries.protected[order]]
     spent = torch.cumsum(entries.cost[order], 0)
@@ -123,18 +141,18 @@ def choose_globally(
     return Choice(entries.kept(~removed), threshold)
 
 
-def choose_above(
-    scores: list[UnitScores], shapes: list[LayerShape], threshold: float, modules: tuple[str, ...] = MODULES
-) -> Choice:
-    """Keep what scores strictly above the threshold, and the best unit of each module of a layer."""
-    entries = _Units(scores, shapes, modules)
+def choose_above(scores: list[UnitScores], shapes: list[LayerShape], threshold: float, least: int = 1) -> Choice:
+    """Keep what scores strictly above the threshold, and the best KV group and `least` channels of a layer."""
+    entries = _Units(scores, shapes, MODULES, least)
     return Choice(entries.kept((entries.score > threshold) | entries.protected), threshold)
 
 
 class _Units:
-    """Every unit of the named modules in one row: score, cost, and whether it is the best of its module."""
+    """Every unit of the named modules in one row: score, cost, and whether it is among the best, which stay."""
 
-    def __init__(self, scores: list[UnitScores], shapes: list[LayerShape], modules: tuple[str, ...]) -> None:
+    def __init__(
+        self, scores: list[UnitScores], shapes: list[LayerShape], modules: tuple[str, ...], least: int
+    ) -> None:
         self.scores, self.modules = scores, modules
         rows, costs, protected = [], [], []
         for own, shape in zip(scores, shapes, strict=True):
@@ -142,7 +160,8 @@ class _Units:
                 rows.append(own[module])
                 costs.append(torch.full((len(own[module]),), shape.unit_cost(module), dtype=torch.float64))
                 best = torch.zeros(len(own[module]), dtype=torch.bool)
-                best[own[module].argmax()] = True
+                order = torch.sort(own[module], descending=True, stable=True).indices
+                best[order[: least if module == FFN else 1]] = True
                 protected.append(best)
         self.score, self.cost = torch.cat(rows), torch.cat(costs)
         self.protected = torch.cat(protected)

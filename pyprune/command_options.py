@@ -8,25 +8,41 @@ import click
 
 from .incremental import SCHEDULES
 from .methods import METHODS, flap, obs
+from .methods.base import COMPENSATIONS
 
-# option -> (type, help): each names the methods that have it, and its values. A flag's type is bool.
+# option -> (type, help): each names the methods that have it, if not all have it, and its values. bool: a flag;
+# bool | None: one that can be denied, since its default follows from other options.
 METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
-    "metric": (str, f"flap: {', '.join(flap.METRICS)}.  [default: WIFV]"),
-    "structure": (str, f"flap: {', '.join(flap.STRUCTURES)}.  [default: AL-AM]"),
-    "mode": (str, f"flap: {' or '.join(flap.MODES)}.  [default: exact]"),
-    "square_attention": (bool, "flap: square attention scores, as the authors' code does."),
-    "attention_ratio": (float, "flap, UL-MM and AL-MM: the attention's own ratio."),
+    "uniform": (bool, "The same number of KV groups and FFN channels in every layer, as stock model classes need."),
+    "round_to": (
+        click.IntRange(1),
+        "Keep FFN channels in multiples of this, or all of a layer's: 128 suits GPUs, 256 llama.cpp's K-quants.  "
+        "[default: 1]",
+    ),
     "compensation": (
         str,
-        f"flap: {' or '.join(flap.COMPENSATIONS)} [bias]; obs: {' or '.join(obs.COMPENSATIONS)} [weights].",
+        "For what was removed: " + "; ".join(f"{kind}: {names}" for kind, names in COMPENSATIONS.items()) + ".  "
+        "[default: bias for flap, weights for slimgpt and obs, else none]",
     ),
-    "allocation": (str, f"obs: how many units each layer loses: {', '.join(obs.ALLOCATIONS)}.  [default: residual]"),
+    "metric": (str, f"flap: {', '.join(flap.METRICS)}.  [default: WIFV]"),
+    "structure": (str, f"flap: {', '.join(flap.STRUCTURES)}.  [default: AL-AM; with --uniform UL-UM]"),
+    "mode": (str, f"flap: {' or '.join(flap.MODES)}.  [default: exact]"),
+    "square_attention": (bool | None, "flap: square attention scores, as the authors' code does."),
+    "attention_ratio": (float, "flap, UL-MM and AL-MM: the attention's own ratio."),
+    "allocation": (
+        str,
+        f"obs: how many units each layer loses: {', '.join(obs.ALLOCATIONS)}; with --uniform, how it is split between "
+        "KV groups and channels: residual (by error) or uniform (the same share).  [default: residual]",
+    ),
     "target": (str, f"obs: what the driver is fitted to: {' or '.join(obs.TARGETS)}.  [default: residual]"),
     "target_share": (float, "obs: share of the residual stream's shortfall that a driver makes up.  [default: 0.5]"),
     "input_share": (float, "obs: share of the inputs' change that q, k, v, gate, up make up.  [default: 1]"),
     "survey_samples": (int, "obs: calibration windows that the residual allocation looks at.  [default: 32]"),
     "damping": (float, "slimgpt, obs: added to H's diagonal, as a share of its mean.  [default: 0.01]"),
-    "schedule": (str, f"slimgpt: how ratios rise with depth: {', '.join(SCHEDULES)}.  [default: log]"),
+    "schedule": (
+        str,
+        f"slimgpt: how ratios rise with depth: {', '.join(SCHEDULES)}.  [default: log; with --uniform uniform]",
+    ),
     "first_share": (
         float,
         "slimgpt, obs (log, linear): the first layer's ratio as a share of --ratio.  [default: 0, if possible]",
@@ -69,6 +85,8 @@ def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name, (kind, text) in reversed(METHOD_OPTIONS.items()):
         flag = "--" + name.replace("_", "-")
         if kind is bool:
+            command = click.option(flag, is_flag=True, default=None, help=text)(command)
+        elif kind == bool | None:
             command = click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)(command)
         else:
             command = click.option(flag, type=kind, help=text)(command)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from .allocation import check_ratio, total_cost
 from .architectures import ATTENTION, FFN, MODULES, LayerShape
 from .checkpoint import CheckpointReader
 from .device import FREE_SHARE, free_memory, resident_peak
@@ -35,23 +34,29 @@ def estimate(
     device: the one present; `named`, a key of time_model.KNOWN, is asked about in its place. On a GPU the seconds
     follow from `time_model`, the memory, which `device_memory` bytes bound, from `memory_plan`; on a CPU seconds are
     FLOPs over a measured rate of matrix products, and memory counts the interpreter and libraries as they are now.
-    Waiting for the disk is in neither. Sizes by layer are known beforehand where they follow from the ratio alone;
-    otherwise `layers` is null. Raises InputError where the run would be refused.
+    Waiting for the disk is in neither. Sizes by layer, and with them the parameters, are known beforehand where they
+    follow from the ratio alone; otherwise `layers` is null and the ratio is taken as met. Raises InputError where the
+    run would be refused.
     """
-    check_ratio(reader.shapes, ratio)
+    method.check(reader.shapes, ratio)
+    layers = _known_layers(reader.shapes, method, ratio) if method.predetermined else None
     before = sum(s.parameters for s in reader.shapes)
-    removed = ratio * total_cost(reader.shapes) * 3 * reader.shapes[0].hidden_size
-    after = reader.bytes - round(removed) * reader.dtype.itemsize
+    if layers is None:
+        removed = round(ratio * before)
+    else:
+        kept = zip(reader.shapes, layers, strict=True)
+        removed = before - sum(shape.kept(**own).parameters for shape, own in kept)
+    after = reader.bytes - removed * reader.dtype.itemsize
     flops = pass_flops(reader.shapes, method, ratio, samples, sequence_length)
     result: dict[str, Any] = {
         "method": method.name,
         "options": method.options,
         "ratio": ratio,
-        "parameters": {"decoder_linears": [before, before - round(removed)]},
+        "parameters": {"decoder_linears": [before, before - removed]},
         "bytes": [reader.bytes, after],
         "bytes_read": reader.bytes * (1 + ("survey" in flops)),
         "bytes_written": after,
-        "layers": _known_layers(reader.shapes, method, ratio) if method.predetermined else None,
+        "layers": layers,
         "device": named or str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }

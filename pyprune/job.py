@@ -9,7 +9,6 @@ import transformers
 from torch import Tensor
 
 from . import calibration, distributed
-from .allocation import check_ratio
 from .checkpoint import CheckpointReader, LayerLoader, begun_identity, check_place, checkpoint_folder, digest
 from .device import FREE_SHARE, free_memory, select_dtype
 from .errors import InputError
@@ -40,7 +39,6 @@ class Job:
         self.device = distributed.own_device(options.device)
         self.reader = CheckpointReader(checkpoint_folder(options.model))
         self.dtype = select_dtype(options.dtype, self.reader.dtype, self.device)
-        check_ratio(self.reader.shapes, options.ratio)
         self.method.check(self.reader.shapes, options.ratio)
         self.cache = (options.cache or options.output.absolute().parent / ".pyprune-cache").absolute()
         check_place(self.cache / "survey")

@@ -15,6 +15,7 @@ from .forward import micro_batch
 from .methods import Method, SecondOrderMethod
 from .methods.second_order import CURVES, NONE
 from .residual_allocation import deepest_cut
+from .uniform import common_sizes
 
 # Over what is alive at once. What PyTorch held on an H200, with segments that grow, was 0.4 to 16 % more than it had
 # allocated, and 5 % less to 5 % more than predicted so (six runs of 13 B and 70 B shapes).
@@ -70,7 +71,11 @@ class Sizes:
     @property
     def deepest(self) -> float:
         """Share of an FFN that goes at most."""
-        return deepest_cut(self.ratio) / 10
+        share = deepest_cut(self.ratio) / 10
+        if self.method.uniform:  # layers of several sizes are cut to one
+            sizes = common_sizes(self.shapes, self.ratio, self.method.round_to)
+            share = max(share, 1 - min(s.channels for s in sizes) / self.shape.intermediate_channels)
+        return share
 
     @property
     def streams(self) -> int:

@@ -41,7 +41,8 @@ def ratio_summary(asked: float, parameters: dict[str, tuple[int, int]], shapes: 
         largest = max(s.group_cost * 3 * s.hidden_size for s in shapes) / before
         summary["note"] = (
             f"{met:.4f} instead of {asked:g}: whole units are removed, and one KV group is {largest:.2%} of the "
-            "decoder linears (flap's reference mode counts its cost as its authors do)"
+            "decoder linears (steps are larger with --uniform and --round-to; flap's reference mode counts a group's "
+            "cost as its authors do)"
         )
     return summary
 

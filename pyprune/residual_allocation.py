@@ -12,8 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .allocation import check_ratio, total_cost
-from .architectures import ATTENTION, MODULES, LayerShape
+from .allocation import Counts, check_ratio, total_cost
+from .architectures import ATTENTION, FFN, MODULES, LayerShape
+from .rounding import rounded_counts, worth_by_errors
 
 ErrorCurves = dict[str, Tensor]  # module -> [units] float64: entry n is the error after n removals; entry 0 is 0
 
@@ -52,18 +53,20 @@ def hull_segments(errors: Tensor, unit_cost: float, layer: int, module: str) -> 
     return [Segment((values[b] - values[a]) / ((b - a) * unit_cost), layer, module, b - a) for a, b in pairwise(hull)]
 
 
-def residual_counts(curves: list[ErrorCurves], shapes: list[LayerShape], ratio: float) -> list[dict[str, int]]:
+def residual_counts(curves: list[ErrorCurves], shapes: list[LayerShape], ratio: float, multiple: int = 1) -> Counts:
     """Units that each layer loses, so that their cost is within half a channel below to half above the budget.
 
     A segment that no longer fits is taken in part, in whole units; what is then left goes to the segments after it.
+    `multiple`: of the channels that a layer keeps; the cost is then met within half of it, and the curves say where.
     """
-    check_ratio(shapes, ratio)
+    check_ratio(shapes, ratio, multiple)
+    ends = [{ATTENTION: s.kv_groups, FFN: s.intermediate_channels - multiple + 1} for s in shapes]
     segments = sorted(
         (
             segment
             for layer, (own, shape) in enumerate(zip(curves, shapes, strict=True))
             for module in MODULES
-            for segment in hull_segments(own[module], shape.unit_cost(module), layer, module)
+            for segment in hull_segments(own[module][: ends[layer][module]], shape.unit_cost(module), layer, module)
         ),
         key=lambda segment: segment.slope,
     )
@@ -78,7 +81,7 @@ def residual_counts(curves: list[ErrorCurves], shapes: list[LayerShape], ratio: 
         take = min(segment.units, max(0, int(fits)))
         counts[segment.layer][segment.module] += take
         rest -= take * cost
-    return counts
+    return rounded_counts(counts, shapes, ratio, multiple, worth_by_errors([own[FFN] for own in curves], shapes))
 
 
 def error_curve(removal_errors: Tensor, tokens: int, energy: float) -> Tensor:

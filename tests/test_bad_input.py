@@ -157,7 +157,7 @@ def test_commands(refused: Callable[..., str], model: Path, text: Path, tmp_path
     assert "No such command 'shrink'" in refused("shrink", model)
     assert "Missing argument 'OUTPUT'" in refused("prune", model, "--ratio", 0.3)
     assert "Missing option '--ratio'" in refused("prune", model, tmp_path / "out")
-    assert "Missing option '--text'" in refused("evaluate", model)
+    assert "there is nothing to evaluate on" in refused("evaluate", model)
     assert "no such folder" in refused("evaluate", tmp_path / "nowhere", "--text", text)
     assert "the text has" in refused("evaluate", model, "--text", text, "--sequence-length", 4000)
     assert "outside (0, 1)" in refused("plan", model, "--ratio", 2)
@@ -219,8 +219,8 @@ def test_a_refused_resume_keeps_what_was_done(
         patch.setenv("PYPRUNE_BACKEND", "reference")
         outcome = run(capsys, *command, "--resume")
         assert outcome.status == 2
-        change = "backends (was {'channel_moments': 'cpu'}, now {'channel_moments': 'reference'})"
-        assert f"cannot resume with other settings: {change}" in outcome.err
+        assert "cannot resume with other settings: backends (was {'channel_moments': 'cpu'," in outcome.err
+        assert "now {'channel_moments': 'reference'," in outcome.err
     other = run(capsys, *command, "--resume", "--ratio", 0.4)
     assert "ratio (was 0.3, now 0.4)" in other.err
     assert sorted(tmp_path.rglob("*")) == before

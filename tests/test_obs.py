@@ -95,6 +95,21 @@ def test_nothing_removed_still_corrects() -> None:
     assert (chosen.weight - weight).abs().max() <= 1e-8 * weight.abs().max()
 
 
+@pytest.mark.parametrize("width", [1, 4])
+def test_without_compensation_only_the_choice_is_made(width: int) -> None:
+    """The units are those of a fit to the driver's own output; their weights, also of a dead channel, stay."""
+    layer = Layer(16, 8)
+    layer.x[:, 5] = 0
+    chosen = layer.reconstruct(Obs(compensation="none"), 8 // width, width)
+    fitted = layer.reconstruct(Obs(target="weights"), 8 // width, width)
+    assert chosen.kept.tolist() == fitted.kept.tolist()
+    assert torch.equal(chosen.weight, layer.weight[:, expand(chosen.kept, width)])
+    assert chosen.bias is None
+    assert not torch.equal(chosen.weight, fitted.weight)
+    whole = layer.reconstruct(Obs(compensation="none"), 0, width)
+    assert torch.equal(whole.weight, layer.weight)
+
+
 def test_dead_channels_are_the_first_to_go() -> None:
     layer = Layer(16, 8)
     layer.x[:, [3, 7]] = 0
@@ -103,7 +118,7 @@ def test_dead_channels_are_the_first_to_go() -> None:
     assert chosen.scores[3] == chosen.scores[7] == 0
 
 
-@pytest.mark.parametrize(("name", "value"), [("allocation", "x"), ("target", "x"), ("compensation", "none")])
+@pytest.mark.parametrize(("name", "value"), [("allocation", "x"), ("target", "x"), ("compensation", "x")])
 def test_options_are_checked(name: str, value: str) -> None:
     with pytest.raises(InputError, match=f"obs has no {name} '{value}'; one of"):
         make_method("obs", {name: value})

@@ -25,7 +25,8 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
         if option not in known:
             own = ", ".join("--" + o.replace("_", "-") for o in sorted(known)) or "none"
             raise InputError(f"method {name} has no option --{option.replace('_', '-')}; its options: {own}")
-    return method(**options)
+    with_uniform = method.with_uniform if options.get("uniform") else {}
+    return method(**(with_uniform | options))
 
 
 __all__ = ["METHODS", "LayerStatistics", "Method", "ScoringMethod", "SecondOrderMethod", "make_method"]

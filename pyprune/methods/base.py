@@ -6,12 +6,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..allocation import Choice, UnitScores, choose_by_counts, uniform_counts
+from ..allocation import Choice, Counts, UnitScores, check_ratio, choose_by_counts, uniform_counts
 from ..architectures import MODULES, LayerShape
 from ..errors import InputError
+from ..rounding import check_multiple, rounded_counts
 from ..statistics import DriverStatistics
+from ..uniform import common_counts, common_sizes
 
 LayerStatistics = dict[str, DriverStatistics]  # module -> statistics of its driver
+
+# What makes up for removed units -> the methods that can do so.
+COMPENSATIONS = {"bias": "flap, obs", "weights": "obs, slimgpt", "none": "magnitude, wanda-sp, flap, obs"}
 
 
 @dataclass(frozen=True)
@@ -19,17 +24,36 @@ class Method(ABC):
     """A method's fields are its options; its docstring's first line is what `pyprune methods` prints.
 
     `needs_text`: it looks at activations. `sequential`: each layer is judged on the output of the pruned layers
-    before it (else all layers are judged on the dense model, in one survey). `biased`: it writes compensation
-    biases.
+    before it (else all layers are judged on the dense model, in one survey). `compensations`: those it can do.
+    `with_uniform`: options whose default is another one with `uniform`.
+
+    `uniform`: every layer keeps the same number of KV groups and of FFN channels. `round_to`: of FFN channels each
+    layer keeps a multiple, or all. `compensation`: a bias on the driver, new weights of the driver, or none.
     """
 
     name: ClassVar[str]
     needs_text: ClassVar[bool] = True
     sequential: ClassVar[bool] = False
+    compensations: ClassVar[tuple[str, ...]] = ("none",)
+    with_uniform: ClassVar[dict[str, Any]] = {}
+    uniform: bool = False
+    round_to: int = 1
+    compensation: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.round_to < 1:
+            raise InputError(f"--round-to {self.round_to} is less than 1: it is a number of FFN channels")
+        if self.compensation not in self.compensations:
+            others = COMPENSATIONS.get(self.compensation)
+            raise InputError(
+                f"{self.name} has no compensation {self.compensation!r}; one of {', '.join(self.compensations)}"
+                + (f", or a method that has it: {others}" if others else "")
+            )
 
     @property
     def biased(self) -> bool:
-        return False
+        """Whether it writes compensation biases."""
+        return self.compensation == "bias"
 
     @property
     def operators(self) -> tuple[str, ...]:
@@ -41,13 +65,24 @@ class Method(ABC):
         """Whether every layer's size follows from shapes and ratio alone."""
         return True
 
-    def counts(self, shapes: list[LayerShape], ratio: float) -> list[dict[str, int]]:
-        """Units that each layer loses, if all layers lose the same share."""
-        return uniform_counts(shapes, ratio)
+    def counts(self, shapes: list[LayerShape], ratio: float) -> Counts:
+        """Units that each layer loses, of a method whose sizes are predetermined."""
+        if self.uniform:
+            return common_counts(shapes, ratio, self.round_to)
+        return rounded_counts(self.shares(shapes, ratio), shapes, ratio, self.round_to)
+
+    def shares(self, shapes: list[LayerShape], ratio: float) -> Counts:
+        """Units that each layer loses before channels are rounded; at least `round_to` of them stay."""
+        return uniform_counts(shapes, ratio, least=self.round_to)
 
     def check(self, shapes: list[LayerShape], ratio: float) -> None:
-        """InputError for a ratio that cannot be met, as far as the shapes alone tell."""
-        self.counts(shapes, ratio)
+        """InputError for a ratio or sizes that cannot be met, as far as the shapes alone tell."""
+        check_multiple(shapes, self.round_to)
+        check_ratio(shapes, ratio, self.round_to)
+        if self.uniform:
+            common_sizes(shapes, ratio, self.round_to)
+        if self.predetermined:
+            self.counts(shapes, ratio)
 
     @property
     def options(self) -> dict[str, Any]:

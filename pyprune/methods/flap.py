@@ -1,27 +1,31 @@
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..allocation import (
     Choice,
+    Counts,
     UnitScores,
     check_ratio,
     choose_above,
     choose_by_counts,
     choose_globally,
+    counts_of,
     total_cost,
     uniform_counts,
 )
 from ..architectures import ATTENTION, FFN, MODULES, LayerShape
 from ..errors import InputError
+from ..rounding import rounded_counts, worth_by_scores
 from ..statistics import DriverStatistics
+from ..uniform import common_counts
 from .base import LayerStatistics, ScoringMethod
 
 METRICS = ("IFV", "WIFV", "WIFN")
 STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
 MODES = ("exact", "reference")
-COMPENSATIONS = ("bias", "none")
 
 
 @dataclass(frozen=True)
@@ -30,25 +34,32 @@ class Flap(ScoringMethod):
 
     `metric`: IFV v_j; WIFV v_j Σ_o W_oj²; WIFN mean_o |W_oj| sqrt(s_j).
     `structure`: UL/AL uniform or adaptive over layers; UM/MM/AM the attention's share equal, manual
-    (`attention_ratio`), or adaptive.
+    (`attention_ratio`), or adaptive; with `uniform` UL-UM unless said.
     `mode`: `exact` meets the budget with the unbiased variance and true unit costs; `reference` computes what the
     authors' code computes, for comparison with published numbers (the README names the differences).
     `square_attention` squares the attention's channel scores before z-scoring: unless said, in `reference` mode only.
     """
 
     name = "flap"
+    compensations: ClassVar[tuple[str, ...]] = ("bias", "none")
+    with_uniform: ClassVar[dict[str, Any]] = {"structure": "UL-UM"}
+    compensation: str = "bias"
     metric: str = "WIFV"
     structure: str = "AL-AM"
     mode: str = "exact"
-    compensation: str = "bias"
     square_attention: bool | None = None
     attention_ratio: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_option("metric", METRICS)
         self.check_option("structure", STRUCTURES)
         self.check_option("mode", MODES)
-        self.check_option("compensation", COMPENSATIONS)
+        if self.uniform and not self.predetermined:
+            raise InputError(
+                f"--uniform makes all layers alike, --structure {self.structure} does not: leave one of them out, or "
+                "take UL-UM or UL-MM"
+            )
         if self.attention_ratio is not None and not self.structure.endswith("MM"):
             raise InputError("attention_ratio goes with the structures UL-MM and AL-MM only")
         if self.square_attention is None:
@@ -57,10 +68,6 @@ class Flap(ScoringMethod):
     @property
     def by_window(self) -> bool:
         return self.mode == "reference"
-
-    @property
-    def biased(self) -> bool:
-        return self.compensation == "bias"
 
     @property
     def predetermined(self) -> bool:
@@ -90,22 +97,40 @@ class Flap(ScoringMethod):
             for module in MODULES
         }
 
-    def counts(self, shapes: list[LayerShape], ratio: float) -> list[dict[str, int]]:
-        return uniform_counts(shapes, ratio, self.attention_ratio)
+    def counts(self, shapes: list[LayerShape], ratio: float) -> Counts:
+        if self.uniform:
+            return common_counts(shapes, ratio, self.round_to, self.attention_ratio)
+        return super().counts(shapes, ratio)
+
+    def shares(self, shapes: list[LayerShape], ratio: float) -> Counts:
+        return uniform_counts(shapes, ratio, self.attention_ratio, self.round_to)
+
+    def check(self, shapes: list[LayerShape], ratio: float) -> None:
+        super().check(shapes, ratio)
+        if self.structure == "AL-MM":
+            self.shares(shapes, ratio)
 
     def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> Choice:
-        check_ratio(shapes, ratio)
+        if self.predetermined:
+            return super().choose(scores, shapes, ratio)
+        choice = self._choose_adaptively(scores, shapes, ratio)
+        if self.round_to == 1:
+            return choice
+        counts = rounded_counts(counts_of(choice, shapes), shapes, ratio, self.round_to, worth_by_scores(scores))
+        return choose_by_counts(scores, counts)
+
+    def _choose_adaptively(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> Choice:
+        """The structures AL: over the whole model; at least `round_to` channels stay in every layer."""
+        check_ratio(shapes, ratio, self.round_to)
         if self.structure == "AL-AM":
             if self.mode == "reference":
-                return choose_above(scores, shapes, reference_threshold(scores, shapes, ratio))
-            return choose_globally(scores, shapes, ratio * total_cost(shapes))
-        counts = self.counts(shapes, ratio)
-        if self.predetermined:
-            return choose_by_counts(scores, counts)
+                return choose_above(scores, shapes, reference_threshold(scores, shapes, ratio), self.round_to)
+            return choose_globally(scores, shapes, ratio * total_cost(shapes), least=self.round_to)
         # AL-MM: the same number of units of each module as with uniform layers, taken from the whole model.
+        counts = self.shares(shapes, ratio)
         attention = sum(c[ATTENTION] * s.group_cost for c, s in zip(counts, shapes, strict=True))
         groups = choose_globally(scores, shapes, attention, (ATTENTION,))
-        channels = choose_globally(scores, shapes, sum(c[FFN] for c in counts), (FFN,))
+        channels = choose_globally(scores, shapes, sum(c[FFN] for c in counts), (FFN,), self.round_to)
         return Choice(
             [{ATTENTION: g[ATTENTION], FFN: c[FFN]} for g, c in zip(groups.layers, channels.layers, strict=True)]
         )

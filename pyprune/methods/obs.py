@@ -1,19 +1,21 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from ..architectures import ATTENTION, FFN, LayerShape
+from ..allocation import Counts, counts_of
+from ..architectures import LayerShape
 from ..errors import InputError
 from ..incremental import incremental_counts
 from ..ops import eliminate, lower_gram, refit
 from ..residual_allocation import ErrorCurves, residual_counts
+from ..uniform import cheapest_counts
 from .base import LayerStatistics
 from .flap import Flap
 from .second_order import CURVES, MOMENTS, NONE, SecondOrderMethod
 
 ALLOCATIONS = ("residual", "log", "linear", "uniform", "fluctuation")
 TARGETS = ("residual", "weights")
-COMPENSATIONS = ("weights", "bias")
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,21 @@ class Obs(SecondOrderMethod):
     `allocation`: residual (error in the residual stream, from a survey), log, linear, uniform, or fluctuation
     (FLAP's z-scores). `target`: residual (a driver also makes up, by `target_share`, for what earlier layers lost, and
     q, k, v, gate and up, by `input_share`, for how the stream that they read has changed) or weights (only its own
-    output). `compensation`: weights (no bias: loads in any engine) or bias (centred). `first_share`: log and linear:
-    the first layer's ratio as a share of the whole ratio. `survey_samples`: windows of the text that the residual
-    allocation's survey looks at.
+    output). `compensation`: weights (no bias: loads in any engine), bias (centred), or none: the weights that stay are
+    as they were, and there is no target. `first_share`: log and linear: the first layer's ratio as a share of the whole
+    ratio. `survey_samples`: windows of the text that the residual allocation's survey looks at.
+
+    With `uniform`, the residual allocation decides between KV groups and channels, the uniform one takes the same
+    share of both.
     """
 
     name = "obs"
+    compensations: ClassVar[tuple[str, ...]] = ("weights", "bias", "none")
+    compensation: str = "weights"
     allocation: str = "residual"
     target: str = "residual"
     target_share: float = 0.5
     input_share: float = 1.0
-    compensation: str = "weights"
     first_share: float | None = None
     survey_samples: int = 32
 
@@ -41,29 +47,28 @@ class Obs(SecondOrderMethod):
         super().__post_init__()
         self.check_option("allocation", ALLOCATIONS)
         self.check_option("target", TARGETS)
-        self.check_option("compensation", COMPENSATIONS)
         if not 0 < self.target_share <= 1:
             raise InputError(f"target share {self.target_share:g} is outside (0, 1]: it is a share of the shortfall")
         if self.survey_samples < 1:
             raise InputError(f"survey samples {self.survey_samples}: the survey needs a window")
         if not 0 <= self.input_share <= 1:
             raise InputError(f"input share {self.input_share:g} is outside [0, 1]: it is a share of the difference")
-
-    @property
-    def biased(self) -> bool:
-        return self.centred
+        if self.uniform and self.allocation not in ("residual", "uniform"):
+            raise InputError(
+                f"--uniform makes all layers alike, --allocation {self.allocation} does not: leave one of them out"
+            )
 
     @property
     def centred(self) -> bool:
-        return self.compensation == "bias"
+        return self.biased
 
     @property
     def correction(self) -> float:
-        return self.target_share if self.target == "residual" else 0.0
+        return self.target_share if self.target == "residual" and self.refits else 0.0
 
     @property
     def alignment(self) -> float:
-        return self.input_share if self.target == "residual" else 0.0
+        return self.input_share if self.target == "residual" and self.refits else 0.0
 
     @property
     def survey(self) -> str:
@@ -77,12 +82,8 @@ class Obs(SecondOrderMethod):
     def predetermined(self) -> bool:
         return self.survey == NONE
 
-    def check(self, shapes: list[LayerShape], ratio: float) -> None:
-        if self.predetermined:
-            self.counts(shapes, ratio)
-
-    def counts(self, shapes: list[LayerShape], ratio: float) -> list[dict[str, int]]:
-        return incremental_counts(shapes, ratio, self.allocation, self.first_share)
+    def shares(self, shapes: list[LayerShape], ratio: float) -> Counts:
+        return incremental_counts(shapes, ratio, self.allocation, self.first_share, self.round_to)
 
     def allocate(
         self,
@@ -90,19 +91,18 @@ class Obs(SecondOrderMethod):
         ratio: float,
         curves: list[ErrorCurves] | None,
         moments: list[LayerStatistics] | None,
-    ) -> list[dict[str, int]]:
+    ) -> Counts:
         if curves is not None:
-            return residual_counts(curves, shapes, ratio)
+            allocated = cheapest_counts if self.uniform else residual_counts
+            return allocated(curves, shapes, ratio, self.round_to)
         if moments is not None:
-            flap = Flap()
-            choice = flap.choose(flap.scores(moments, shapes), shapes, ratio)
-            return [
-                {ATTENTION: shape.kv_groups - len(k[ATTENTION]), FFN: shape.intermediate_channels - len(k[FFN])}
-                for k, shape in zip(choice.layers, shapes, strict=True)
-            ]
+            flap = Flap(round_to=self.round_to)
+            return counts_of(flap.choose(flap.scores(moments, shapes), shapes, ratio), shapes)
         return self.counts(shapes, ratio)
 
     def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
-        """Every unit by its exact error after all removals before it; then one least-squares refit."""
-        elimination = eliminate(inverse, lower_gram(weight), count, width)
-        return elimination.order, refit(weight, elimination)
+        """Every unit by its exact error after all removals before it; then, unless weights stay, one refit."""
+        elimination = eliminate(inverse, lower_gram(weight), count, width, keep_factor=self.refits)
+        if self.refits:
+            return elimination.order, refit(weight, elimination)
+        return elimination.order, weight[:, elimination.kept_channels()]

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..allocation import Counts
 from ..architectures import LayerShape
 from ..curvature import Curvature
 from ..errors import InputError
@@ -22,7 +23,8 @@ NONE, MOMENTS, CURVES = "none", "moments", "curves"
 class Reconstruction:
     """A driver after its units were chosen.
 
-    kept: sorted indices of the units that stay, int64 on the CPU. weight: float32 [out, kept channels].
+    kept: sorted indices of the units that stay, int64 on the CPU. weight: float32 [out, kept channels]; without a
+    compensation as they were.
     bias: float32 [out], what is added to the driver's bias, or None. scores: float64 [units] on the CPU, the error
     of removing each unit alone. damping: what the inverse took.
     """
@@ -49,8 +51,14 @@ class SecondOrderMethod(Method):
     damping: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.damping <= 1:
             raise InputError(f"damping {self.damping:g} is outside [0, 1]: it is a share of the mean of H's diagonal")
+
+    @property
+    def refits(self) -> bool:
+        """Whether the weights that stay change."""
+        return self.compensation != "none"
 
     @property
     def centred(self) -> bool:
@@ -85,7 +93,7 @@ class SecondOrderMethod(Method):
         ratio: float,
         curves: list[ErrorCurves] | None,
         moments: list[LayerStatistics] | None,
-    ) -> list[dict[str, int]]:
+    ) -> Counts:
         """Units that each layer loses; the statistics that `survey` names are there, the others None."""
 
     @abstractmethod
@@ -120,9 +128,11 @@ class SecondOrderMethod(Method):
         mask = torch.ones(units, dtype=torch.bool)
         mask[removed.cpu()] = False
         kept = mask.nonzero().flatten()
+        channels = mask.repeat_interleave(width).nonzero().flatten().to(weight.device)
+        if not self.refits:
+            refitted = weight[:, channels].to(target.dtype)  # dead columns too as they were
         if bias is not None:
             assert curvature.mean is not None
-            channels = mask.repeat_interleave(width).nonzero().flatten().to(weight.device)
             bias -= refitted @ curvature.mean[channels]
         return Reconstruction(kept, refitted, bias, scores, damped.damping)
 

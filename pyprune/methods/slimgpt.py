@@ -1,9 +1,12 @@
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..allocation import Counts
 from ..architectures import LayerShape
+from ..errors import InputError
 from ..incremental import SCHEDULES, incremental_counts
 from ..ops import grouped_cholesky_errors
 from ..residual_allocation import ErrorCurves
@@ -20,19 +23,26 @@ class SlimGpt(SecondOrderMethod):
     """SlimGPT: OBS on heads and channels, grouped Cholesky, dynamic group size, incremental ratio (arXiv 2412.18110).
 
     `schedule`: how the ratio rises with depth (log, linear, uniform); `first_share`: the first layer's ratio r_0 as
-    a share of the whole ratio.
+    a share of the whole ratio. With `uniform` the schedule is uniform.
     """
 
     name = "slimgpt"
+    compensations: ClassVar[tuple[str, ...]] = ("weights",)
+    with_uniform: ClassVar[dict[str, Any]] = {"schedule": "uniform"}
+    compensation: str = "weights"
     schedule: str = "log"
     first_share: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_option("schedule", SCHEDULES)
+        if self.uniform and self.schedule != "uniform":
+            raise InputError(
+                f"--uniform makes all layers alike, --schedule {self.schedule} does not: leave one of them out"
+            )
 
-    def counts(self, shapes: list[LayerShape], ratio: float) -> list[dict[str, int]]:
-        return incremental_counts(shapes, ratio, self.schedule, self.first_share)
+    def shares(self, shapes: list[LayerShape], ratio: float) -> Counts:
+        return incremental_counts(shapes, ratio, self.schedule, self.first_share, self.round_to)
 
     def allocate(
         self,
@@ -40,7 +50,7 @@ class SlimGpt(SecondOrderMethod):
         ratio: float,
         curves: list[ErrorCurves] | None,
         moments: list[LayerStatistics] | None,
-    ) -> list[dict[str, int]]:
+    ) -> Counts:
         return self.counts(shapes, ratio)
 
     def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:

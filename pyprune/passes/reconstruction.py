@@ -143,7 +143,9 @@ class ReconstructionPasses(Passes):
                 original = None  # the dense layer is through; what follows takes its memory
             chosen = self._reconstruct(curvature, own, layer, module, counts[module])
             del curvature, own
-            kept[module], scores[module], weight[module] = chosen.kept, chosen.scores, chosen.weight
+            kept[module], scores[module] = chosen.kept, chosen.scores
+            if self.method.refits:  # else the stored columns are sliced, whatever the compute type
+                weight[module] = chosen.weight
             if chosen.bias is not None:
                 bias[module] = chosen.bias
             del chosen
