@@ -87,7 +87,7 @@ def make_page(results: Path, plots: Path) -> str:
     sections = [HEAD, *(whole_prunings(runs, plots) if runs else ["No run is committed yet.\n"]), published_table()]
     if runs:
         sections.append(BOUNDS)
-    sections += filter(None, (plan_against_measured(runs), profiles(runs)))
+    sections += filter(None, (plan_against_measured(runs), profiles(runs), loaders(results / "loaders.json")))
     return "\n".join([*sections, single_operators(results)])
 
 
@@ -181,6 +181,33 @@ def profiles(runs: dict[str, dict[str, Any]]) -> str:
         ]
         text += table(["kernel", "seconds", "calls"], rows)
     return "## Where a layer's time goes\n" + text if text else ""
+
+
+def loaders(file: Path) -> str:
+    """Perplexity of pruned models under every program that loads them; empty where it was not measured."""
+    if not file.is_file():
+        return ""
+    report = json.loads(file.read_text())
+    rows = []
+    for row in report["rows"]:
+        cells = {name: f"{found['perplexity']:.3f} (`{found['class']}`)" for name, found in row["loaders"].items()}
+        what = f"{row['model']}, {row['method']}, compensation {row['compensation']}"
+        rows.append(
+            [
+                what,
+                row["layout"],
+                *(cells.get(name, "–") for name in ("pyprune", "stock", "padded", "gguf")),
+                f"{row['largest_deviation']:.4%}",
+            ]
+        )
+    return f"""## Loaders
+
+WikiText-2 perplexity on {report["windows"]} × {report["length"]} tokens of models pruned by {100 * report["ratio"]:g} %
+(calibration {report["samples"]} × {report["calibration_length"]} tokens), by `python benchmarks/loaders.py`:
+transformers {report["transformers"]} with pyprune imported, without it (stock, padded), and llama.cpp (llama-cpp-python
+{report["llama_cpp"]}, weights in float16). In brackets the class, of a GGUF file its architecture.
+
+""" + table(["model", "layers", "pyprune", "stock", "padded", "gguf", "largest deviation"], rows)
 
 
 def single_operators(results: Path) -> str:

@@ -75,22 +75,27 @@ def prune(model: str, output: Path, **options: Any) -> None:
 
 @cli.command(context_settings=SETTINGS)
 @click.argument("model")
-@click.option("--text", required=True, metavar="TEXT", help="A .txt, a .jsonl, or `self` (sampled).")
+@click.option("--text", metavar="TEXT", help="A .txt, a .jsonl, or `self` (sampled).")
 @click.option("--sequence-length", type=click.IntRange(2), default=2048, help="Tokens in a window.")
 @click.option("--max-windows", type=click.IntRange(1), help="Windows at most.  [default: all; 64 for `self`]")
-@click.option("--reference", metavar="DENSE", help="Also KL divergence and top-1 agreement with this model.")
+@click.option("--reference", metavar="DENSE", help="Also KL divergence and top-1 agreement with this model; its tasks.")
+@click.option("--tasks", metavar="NAME,NAME", help="Tasks of lm-eval (pip install 'pyprune[eval]').")
+@click.option("--include-path", type=click.Path(path_type=Path), help="Folder of more tasks, in lm-eval's YAML.")
+@click.option("--limit", type=click.IntRange(1), help="Examples of each task at most.")
+@click.option("--few-shot", type=click.IntRange(0), help="Solved examples before each.  [default: as the task says]")
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Sequences of a task in a forward pass.")
 @device_options
 def evaluate(model: str, **options: Any) -> None:
-    """Perplexity of MODEL in consecutive windows of a text.
+    """Perplexity of MODEL in consecutive windows of a text, its accuracy on tasks, or both.
 
-    exp of the mean over windows of each window's mean cross-entropy. `self` samples the text from DENSE if it is
-    given, else from MODEL.
+    Perplexity is exp of the mean over windows of each window's mean cross-entropy. `self` samples the text from DENSE
+    if it is given, else from MODEL.
     """
-    from . import evaluate as evaluation
     from .checkpoint import CheckpointReader, checkpoint_folder
     from .device import select_device, select_dtype
-    from .windows import evaluation_windows
 
+    if options["text"] is None and options["tasks"] is None:
+        raise InputError("there is nothing to evaluate on: give --text TEXT, --tasks NAME,NAME or both")
     console = Console(options["as_json"])
     folder = checkpoint_folder(model)
     reference = checkpoint_folder(options["reference"]) if options["reference"] else None
@@ -99,11 +104,31 @@ def evaluate(model: str, **options: Any) -> None:
     device = select_device(options["device"])
     reader = CheckpointReader(folder)
     dtype = select_dtype(options["dtype"], reader.dtype, device)
+    result: dict[str, Any] = {}
+    if options["tasks"] is not None:
+        result |= _evaluate_on_tasks(folder, reference, device, dtype, options)
+    if options["text"] is not None:
+        result = _evaluate_on_text(folder, reference, reader.config, device, dtype, options, console) | result
+    console.evaluated(result)
+
+
+def _evaluate_on_text(
+    folder: Path,
+    reference: Path | None,
+    config: Any,
+    device: Any,
+    dtype: Any,
+    options: dict[str, Any],
+    console: Console,
+) -> dict[str, Any]:
+    from . import evaluate as evaluation
+    from .windows import evaluation_windows
+
     with console.progress() as progress:
         windows = evaluation_windows(
             options["text"],
             reference or folder,
-            reader.config,
+            config,
             options["sequence_length"],
             options["max_windows"],
             options["seed"] + 1,  # sampled text must not be what a pruning with this seed was calibrated on
@@ -112,7 +137,7 @@ def evaluate(model: str, **options: Any) -> None:
             options["trust_remote_code"],
             lambda done, total: progress("sampling text", done, total),
         )
-        result = evaluation.evaluate(
+        return evaluation.evaluate(
             folder,
             windows,
             reference_folder=reference,
@@ -120,7 +145,17 @@ def evaluate(model: str, **options: Any) -> None:
             dtype=dtype,
             progress=lambda done, total: progress("evaluate", done, total),
         )
-    console.evaluated(result)
+
+
+def _evaluate_on_tasks(
+    folder: Path, reference: Path | None, device: Any, dtype: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    from .task_evaluation import evaluate_tasks
+
+    names = [name.strip() for name in options["tasks"].split(",") if name.strip()]
+    shared = {name: options[name] for name in ("include_path", "limit", "batch_size", "few_shot", "trust_remote_code")}
+    models = {"task_evaluation": folder} | ({"reference_task_evaluation": reference} if reference else {})
+    return {key: evaluate_tasks(each, names, device=device, dtype=dtype, **shared) for key, each in models.items()}
 
 
 @cli.command(context_settings=SETTINGS)
@@ -148,6 +183,37 @@ def plan(model: str, **options: Any) -> None:
     sizes = (options["ratio"], options["samples"], options["sequence_length"])
     result = estimate(reader, method, *sizes, device, dtype, options["device_memory"], named)
     Console(options["as_json"]).estimated(result)
+
+
+@cli.command(context_settings=SETTINGS)
+@click.argument("model")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--format", "layout", required=True, help="stock, padded, remote-code or gguf.")
+@click.option("--dtype", help="gguf: f32, f16, bf16 or q8_0.  [default: f16]")
+@click.option("--no-verify", is_flag=True, help="Do not load the result and compare its logits with MODEL's.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def export(model: str, output: Path, layout: str, dtype: str | None, no_verify: bool, as_json: bool) -> None:
+    """Write the pruned MODEL as OUTPUT in a layout that other programs load.
+
+    \b
+    stock        a transformers class that every engine knows; needs the same sizes in every layer
+    remote-code  as it is, with its model code beside it: loads with trust_remote_code=True, without pyprune
+    gguf         one file for llama.cpp and Ollama; layers may differ
+    padded       zeros up to the widest layer, in a stock class: to evaluate it, no smaller and no faster
+
+    OUTPUT appears whole or not at all, once a fresh process has loaded it and its logits are those of MODEL.
+    """
+    from .checkpoint import checkpoint_folder
+    from .export import VerificationError
+    from .export import export as run_export
+
+    console = Console(as_json)
+    try:
+        with console.progress() as progress:
+            result = run_export(checkpoint_folder(model), output, layout, dtype, progress, verified=not no_verify)
+        console.exported(result)
+    except VerificationError as error:
+        _fail(str(error), 1)
 
 
 @cli.command(context_settings=SETTINGS)

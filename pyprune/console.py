@@ -107,7 +107,24 @@ class Console:
         if self.as_json:
             self._json(result)
             return
-        self._rows([(k.replace("_", " "), f"{v:.6g}") for k, v in result.items()])
+        figures = {name: value for name, value in result.items() if not isinstance(value, dict)}
+        if figures:
+            self._rows([(name.replace("_", " "), f"{value:.6g}") for name, value in figures.items()])
+        if "task_evaluation" in result:
+            self._tasks(result["task_evaluation"], result.get("reference_task_evaluation"))
+
+    def _tasks(self, model: dict[str, Any], reference: dict[str, Any] | None) -> None:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("task", "metric", "examples", "value", *(["reference"] if reference else [])):
+            table.add_column(heading, overflow="fold")
+        for kind in ("tasks", "groups"):
+            for name, entry in model[kind].items():
+                for metric, figure in entry["metrics"].items():
+                    cells = [_with_error(figure)]
+                    if reference:
+                        cells.append(_with_error(reference[kind][name]["metrics"][metric]))
+                    table.add_row(name, metric, str(entry["examples"]), *cells)
+        self.out.print(table)
 
     def estimated(self, result: dict[str, Any]) -> None:
         if self.as_json:
@@ -136,6 +153,26 @@ class Console:
                 rows.append(("each layer", sizes[0]))
             else:
                 rows += [(f"layer {layer}", size) for layer, size in enumerate(sizes)]
+        self._rows(rows)
+
+    def exported(self, result: dict[str, Any]) -> None:
+        if self.as_json:
+            self._json(result)
+            return
+        before, after = result["bytes"]
+        rows = [
+            ("output", result["output"]),
+            ("format", f"{result['format']}: {result['class']}"),
+            ("size", f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB"),
+        ]
+        rows += [("note", note) for note in result["notes"]]
+        proof = result["verification"]
+        if proof["verified"]:
+            found = f"max |Δ| {proof['max_difference']:.3g} of logits up to {proof['max_logit']:.3g}"
+            limit = f"at most {proof['tolerance']:.3g} allowed"
+            rows.append(("verified", f"{found}, {limit} ({proof['tokens']} tokens, loaded by {proof['loader']})"))
+        else:
+            rows.append(("not verified", proof["reason"]))
         self._rows(rows)
 
     def backends(self, rows: list[BackendRow], installation: dict[str, str]) -> None:
@@ -172,3 +209,9 @@ class Console:
             )
             table.add_row(name, entry["summary"], options)
         self.out.print(table)
+
+
+def _with_error(figure: dict[str, Any]) -> str:
+    """A metric's value, and its standard error where it is known."""
+    error = figure["standard_error"]
+    return f"{figure['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -1,6 +1,5 @@
 """The last step of a run: configuration, tokenizer, index, evaluation, plan and report; then the rename."""
 
-import shutil
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,11 +11,13 @@ from . import distributed
 from .allocation import Choice, UnitScores
 from .architectures import LayerShape
 from .checkpoint import CheckpointWriter
+from .checkpoint.companions import copy_companions
 from .device import what_ran_out
 from .errors import InputError
 from .evaluate import evaluate
 from .job import Job
 from .modeling import pruned_config
+from .modeling.stock import find_stock
 from .passes import Passes
 from .plan import (
     FORMAT,
@@ -27,21 +28,6 @@ from .plan import (
     ratio_summary,
     versions,
     write_plan,
-)
-
-# What else of a checkpoint folder goes along.
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
 )
 
 
@@ -55,11 +41,8 @@ def finish(
     """Complete the partial folder, whose shards are all written, and make it the output. Returns the plan."""
     partial = writer.partial
     shapes = kept_shapes(job.reader.shapes, choice)
-    pruned_config(job.reader.family, job.reader.config, shapes, **job.biases).save_pretrained(partial)
-    for pattern in _COPIED:
-        for file in job.reader.folder.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, partial / file.name)
+    _write_config(job, writer, shapes)
+    copy_companions(job.reader.folder, partial)
     writer.write_index()
     plan = _plan(job, choice, scores, shapes) | {
         "bytes": [job.reader.bytes, writer.tensor_bytes],
@@ -86,6 +69,23 @@ def finish(
     write_report(plan, partial / "report.html")
     writer.finish()
     return plan
+
+
+def _write_config(job: Job, writer: CheckpointWriter, shapes: list[LayerShape]) -> None:
+    """config.json, of a stock class where one holds the model, and the biases of zeros that such a class asks for."""
+    family, config = job.reader.family, job.reader.config
+    stock = find_stock(family, config, shapes, **job.biases)
+    if stock is None:
+        pruned_config(family, config, shapes, **job.biases).save_pretrained(writer.partial)
+        return
+    stock.config.save_pretrained(writer.partial)
+    if stock.zero_biases and writer.shards not in writer.done:
+        zeros = {
+            job.reader.layer_prefix(layer) + name: torch.zeros(stock.layer_tensors[name], dtype=job.reader.dtype)
+            for layer in range(job.reader.layers)
+            for name in stock.zero_biases
+        }
+        writer.write(writer.shards, zeros)
 
 
 def _plan(job: Job, choice: Choice, scores: list[UnitScores], shapes: list[LayerShape]) -> dict[str, Any]:

@@ -123,9 +123,9 @@ def test_stock_configuration_where_nothing_differs(tiny_checkpoint: Callable[...
     assert stock.model_type == "llama"
     assert stock.architectures == ["LlamaForCausalLM"]
     assert "per_layer_config" not in stock.to_dict()
-    # transformers' LlamaConfig refuses 64 / 3 heads although head_dim is written out: our class takes it.
+    # transformers' LlamaConfig refuses 64 / 3 heads although head_dim is written out: Mistral's takes them.
     three = pruned_config(reader.family, reader.config, [s.kept(3, 80) for s in reader.shapes], False, False)
-    assert three.model_type == "pyprune_llama"
+    assert three.model_type == "mistral"
     biased = pruned_config(reader.family, reader.config, halved, True, True)
     assert biased.model_type == "pyprune_llama"
     assert AutoModelForCausalLM.from_config(biased).model.layers[0].mlp.down_proj.bias is not None

@@ -2,12 +2,14 @@
 
 from ..errors import InputError
 from .family import ATTENTION, FFN, MODULES, Family, LayerShape, expand
+from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .smollm3 import SMOLLM3
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3)}
 PRUNED_PREFIX = "pyprune_"  # begins the model_type of what pyprune writes when layers differ or have biases
 
 

@@ -68,7 +68,8 @@ class Family:
     """One model family of transformers. The names below are those of Llama; a family overrides what differs.
 
     `name` is transformers' `model_type`, `prefix` begins the names of its classes; `sliding` says by layer whether
-    a layer's attention sees a sliding window only.
+    a layer's attention sees a sliding window only, and `check` raises InputError for a configuration with anything that
+    the layer-by-layer forward leaves out.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Family:
     key_value: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     sliding: Callable[[Any, int], bool] = lambda config, layer: False
+    check: Callable[[Any], None] = lambda config: None
 
     def driver(self, module: str) -> str:
         """Name within a layer of the module's driver, the matrix whose input columns are pruned."""

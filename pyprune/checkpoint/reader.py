@@ -199,6 +199,9 @@ def _read_config(folder: Path) -> tuple[Any, Family]:
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
         family.layer_state_shapes(config, 0)
         heads, groups = config.num_attention_heads, config.num_key_value_heads
+        family.check(config)
+    except InputError:
+        raise
     except Exception as error:
         reason = " ".join((str(error) or repr(error)).split())
         raise InputError(f"{path}: transformers refuses this configuration: {reason}") from error

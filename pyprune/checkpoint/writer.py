@@ -19,6 +19,7 @@ from .reader import INDEX
 from .shard_file import STORED, write_shard
 
 JOURNAL = "journal.jsonl"
+MORE = "model-more.safetensors"  # tensors that only the end of a run knows of
 
 
 class CheckpointWriter:
@@ -98,7 +99,9 @@ class CheckpointWriter:
                 self.done[entry["shard"]] = entry
 
     def file(self, shard: int) -> Path:
-        """File of a shard, 0-based, in the numbering that transformers uses."""
+        """File of a shard, 0-based, in the numbering that transformers uses; shard `shards` is one more, by name."""
+        if shard == self.shards:
+            return self.partial / MORE
         return self.partial / f"model-{shard + 1:05d}-of-{self.shards:05d}.safetensors"
 
     def record(self, shard: int) -> Any:
@@ -178,7 +181,7 @@ class CheckpointWriter:
         if missing:
             raise RuntimeError(f"shards {missing} were never written")
         weight_map = {
-            name: self.done[shard]["file"] for shard in range(self.shards) for name in self.done[shard]["tensors"]
+            name: self.done[shard]["file"] for shard in sorted(self.done) for name in self.done[shard]["tensors"]
         }
         index = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": weight_map}
         (self.partial / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")

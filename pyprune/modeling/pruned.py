@@ -11,6 +11,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -23,9 +26,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    SmolLM3Model,
 )
 
-from ..architectures import LLAMA, MISTRAL, PRUNED_PREFIX, QWEN2, QWEN3, Family
+from ..architectures import GRANITE, LLAMA, MISTRAL, PRUNED_PREFIX, QWEN2, QWEN3, SMOLLM3, Family
 
 
 class _PrunedConfig:
@@ -57,6 +63,20 @@ class PyPruneQwen2Config(_PrunedConfig, Qwen2Config):
 @strict
 class PyPruneQwen3Config(_PrunedConfig, Qwen3Config):
     model_type = PRUNED_PREFIX + "qwen3"
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
+
+
+@strict
+class PyPruneGraniteConfig(_PrunedConfig, GraniteConfig):
+    model_type = PRUNED_PREFIX + "granite"
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
+
+
+@strict
+class PyPruneSmolLM3Config(_PrunedConfig, SmolLM3Config):
+    model_type = PRUNED_PREFIX + "smollm3"
     o_proj_bias: bool = False
     down_proj_bias: bool = False
 
@@ -104,6 +124,16 @@ class PyPruneQwen3Model(_PrunedModel, Qwen3Model):
     family = QWEN3
 
 
+class PyPruneGraniteModel(_PrunedModel, GraniteModel):
+    config: PyPruneGraniteConfig
+    family = GRANITE
+
+
+class PyPruneSmolLM3Model(_PrunedModel, SmolLM3Model):
+    config: PyPruneSmolLM3Config
+    family = SMOLLM3
+
+
 class _PrunedForCausalLM:
     """The family's causal language model over the pruned body."""
 
@@ -136,9 +166,21 @@ class PyPruneQwen3ForCausalLM(_PrunedForCausalLM, Qwen3ForCausalLM):
     body_class = PyPruneQwen3Model
 
 
+class PyPruneGraniteForCausalLM(_PrunedForCausalLM, GraniteForCausalLM):
+    config: PyPruneGraniteConfig
+    body_class = PyPruneGraniteModel
+
+
+class PyPruneSmolLM3ForCausalLM(_PrunedForCausalLM, SmolLM3ForCausalLM):
+    config: PyPruneSmolLM3Config
+    body_class = PyPruneSmolLM3Model
+
+
 PRUNED_CLASSES: dict[str, tuple[Any, Any, Any]] = {
     "llama": (PyPruneLlamaConfig, PyPruneLlamaModel, PyPruneLlamaForCausalLM),
     "mistral": (PyPruneMistralConfig, PyPruneMistralModel, PyPruneMistralForCausalLM),
     "qwen2": (PyPruneQwen2Config, PyPruneQwen2Model, PyPruneQwen2ForCausalLM),
     "qwen3": (PyPruneQwen3Config, PyPruneQwen3Model, PyPruneQwen3ForCausalLM),
+    "granite": (PyPruneGraniteConfig, PyPruneGraniteModel, PyPruneGraniteForCausalLM),
+    "smollm3": (PyPruneSmolLM3Config, PyPruneSmolLM3Model, PyPruneSmolLM3ForCausalLM),
 }

@@ -1,0 +1,18 @@
+"""Granite with multipliers that change nothing: Llama's layers with a bias on every linear."""
+
+from typing import Any
+
+from ..errors import InputError
+from .family import Family
+
+
+def check_multipliers(config: Any) -> None:
+    """InputError: an embedding, residual, attention or logit multiplier that Llama's layers do not have."""
+    plain = {"embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1}
+    plain |= {"attention_multiplier": config.head_dim**-0.5}
+    for name, value in plain.items():
+        if getattr(config, name) != value:
+            raise InputError(f"{name} {getattr(config, name)} in config.json: only {value} is supported in granite")
+
+
+GRANITE = Family(name="granite", prefix="Granite", check=check_multipliers)

@@ -1,0 +1,109 @@
+"""`pyprune export`: a checkpoint in the layouts that other programs load, each proved by loading it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import CheckpointReader, CheckpointWriter, check_free, check_space
+from ..checkpoint.companions import copy_companions
+from ..checkpoint.writer import partial_of
+from ..errors import InputError
+from ..options import Progress, silent
+from .layout import Layout
+from .padded import padded_layout
+from .remote_code import remote_code_layout
+from .stock import stock_layout
+from .verified_gguf import export_gguf
+from .verify import VerificationError, verify_roundtrip
+
+# format -> what makes its layout, and the loader that proves it
+_LAYOUTS: dict[str, tuple[Callable[[CheckpointReader], Layout], str]] = {
+    "stock": (stock_layout, "transformers"),
+    "padded": (padded_layout, "transformers"),
+    "remote-code": (remote_code_layout, "remote-code"),
+}
+FORMATS = (*_LAYOUTS, "gguf")
+
+
+def export(
+    source: Path,
+    output: Path,
+    format: str,
+    dtype: str | None = None,
+    progress: Progress = silent,
+    verified: bool = True,
+) -> dict[str, Any]:
+    """Write the checkpoint `source` as `output` in one of FORMATS: a folder, or for gguf a file.
+
+    dtype: gguf's only (f32, f16, bf16, q8_0); the others keep the stored types. `verified`: compare its logits with the
+    source's before it becomes `output`.
+
+    Returns `output`, `format`, `class` (or gguf's architecture), `bytes` (before, after), `notes` and `verification`
+    (`verify_roundtrip`'s). InputError: what cannot be exported so; VerificationError: our failure. Both leave nothing.
+    """
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    reader = CheckpointReader(source)
+    if format == "gguf":
+        return export_gguf(reader, output, dtype, progress, verified)
+    if dtype is not None:
+        raise InputError(f"--dtype is for gguf: {format} keeps the types that {source} stores")
+    check_free(output)
+    partial = partial_of(output)
+    if partial.exists():
+        raise InputError(f"{partial}: what a killed run left; delete that folder")
+    make, loader = _LAYOUTS[format]
+    layout = make(reader)
+    check_space(output, _bytes(reader, layout))
+    writer = CheckpointWriter(output, reader.layers + 2, {"source": str(source), "format": format}, resume=False)
+    try:
+        writer.begin()
+        _write(reader, layout, writer, progress)
+        verification = {"verified": False, "reason": "--no-verify"}
+        if verified:
+            verification = verify_roundtrip(source, partial, loader, progress)
+        writer.finish()
+    except BaseException:  # an interruption as well: there is nothing to go on with
+        writer.discard()
+        raise
+    return {
+        "output": str(output),
+        "format": format,
+        "class": layout.class_name,
+        "bytes": [reader.bytes, writer.tensor_bytes],
+        "notes": list(layout.notes),
+        "verification": verification,
+    }
+
+
+def _write(reader: CheckpointReader, layout: Layout, writer: CheckpointWriter, progress: Progress) -> None:
+    """Everything of the output, layer by layer, into the writer's partial folder."""
+    names = reader.outside_layers()
+    writer.write(0, reader.read(names[:1]))
+    for layer in range(reader.layers):
+        progress("export", layer, reader.layers)
+        prefix = reader.layer_prefix(layer)
+        converted = layout.convert(reader.read_layer(layer))
+        writer.write(layer + 1, {prefix + name: tensor for name, tensor in converted.items()})
+    writer.write(reader.layers + 1, reader.read(names[1:]))
+    layout.config.save_pretrained(writer.partial)
+    for name, text in layout.files.items():
+        (writer.partial / name).write_text(text, encoding="utf-8")
+    copy_companions(reader.folder, writer.partial)
+    writer.write_index()
+    progress("export", reader.layers, reader.layers)
+
+
+def _bytes(reader: CheckpointReader, layout: Layout) -> int:
+    """What the tensors of the output take."""
+    total = sum(reader.tensors[name].bytes for name in reader.outside_layers())
+    for layer in range(reader.layers):
+        stored = reader.layer_tensors(layer)
+        tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in stored.items()}
+        total += sum(tensor.nbytes for tensor in layout.convert(tensors).values())
+    return total
+
+
+__all__ = ["FORMATS", "VerificationError", "export", "verify_roundtrip"]

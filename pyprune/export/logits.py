@@ -1,0 +1,55 @@
+"""Logits of an exported model, by its target's loader alone: run as a script, in a process of its own.
+
+    python -P logits.py LOADER MODEL IDS LOGITS
+
+LOADER is transformers, remote-code (transformers with trust_remote_code), pyprune (its registered classes) or gguf
+(llama.cpp). IDS is a safetensors file with `ids`, int64 [1, tokens]; LOGITS gets `logits`, float32 [tokens,
+vocabulary], computed in float32 on the CPU. The first two must work without pyprune, so nothing here imports it.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def logits_transformers(model: str, ids: Tensor, trust_remote_code: bool) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    loaded, loading = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    # transformers makes up what is missing and drops what it does not know, with no more than a line of its log.
+    for problem in ("missing_keys", "unexpected_keys"):
+        if loading[problem]:
+            sys.exit(f"{problem}: {', '.join(sorted(loading[problem]))}")
+    with torch.inference_mode():
+        return loaded.eval()(input_ids=ids, use_cache=False).logits[0]
+
+
+def logits(loader: str, model: str, ids: Tensor) -> Tensor:
+    """[1, tokens] -> [tokens, vocabulary] float32."""
+    if loader == "gguf":
+        check: Any = importlib.import_module("pyprune.export.gguf_check")
+        return check.logits_gguf(Path(model), ids[0].tolist())
+    if loader == "pyprune":
+        importlib.import_module("pyprune")
+    found = logits_transformers(model, ids, loader == "remote-code")
+    if loader != "pyprune" and "pyprune" in sys.modules:
+        sys.exit("pyprune was imported, so this is no proof that the model loads without it")
+    return found
+
+
+if __name__ == "__main__":
+    _, given_loader, given_model, given_ids, target = sys.argv
+    result = logits(given_loader, given_model, load_file(given_ids)["ids"])
+    save_file({"logits": result.float().contiguous()}, target)
