@@ -11,7 +11,7 @@ from . import distributed
 from .command_options import MemorySize, device_options, method_options, options_given
 from .console import Console
 from .device import tune_allocators
-from .errors import InputError
+from .errors import InputError, VerificationError
 from .methods import METHODS
 from .time_model import KNOWN
 
@@ -37,6 +37,13 @@ def cli() -> None:
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder of surveys.  [default: beside OUTPUT]")
 @click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
 @click.option("--allow-nonfinite", is_flag=True, help="Count NaN and Inf activations as zero.")
+@click.option(
+    "--verify/--no-verify",
+    default=None,
+    envvar="PYPRUNE_VERIFY",
+    show_envvar=True,
+    help="Load OUTPUT in a fresh process and compare its logits.  [default: up to 8 GiB in float32]",
+)
 @click.option("--evaluate", "text", metavar="TEXT", help="Perplexity before and after on a text, or `self`.")
 @click.option("--evaluation-length", type=click.IntRange(2), default=1024, help="Tokens in an evaluation window.")
 @click.option("--max-windows", type=click.IntRange(1), help="Evaluation windows at most.")
@@ -61,7 +68,7 @@ def prune(model: str, output: Path, **options: Any) -> None:
         name: options[name]
         for name in (
             *("method", "ratio", "calibration", "samples", "sequence_length", "seed", "device", "dtype"),
-            *("device_memory", "cache", "resume", "allow_nonfinite", "trust_remote_code"),
+            *("device_memory", "cache", "resume", "allow_nonfinite", "trust_remote_code", "verify"),
         )
     }
     console = Console(options["as_json"])
@@ -204,16 +211,12 @@ def export(model: str, output: Path, layout: str, dtype: str | None, no_verify: 
     OUTPUT appears whole or not at all, once a fresh process has loaded it and its logits are those of MODEL.
     """
     from .checkpoint import checkpoint_folder
-    from .export import VerificationError
     from .export import export as run_export
 
     console = Console(as_json)
-    try:
-        with console.progress() as progress:
-            result = run_export(checkpoint_folder(model), output, layout, dtype, progress, verified=not no_verify)
-        console.exported(result)
-    except VerificationError as error:
-        _fail(str(error), 1)
+    with console.progress() as progress:
+        result = run_export(checkpoint_folder(model), output, layout, dtype, progress, verified=not no_verify)
+    console.exported(result)
 
 
 @cli.command(context_settings=SETTINGS)
@@ -247,6 +250,8 @@ def _run(arguments: list[str] | None) -> None:
         status = cli.main(arguments, standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
+    except VerificationError as error:
+        _fail(str(error), 1)
     except click.exceptions.NoArgsIsHelpError as error:
         if distributed.may_report(2):
             click.echo(error.format_message(), err=True)

@@ -80,6 +80,7 @@ class Console:
                 "peak_memory_bytes": plan["peak_memory_bytes"],
                 "nonfinite": plan["nonfinite"],
                 "warnings": plan["warnings"],
+                "verification": plan["verification"],
                 "survey_cached": plan["passes"].get("survey", {}).get("cached", False),
             }
             self._json(summary | ({"evaluation": plan["evaluation"]} if "evaluation" in plan else {}))
@@ -91,6 +92,7 @@ class Console:
             ("size", " → ".join(f"{n / 1e6:,.1f} MB" for n in plan["bytes"])),
             ("time", f"{plan['seconds']:.1f} s"),
             ("peak memory", f"{plan['peak_memory_bytes'] / 1e6:,.0f} MB"),
+            _proof(plan["verification"]),
             ("report", str(output / "report.html")),
         ]
         rows += [("warning", warning) for warning in plan["warnings"]]
@@ -166,14 +168,7 @@ class Console:
             ("size", f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB"),
         ]
         rows += [("note", note) for note in result["notes"]]
-        proof = result["verification"]
-        if proof["verified"]:
-            found = f"max |Δ| {proof['max_difference']:.3g} of logits up to {proof['max_logit']:.3g}"
-            limit = f"at most {proof['tolerance']:.3g} allowed"
-            rows.append(("verified", f"{found}, {limit} ({proof['tokens']} tokens, loaded by {proof['loader']})"))
-        else:
-            rows.append(("not verified", proof["reason"]))
-        self._rows(rows)
+        self._rows([*rows, _proof(result["verification"])])
 
     def backends(self, rows: list[BackendRow], installation: dict[str, str]) -> None:
         if self.as_json:
@@ -209,6 +204,15 @@ class Console:
             )
             table.add_row(name, entry["summary"], options)
         self.out.print(table)
+
+
+def _proof(verification: dict[str, Any]) -> tuple[str, str]:
+    """A row: what the round trip showed, or why there was none."""
+    if not verification["verified"]:
+        return "not verified", verification["reason"]
+    found = f"max |Δ| {verification['max_difference']:.3g} of logits up to {verification['max_logit']:.3g}"
+    limit = f"at most {verification['tolerance']:.3g} allowed"
+    return "verified", f"{found}, {limit} ({verification['tokens']} tokens, loaded by {verification['loader']})"
 
 
 def _with_error(figure: dict[str, Any]) -> str:

@@ -1,5 +1,9 @@
-"""The one exception that the command line turns into exit status 2."""
+"""What the command line turns into one line: exit status 2 for the user's error, 1 for ours."""
 
 
 class InputError(ValueError):
     """The arguments or the input are wrong: one line that says what is wrong, where, and what would work."""
+
+
+class VerificationError(RuntimeError):
+    """What was written does not load, or does not compute what its source computes: our failure, not the user's."""

@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from . import distributed
 from .allocation import Choice, UnitScores
-from .architectures import LayerShape
+from .architectures import PRUNED_PREFIX, LayerShape
 from .checkpoint import CheckpointWriter
 from .checkpoint.companions import copy_companions
 from .device import what_ran_out
-from .errors import InputError
+from .errors import InputError, VerificationError
 from .evaluate import evaluate
+from .export.verify import verify_roundtrip
 from .job import Job
 from .modeling import pruned_config
 from .modeling.stock import find_stock
@@ -29,6 +31,9 @@ from .plan import (
     versions,
     write_plan,
 )
+
+# Above, a pruning does not by itself load what it wrote: on a CPU that takes minutes.
+VERIFIED_BYTES = 8 << 30
 
 
 def finish(
@@ -54,6 +59,7 @@ def finish(
         "nonfinite": passes.nonfinite,
         "warnings": passes.warnings,
     }
+    plan["verification"] = _verify(job, partial, writer.tensor_bytes)
     if job.evaluation_windows is not None:
         try:
             plan["evaluation"] = _evaluate(job, partial, job.evaluation_windows)
@@ -86,6 +92,20 @@ def _write_config(job: Job, writer: CheckpointWriter, shapes: list[LayerShape]) 
             for name in stock.zero_biases
         }
         writer.write(writer.shards, zeros)
+
+
+def _verify(job: Job, partial: Path, stored_bytes: int) -> dict[str, Any]:
+    """What a fresh process makes of the output: transformers alone where its class is a stock one."""
+    if job.options.verify is False:
+        return {"verified": False, "reason": "--no-verify"}
+    loaded = stored_bytes * 4 // job.reader.dtype.itemsize  # in float32
+    if job.options.verify is None and loaded > VERIFIED_BYTES:
+        return {"verified": False, "reason": f"loading it takes {loaded / 1e9:.1f} GB of memory; --verify insists"}
+    stock = not AutoConfig.from_pretrained(partial).model_type.startswith(PRUNED_PREFIX)
+    try:
+        return verify_roundtrip(partial, partial, "transformers" if stock else "pyprune", job.progress)
+    except VerificationError as error:
+        raise VerificationError(f"{error}; {partial} keeps what was written") from error
 
 
 def _plan(job: Job, choice: Choice, scores: list[UnitScores], shapes: list[LayerShape]) -> dict[str, Any]:

@@ -42,3 +42,4 @@ class PruneOptions:
     trust_remote_code: bool = False
     evaluation: Evaluation | None = None
     device_memory: int | None = None  # bytes of a CUDA device that the run stays below
+    verify: bool | None = False  # load the output anew and compare its logits; None: unless it is large

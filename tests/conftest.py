@@ -14,6 +14,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from make_checkpoint import make_checkpoint  # noqa: E402
 
+# A fresh process after each of hundreds of prunings would take minutes; tests of just that say --verify.
+os.environ["PYPRUNE_VERIFY"] = "0"
+
 
 def lacks_gpu(item: pytest.Item) -> bool:
     return item.get_closest_marker("gpu") is not None and not torch.cuda.is_available()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyprune
+from pyprune import finish
 from pyprune.architectures import ATTENTION, FFN, MODULES
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
 from pyprune.export import FORMATS, export, verify
@@ -27,6 +29,7 @@ from pyprune.export.verified_gguf import ROUNDINGS, q8_0
 from pyprune.export.verify import VerificationError, layered_logits, verify_roundtrip
 from pyprune.modeling.config import registered_config
 from pyprune.modeling.stock import Stock, find_stock
+from pyprune.options import silent
 from pyprune.rewrite import rewrite_layer
 
 FLOAT32 = torch.float32
@@ -388,6 +391,49 @@ def test_uniform_prune_with_biases_is_written_in_a_stock_class(
     (small / "config.json").write_text(json.dumps(config))
     line = run(capsys, "export", small, tmp_path / "x", "--format", "stock").err.splitlines()[-1]
     assert "residual_multiplier 0.5 in config.json: only 1 is supported in granite" in line
+
+
+def test_prune_proves_what_it_wrote(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its own class with pyprune, in a stock one without; a failure is status 1, and the folder stays partial."""
+    command = ("prune", model, tmp_path / "small", "--method", "magnitude", "--ratio", 0.3, "--verify")
+    outcome = run(capsys, *command, "--json")
+    assert outcome.status == 0, outcome.err
+    assert outcome.json["verification"]["loader"] == "transformers"
+    assert outcome.json["verification"]["max_difference"] <= outcome.json["verification"]["tolerance"]
+    assert json.loads((tmp_path / "small" / "plan.json").read_text())["verification"] == outcome.json["verification"]
+    other = finish._verify(_job(None), registered(tmp_path / "small", tmp_path / "own"), 1000)
+    assert other["loader"] == "pyprune"
+    assert other["verified"]
+    assert "--verify insists" in finish._verify(_job(None), tmp_path / "small", 9 << 30)["reason"]
+    assert finish._verify(_job(False), tmp_path / "small", 1000) == {"verified": False, "reason": "--no-verify"}
+
+    monkeypatch.setattr(verify, "fresh_logits", lambda *_: torch.zeros(64, 97))
+    shutil.rmtree(tmp_path / "small")
+    outcome = run(capsys, *command)
+    assert outcome.status == 1
+    line = outcome.err.splitlines()[-1]
+    assert "its logits differ" in line or "logits of shape" in line
+    assert "small.partial keeps what was written" in line
+    assert not (tmp_path / "small").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("PYPRUNE_VERIFY", "0")
+    assert run(capsys, *command, "--resume").status == 0
+
+
+def _job(verify: bool | None) -> Any:
+    reader = SimpleNamespace(dtype=torch.float32)
+    return SimpleNamespace(options=SimpleNamespace(verify=verify), reader=reader, progress=silent)
+
+
+def registered(source: Path, target: Path) -> Path:
+    """The checkpoint under pyprune's own class."""
+    shutil.copytree(source, target)
+    reader = CheckpointReader(source)
+    config = registered_config(reader.family, reader.config, reader.shapes, False, False)
+    config.save_pretrained(target)
+    return target
 
 
 def test_gguf_roundings_are_those_of_the_file() -> None:

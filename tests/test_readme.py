@@ -34,7 +34,7 @@ def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
     typed = [words for words in commands() if words[0] == "pyprune"]
-    assert {words[1] for words in typed} == {"prune", "evaluate", "plan", "methods", "backends"}
+    assert {words[1] for words in typed} == {"prune", "evaluate", "export", "plan", "methods", "backends"}
     for words in typed:
         outcome = run(capsys, *words[1:])
         assert outcome.status == 0, f"{shlex.join(words)}: {outcome.err}"

@@ -9,14 +9,14 @@ import torch
 from ..checkpoint import CheckpointReader, CheckpointWriter, check_free, check_space
 from ..checkpoint.companions import copy_companions
 from ..checkpoint.writer import partial_of
-from ..errors import InputError
+from ..errors import InputError, VerificationError
 from ..options import Progress, silent
 from .layout import Layout
 from .padded import padded_layout
 from .remote_code import remote_code_layout
 from .stock import stock_layout
 from .verified_gguf import export_gguf
-from .verify import VerificationError, verify_roundtrip
+from .verify import verify_roundtrip
 
 # format -> what makes its layout, and the loader that proves it
 _LAYOUTS: dict[str, tuple[Callable[[CheckpointReader], Layout], str]] = {

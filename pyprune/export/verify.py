@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..checkpoint import CheckpointReader
 from ..device import free_memory
-from ..errors import InputError
+from ..errors import InputError, VerificationError
 from ..forward import LayerForward
 from ..options import Progress, silent
 
@@ -27,10 +27,6 @@ _CPU, _FLOAT32 = torch.device("cpu"), torch.float32
 _WORKER = Path(__file__).with_name("logits.py")
 
 Rounding = Callable[[Tensor], Tensor]
-
-
-class VerificationError(RuntimeError):
-    """What was written does not load, or does not compute what its source computes: our failure, not the user's."""
 
 
 # Largest |Δlogit| allowed, as a share of the largest |logit|. Both sides have the same weights and compute in float32,
