@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Generator
@@ -22,9 +23,15 @@ def lacks_gpu(item: pytest.Item) -> bool:
     return item.get_closest_marker("gpu") is not None and not torch.cuda.is_available()
 
 
+def lacks_llama_cpp(item: pytest.Item) -> bool:
+    return item.get_closest_marker("llama_cpp") is not None and importlib.util.find_spec("llama_cpp") is None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if lacks_gpu(item):
         pytest.skip("no CUDA device")
+    if lacks_llama_cpp(item):
+        pytest.skip("llama-cpp-python is not installed")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -32,7 +39,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """With PYPRUNE_REQUIRE_SHARED=1 a test that needs the shared models and texts is not skipped for want of them."""
     report = yield
     required = item.get_closest_marker("shared") is not None and os.environ.get("PYPRUNE_REQUIRE_SHARED") == "1"
-    if report.skipped and required and not lacks_gpu(item):
+    if report.skipped and required and not lacks_gpu(item) and not lacks_llama_cpp(item):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, but PYPRUNE_REQUIRE_SHARED=1: {report.longrepr}"
     return report

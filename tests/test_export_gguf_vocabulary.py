@@ -95,6 +95,7 @@ def test_the_built_in_tokenizer(demo_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize("model", ["llama-6m-gqa", "llama-24m-mha", "llama-23m-gqa"])
 def test_wikitext_in_the_trained_models(model: str, shared_dir: Path, tmp_path: Path) -> None:
     lines = (shared_dir / "data" / "wikitext2-test.txt").read_text().splitlines()

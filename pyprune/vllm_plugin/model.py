@@ -1,9 +1,10 @@
 """The model that vLLM builds of a pruned checkpoint: its own Llama, in which each layer has its own sizes.
 
 The layers of Llama, Mistral, Qwen2 and Qwen3 are the same computation but for biases and the norms over queries and
-keys, so vLLM's Llama layers serve all four. vLLM's own Qwen2 would not do: it takes the head dimension to be
-hidden_size / heads. Weight loading, packing (qkv_proj, gate_up_proj), quantization and pipeline parallelism are
-vLLM's; each layer's `Attention` gets that layer's heads, from which vLLM sizes its KV cache.
+keys, so vLLM's Llama layers serve all four; those of Granite and SmolLM3, as pyprune writes them, should be no others,
+but were not run. vLLM's own Qwen2 would not do: it takes the head dimension to be hidden_size / heads. Weight loading,
+packing (qkv_proj, gate_up_proj), quantization and pipeline parallelism are vLLM's; each layer's `Attention` gets that
+layer's heads, from which vLLM sizes its KV cache.
 
 Written against vLLM 0.32 and 0.33.
 """
