@@ -122,6 +122,10 @@ class Family:
         return self._class("RMSNorm")
 
     @property
+    def model_class(self) -> Any:
+        return self._class("Model")
+
+    @property
     def causal_lm_class(self) -> Any:
         return self._class("ForCausalLM")
 

@@ -10,75 +10,8 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import (
-    GraniteConfig,
-    GraniteForCausalLM,
-    GraniteModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-    SmolLM3Model,
-)
 
-from ..architectures import GRANITE, LLAMA, MISTRAL, PRUNED_PREFIX, QWEN2, QWEN3, SMOLLM3, Family
-
-
-class _PrunedConfig:
-    def validate_architecture(self) -> None:
-        """Nothing to hold: with `head_dim` written out, the hidden size need not be a multiple of the heads."""
-
-
-@strict
-class PyPruneLlamaConfig(_PrunedConfig, LlamaConfig):
-    model_type = PRUNED_PREFIX + "llama"
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-
-@strict
-class PyPruneMistralConfig(_PrunedConfig, MistralConfig):
-    model_type = PRUNED_PREFIX + "mistral"
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-
-@strict
-class PyPruneQwen2Config(_PrunedConfig, Qwen2Config):
-    model_type = PRUNED_PREFIX + "qwen2"
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-
-@strict
-class PyPruneQwen3Config(_PrunedConfig, Qwen3Config):
-    model_type = PRUNED_PREFIX + "qwen3"
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-
-@strict
-class PyPruneGraniteConfig(_PrunedConfig, GraniteConfig):
-    model_type = PRUNED_PREFIX + "granite"
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
-
-
-@strict
-class PyPruneSmolLM3Config(_PrunedConfig, SmolLM3Config):
-    model_type = PRUNED_PREFIX + "smollm3"
-    o_proj_bias: bool = False
-    down_proj_bias: bool = False
+from ..architectures import FAMILIES, PRUNED_PREFIX, Family
 
 
 @contextmanager
@@ -92,95 +25,52 @@ def _without_layers(config: Any) -> Iterator[None]:
         config.num_hidden_layers = layers
 
 
-class _PrunedModel:
-    """The family's body with layers of each one's own size."""
+def _pruned_classes(family: Family) -> tuple[Any, Any, Any]:
+    """Configuration, body and causal language model of the family's pruned models: PyPruneLlamaConfig and so on.
 
-    family: Family
+    They become attributes of this module, where pickle looks for a class.
+    """
 
-    def __init__(self, config: Any) -> None:
-        with _without_layers(config):
-            super().__init__(config)  # type: ignore[call-arg]
-        self.layers = nn.ModuleList(self.family.build_layer(config, layer) for layer in range(config.num_hidden_layers))
-        self.post_init()  # type: ignore[attr-defined]
+    own_config: Any = family.config_class
+    own_model: Any = family.model_class
+    own_causal_lm: Any = family.causal_lm_class
 
+    @strict
+    class Config(own_config):
+        model_type = PRUNED_PREFIX + family.name
+        o_proj_bias: bool = False
+        down_proj_bias: bool = False
 
-class PyPruneLlamaModel(_PrunedModel, LlamaModel):
-    config: PyPruneLlamaConfig
-    family = LLAMA
+        def validate_architecture(self) -> None:
+            """Nothing to hold: with `head_dim` written out, the hidden size need not be a multiple of the heads."""
 
+    class Model(own_model):
+        """The family's body with layers of each one's own size."""
 
-class PyPruneMistralModel(_PrunedModel, MistralModel):
-    config: PyPruneMistralConfig
-    family = MISTRAL
+        config: Config
 
+        def __init__(self, config: Any) -> None:
+            with _without_layers(config):
+                super().__init__(config)
+            self.layers = nn.ModuleList(family.build_layer(config, layer) for layer in range(config.num_hidden_layers))
+            self.post_init()
 
-class PyPruneQwen2Model(_PrunedModel, Qwen2Model):
-    config: PyPruneQwen2Config
-    family = QWEN2
+    class ForCausalLM(own_causal_lm):
+        """The family's causal language model over the pruned body."""
 
+        config: Config
 
-class PyPruneQwen3Model(_PrunedModel, Qwen3Model):
-    config: PyPruneQwen3Config
-    family = QWEN3
+        def __init__(self, config: Any) -> None:
+            with _without_layers(config):
+                super().__init__(config)
+            self.model = Model(config)
+            self.post_init()
 
-
-class PyPruneGraniteModel(_PrunedModel, GraniteModel):
-    config: PyPruneGraniteConfig
-    family = GRANITE
-
-
-class PyPruneSmolLM3Model(_PrunedModel, SmolLM3Model):
-    config: PyPruneSmolLM3Config
-    family = SMOLLM3
-
-
-class _PrunedForCausalLM:
-    """The family's causal language model over the pruned body."""
-
-    body_class: type
-
-    def __init__(self, config: Any) -> None:
-        with _without_layers(config):
-            super().__init__(config)  # type: ignore[call-arg]
-        self.model = self.body_class(config)
-        self.post_init()  # type: ignore[attr-defined]
+    classes = (Config, Model, ForCausalLM)
+    for made in classes:
+        made.__name__ = made.__qualname__ = f"PyPrune{family.prefix}{made.__name__}"
+        globals()[made.__name__] = made
+    return classes
 
 
-class PyPruneLlamaForCausalLM(_PrunedForCausalLM, LlamaForCausalLM):
-    config: PyPruneLlamaConfig
-    body_class = PyPruneLlamaModel
-
-
-class PyPruneMistralForCausalLM(_PrunedForCausalLM, MistralForCausalLM):
-    config: PyPruneMistralConfig
-    body_class = PyPruneMistralModel
-
-
-class PyPruneQwen2ForCausalLM(_PrunedForCausalLM, Qwen2ForCausalLM):
-    config: PyPruneQwen2Config
-    body_class = PyPruneQwen2Model
-
-
-class PyPruneQwen3ForCausalLM(_PrunedForCausalLM, Qwen3ForCausalLM):
-    config: PyPruneQwen3Config
-    body_class = PyPruneQwen3Model
-
-
-class PyPruneGraniteForCausalLM(_PrunedForCausalLM, GraniteForCausalLM):
-    config: PyPruneGraniteConfig
-    body_class = PyPruneGraniteModel
-
-
-class PyPruneSmolLM3ForCausalLM(_PrunedForCausalLM, SmolLM3ForCausalLM):
-    config: PyPruneSmolLM3Config
-    body_class = PyPruneSmolLM3Model
-
-
-PRUNED_CLASSES: dict[str, tuple[Any, Any, Any]] = {
-    "llama": (PyPruneLlamaConfig, PyPruneLlamaModel, PyPruneLlamaForCausalLM),
-    "mistral": (PyPruneMistralConfig, PyPruneMistralModel, PyPruneMistralForCausalLM),
-    "qwen2": (PyPruneQwen2Config, PyPruneQwen2Model, PyPruneQwen2ForCausalLM),
-    "qwen3": (PyPruneQwen3Config, PyPruneQwen3Model, PyPruneQwen3ForCausalLM),
-    "granite": (PyPruneGraniteConfig, PyPruneGraniteModel, PyPruneGraniteForCausalLM),
-    "smollm3": (PyPruneSmolLM3Config, PyPruneSmolLM3Model, PyPruneSmolLM3ForCausalLM),
-}
+PRUNED_CLASSES = {name: _pruned_classes(family) for name, family in FAMILIES.items()}
