@@ -18,7 +18,7 @@ from .errors import InputError, VerificationError
 from .evaluate import evaluate
 from .export.verify import verify_roundtrip
 from .job import Job
-from .modeling import pruned_config
+from .modeling.config import registered_config
 from .modeling.stock import find_stock
 from .passes import Passes
 from .plan import (
@@ -82,7 +82,7 @@ def _write_config(job: Job, writer: CheckpointWriter, shapes: list[LayerShape]) 
     family, config = job.reader.family, job.reader.config
     stock = find_stock(family, config, shapes, **job.biases)
     if stock is None:
-        pruned_config(family, config, shapes, **job.biases).save_pretrained(writer.partial)
+        registered_config(family, config, shapes, **job.biases).save_pretrained(writer.partial)
         return
     stock.config.save_pretrained(writer.partial)
     if stock.zero_biases and writer.shards not in writer.done:

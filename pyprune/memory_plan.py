@@ -106,6 +106,7 @@ class Sizes:
         """Temporaries of one half of a layer over a micro-batch: what is alive at once at its widest."""
         tokens, shape = batch * self.sequence_length, self.shape
         rows = tokens * shape.hidden_size
+        # By transformers' steps; where pyprune's kernels run (fused.py), norms, rotations and activations need less.
         norm = rows * (4 + 4 + self.compute_bytes)  # float32 copy, its square or product, result
         if module == FFN:  # the normed input; gate, its activation and up, or those and their product; output, sum
             wide = rows + 3 * tokens * shape.intermediate_channels
