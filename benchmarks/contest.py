@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from machine import describe_machine
 from torch import Tensor
 
+from pyprune.errors import InputError
 from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, eligible_backends
 
 
@@ -47,6 +48,24 @@ def write_report(report: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def run_table(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    head: str,
+    line: Callable[[dict[str, Any]], str],
+) -> None:
+    """Run, print a line for each of the report's `rows` and write it to --output; what is wrong ends the program."""
+    try:
+        report = run(arguments)
+    except InputError as error:
+        parser.error(str(error))
+    print(head)
+    for row in report["rows"]:
+        print(line(row))
+    write_report(report, arguments.output)
 
 
 @contextmanager

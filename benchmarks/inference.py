@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import prepare_device, write_report
+from contest import prepare_device, run_table
 from inference_layouts import LAYOUTS, layouts
 from machine import describe_machine, installed_version
 from make_checkpoint import SHAPES, checkpoint_config
@@ -382,14 +382,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.modes = arguments.modes or (["graph"] if arguments.device.startswith("cuda") else ["eager"])
     logging.set_verbosity_error()  # reads of global sizes where layers differ
-    try:
-        report = run(arguments)
-    except InputError as error:
-        parser.error(str(error))
-    print(HEAD)
-    for row in report["rows"]:
-        print(line(row))
-    write_report(report, arguments.output)
+    run_table(parser, arguments, run, HEAD, line)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from contest import write_report
+from contest import run_table
 from machine import describe_machine, installed_version
 
 from pyprune.checkpoint import CheckpointReader
-from pyprune.errors import InputError
 from pyprune.export.extra import import_extra
 from pyprune.export.gguf import DTYPES, write_gguf
 from pyprune.options import PruneOptions
@@ -191,14 +190,7 @@ def argument_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = argument_parser()
     arguments = parser.parse_args()
-    try:
-        report = run(arguments)
-    except InputError as error:
-        parser.error(str(error))
-    print(HEAD)
-    for row in report["rows"]:
-        print(line(row))
-    write_report(report, arguments.output)
+    run_table(parser, arguments, run, HEAD, line)
 
 
 if __name__ == "__main__":
