@@ -41,6 +41,7 @@ from inference_layouts import LAYOUTS, layouts
 from machine import describe_machine, installed_version
 from make_checkpoint import SHAPES, checkpoint_config
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.utils import logging
 
@@ -52,9 +53,11 @@ from pyprune.modeling import pruned_config
 MODES = ("eager", "compile", "graph")  # in this order on one model: fused modules stay
 DENSE = "dense"
 WARM_UP = 4  # calls before the first that counts: compiling, possibly once more, recording a graph, replaying it
-# Of logits, relative to their norm. In bfloat16 two right ways differ by 1.3 % in 32 random layers of 1024, as either
-# does from float32, and one token lost of 128 is 8 % (measured on a CPU).
-TOLERANCES = {torch.bfloat16: 0.05, torch.float32: 1e-4}
+# How far a step's logits may be from the forward without a cache, in multiples of the distance that another attention
+# kernel makes there: deep random layers amplify a rounding (bfloat16, 32 layers of 4096: 5 % of the norm), so no fixed
+# figure holds for all shapes. What rounding hides here, tests/test_inference_benchmark.py holds to float32.
+NOISE_MULTIPLE = 3.0
+LEAST_NOISE = 1e-4
 
 
 def build(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -160,20 +163,37 @@ def prefill_seconds(model: Any, batch: int, arguments: argparse.Namespace, devic
     return seconds_of(lambda: forward(model, ids, cache), device, arguments.repeat, lambda: rewind(cache, 0))
 
 
+def distance_of(logits: Tensor, expected: Tensor) -> float:
+    """Relative to the norm of the expected ones."""
+    return float(torch.linalg.vector_norm(logits.float() - expected) / torch.linalg.vector_norm(expected))
+
+
+def expected_logits(model: Any, ids: Tensor) -> tuple[Tensor, float]:
+    """Float32 logits [batch, vocabulary] without a cache, and how far another attention kernel's are from them."""
+    expected = forward(model, ids, None).float()
+    with sdpa_kernel(SDPBackend.MATH):
+        return expected, distance_of(forward(model, ids, None), expected)
+
+
 def decode(
-    model: Any, mode: str, ids: Tensor, expected: Tensor, arguments: argparse.Namespace, device: torch.device
+    model: Any,
+    mode: str,
+    ids: Tensor,
+    expected: tuple[Tensor, float],
+    arguments: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, float]:
     """Seconds of a step, of its preparation, and the distance of its logits from the `expected` ones.
 
-    ids: [batch, context + 1]. AssertionError: the distance is more than rounding.
+    ids: [batch, context + 1]. expected: as of `expected_logits`. AssertionError: the distance is more than rounding.
     """
     decoder = Decoder(model, mode, ids[:, :-1], ids[:, -1:], arguments.steps)
     decoder.start()
     decoder.step()
-    difference = torch.linalg.vector_norm(decoder.logits.float() - expected)
-    distance = float(difference / torch.linalg.vector_norm(expected))
-    limit = TOLERANCES[model.dtype]
-    assert distance <= limit, f"{mode}: logits with the static cache are {distance:.2g} off those without, over {limit}"
+    distance, limit = distance_of(decoder.logits, expected[0]), NOISE_MULTIPLE * max(expected[1], LEAST_NOISE)
+    assert distance <= limit, (
+        f"{mode}: logits with the static cache are {distance:.2g} off the others, over {limit:.2g}"
+    )
 
     def run() -> None:
         for _ in range(arguments.steps):
@@ -184,6 +204,7 @@ def decode(
         "decode_seconds_a_step": total / arguments.steps,
         "prepare_seconds": decoder.prepare_seconds,
         "logits_distance": distance,
+        "logits_noise": expected[1],
     }
 
 
@@ -211,7 +232,7 @@ def measure_model(
     }
     family = family_of(config.model_type)
     ids = {batch: random_ids(model, batch, arguments.context + 1, device) for batch in arguments.batches}
-    expected = {batch: forward(model, own, None).float() for batch, own in ids.items()}  # before modules are fused
+    expected = {batch: expected_logits(model, own) for batch, own in ids.items()}  # before modules are fused
     rows = []
     for mode in (mode for mode in MODES if mode in arguments.modes):
         if mode == "graph":
