@@ -9,17 +9,18 @@ alike, else its own with `per_layer_config`. Uniform: as `--uniform` chooses; no
 layer, drawn, as many parameters (benchmarks/inference_layouts.py); rounded: FFN channels in multiples. All use sdpa and
 transformers' StaticCache. Modes:
 
-graph    RMSNorm, rotary embedding and SwiGLU in pyprune's kernels (pyprune/fused.py), the step of decoding captured as
-         a CUDA graph; nothing is compiled.
-compile  the step by torch.compile(mode="reduce-overhead", fullgraph=True), which takes up to minutes a row.
+graph    RMSNorm, rotary embedding and SwiGLU in pyprune's kernels (pyprune/fused.py), the prompt's forward and the step
+         of decoding each captured as a CUDA graph; nothing is compiled.
+compile  the step by torch.compile(mode="reduce-overhead", fullgraph=True), which takes up to minutes a row; the
+         prompt's forward as it is, as in transformers' `generate`.
 eager    transformers' forward as it is.
 
-Prefill is not captured or compiled in any mode, as in transformers' `generate`; what is timed is the forward of the
-prompt into an empty cache, with the logits of its last token. Decoding is greedy from `--context` tokens on. Seconds
-are medians of repetitions between synchronisations. Before a row is timed, its step's logits are held against the
-forward without a cache. Floors: for prefill 2 x parameters of the decoder linears x tokens (no attention scores) over
-the rate of a matrix product of the dense FFN; for decoding the bytes of the weights, without the embeddings, and of the
-keys and values so far over the rate of a copy, which counts the bytes that it reads and writes.
+Prefill is the forward of the prompt into an empty cache, with the logits of its last token. Decoding is greedy from
+`--context` tokens on. Seconds are medians of repetitions between synchronisations. Before a row is timed, its step's
+logits are held against the forward without a cache. Floors: for prefill 2 x parameters of the decoder linears x tokens
+(no attention scores) over the rate of a matrix product of the dense FFN; for decoding the bytes of the weights, without
+the embeddings, and of the keys and values so far over the rate of a copy, which counts the bytes that it reads and
+writes.
 """
 
 import argparse
@@ -101,7 +102,7 @@ class Decoder:
         self.step: Callable[[], None] = self._step
         start = time.perf_counter()
         if mode == "graph":
-            self._capture()
+            self.step = captured(self._step)
         elif mode == "compile":
             for _ in range(WARM_UP):
                 self.step()
@@ -119,18 +120,19 @@ class Decoder:
         self.logits = forward(self.model, self.tokens, self.cache, self.call)
         self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
 
-    def _capture(self) -> None:
-        """`step` becomes the replay of a CUDA graph, which reads and writes the same tokens, cache and logits."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):  # libraries and kernels allocate and load what they need
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self.step = graph.replay
+
+def captured(call: Callable[[], None]) -> Callable[[], None]:
+    """The replay of a call as a CUDA graph: it reads and writes the tensors that the call did."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):  # libraries and kernels allocate and load what they need
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def synchronize(device: torch.device) -> None:
@@ -156,11 +158,23 @@ def random_ids(model: Any, batch: int, tokens: int, device: torch.device) -> Ten
     return torch.randint(0, model.config.vocab_size, (batch, tokens), generator=generator, device=device)
 
 
-def prefill_seconds(model: Any, batch: int, arguments: argparse.Namespace, device: torch.device) -> float:
-    ids = random_ids(model, batch, arguments.prompt, device)
-    cache = StaticCache(config=model.config, max_cache_len=arguments.prompt)
-    forward(model, ids, cache)
-    return seconds_of(lambda: forward(model, ids, cache), device, arguments.repeat, lambda: rewind(cache, 0))
+class Prefill:
+    """The forward of a prompt [batch, tokens] into an empty cache; `logits` of its last token."""
+
+    def __init__(self, model: Any, mode: str, ids: Tensor) -> None:
+        self.model, self.ids = model, ids
+        self.cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+        self._forward()  # allocates the cache
+        self.run: Callable[[], None] = captured(self._forward) if mode == "graph" else self._forward
+
+    def _forward(self) -> None:
+        rewind(self.cache, 0)
+        self.logits = forward(self.model, self.ids, self.cache)
+
+
+def prefill_seconds(model: Any, mode: str, batch: int, arguments: argparse.Namespace, device: torch.device) -> float:
+    prefill = Prefill(model, mode, random_ids(model, batch, arguments.prompt, device))
+    return seconds_of(prefill.run, device, arguments.repeat, lambda: None)
 
 
 def distance_of(logits: Tensor, expected: Tensor) -> float:
@@ -240,7 +254,7 @@ def measure_model(
                 fuse(block, family, config.hidden_act)
         for batch in arguments.batches:
             with fused_rotary(family) if mode == "graph" else nullcontext():
-                seconds = prefill_seconds(model, batch, arguments, device)
+                seconds = prefill_seconds(model, mode, batch, arguments, device)
                 release(device)
                 step = decode(model, mode, ids[batch], expected[batch], arguments, device)
             floors = floor_seconds(model, about["decoder_parameters"], shapes, batch, rates, arguments)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from inference import DENSE, Decoder, build, floor_seconds, forward
+from inference import DENSE, Decoder, Prefill, build, floor_seconds, forward
 from inference import argument_parser as inference_parser
 from inference_layouts import LAYOUTS, layouts
 from make_checkpoint import ARCHITECTURES, SHAPES, checkpoint_config
@@ -108,6 +108,11 @@ def test_captured_step_gives_the_same_logits(layout: str) -> None:
             decoder.step()
             torch.testing.assert_close(decoder.logits, forward(model, seen, None), rtol=1e-3, atol=1e-4)
             seen = torch.cat([seen, decoder.tokens], dim=1)
+        prefill = Prefill(model, "graph", ids)
+        for _ in range(2):
+            prefill.logits.zero_()
+            prefill.run()
+            torch.testing.assert_close(prefill.logits, forward(model, ids, None), rtol=1e-3, atol=1e-4)
 
 
 def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
