@@ -108,8 +108,8 @@ def prune_generated(options: PruneOptions, progress: Progress) -> tuple[dict[str
     passes = make_passes(job, writer)
     writer.begin()
     with memory_limit(job.device, options.device_memory):
-        choice, scores = passes.execute()
-    plan = finish(job, writer, passes, choice, scores)
+        outcome = passes.execute()
+    plan = finish(job, writer, passes, outcome)
     return plan, traffic(job.loaders, writer)
 
 

@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu_session.sh [STEP...]     (in the repository's root; results go to $OUT, default .)
 #
-# Steps: build facts tests prune fused moments hessian inverse grouped_cholesky eliminate layer sanitize; all, if none is named.
+# Steps: build facts tests prune fused selection moments hessian inverse grouped_cholesky eliminate layer sanitize; all, if none is named.
 # Whole models take longer: benchmarks/end_to_end.py.
 #
 # No network is used. A step that fails is named at the end and makes the exit status 1; later steps still run.
@@ -13,7 +13,7 @@ out=$(realpath "${OUT:-.}")
 export PYTHONUNBUFFERED=1
 failed=()
 
-wanted=" ${*:-build facts tests prune fused moments hessian inverse grouped_cholesky eliminate layer sanitize} "
+wanted=" ${*:-build facts tests prune fused selection moments hessian inverse grouped_cholesky eliminate layer sanitize} "
 
 # step NAME SECONDS COMMAND...: if it is wanted, run it, show it, keep its output in $out/NAME.txt
 step() {
@@ -98,6 +98,7 @@ step facts 60 bash -c facts
 step tests 300 python3 -m pytest -q -m gpu -p no:cacheprovider tests
 step prune 120 bash -c prune
 bench fused 90
+bench selection 150
 bench moments 150 --sweep
 bench hessian 150
 bench inverse 90

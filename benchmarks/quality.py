@@ -45,6 +45,26 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "obs, uniform": ("obs", {"allocation": "uniform"}),
 }
 
+# Methods that train: for a GPU, and in a file of their own, since more text is looked at
+#     python benchmarks/quality.py MODEL --calibration wikitext2-valid.txt --text wikitext2-test.txt ... --learned \
+#         --samples 256 --sequence-length 1024 --dtype bfloat16 --ratios 0.3 0.5 --device cuda ...
+LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "disp": ("disp", {"rows": 2}),
+    "disp, 250 steps": ("disp", {"rows": 2, "steps": 250}),
+    "disp, gates open": ("disp", {"rows": 2, "warm_start": "none"}),
+    "disp, gates open, 250 steps": ("disp", {"rows": 2, "warm_start": "none", "steps": 250}),
+    "disp, moments": ("disp", {"rows": 2, "warm_start": "moments"}),
+    "disp, moments, 250 steps": ("disp", {"rows": 2, "warm_start": "moments", "steps": 250}),
+    "disp, gumbel": ("disp", {"rows": 2, "gate": "gumbel"}),
+    "disp, refitted": ("disp", {"rows": 2, "compensation": "weights"}),
+    "policy": ("policy", {"rows": 2, "steps": 2000}),
+    "policy, no bias": ("policy", {"rows": 2, "steps": 2000, "compensation": "none"}),
+    "policy from wanda-sp": ("policy", {"rows": 2, "steps": 2000, "start": "wanda-sp"}),
+    "flap": ("flap", {}),
+    "flap, no bias": ("flap", {"compensation": "none"}),
+    "obs": ("obs", {}),
+}
+
 # What of the machine goes with every row: a run may be finished elsewhere.
 MACHINE = ("cpu", "cpu_threads", "gpu", "torch", "commit")
 
@@ -55,7 +75,9 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--learned", action="store_true", help="the methods that train, beside flap and obs")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS | LEARNED), help="default: all of the table")
+    parser.add_argument("--dtype", default="float32", help="compute type of the prunings; evaluation is in float32")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=128)
@@ -64,6 +86,8 @@ def main() -> None:
     parser.add_argument("--window-length", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    table = LEARNED if arguments.learned else VARIANTS
+    arguments.variants = arguments.variants or list(table)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -96,7 +120,7 @@ def main() -> None:
                     continue
                 folder, met = model, 0.0
                 if variant != "dense":
-                    method, options = VARIANTS[variant]
+                    method, options = table[variant]
                     folder = Path(scratch) / f"{model.name}-{variant}-{ratio}-{seed}"
                     result = prune(
                         PruneOptions(
@@ -110,7 +134,7 @@ def main() -> None:
                             arguments.sequence_length,
                             seed,
                             arguments.device,
-                            "float32",
+                            arguments.dtype,
                             Path(scratch),
                         )
                     )
@@ -140,7 +164,7 @@ def main() -> None:
                         "calibration": f"{arguments.samples} x {arguments.sequence_length} tokens of "
                         f"{Path(arguments.calibration).name}",
                         "evaluation": f"the first {arguments.windows} x {arguments.window_length} tokens of each text",
-                        "dtype": "float32",
+                        "dtype": arguments.dtype,
                     },
                     "rows": rows,
                 }

@@ -98,7 +98,7 @@ def evaluate(model: str, **options: Any) -> None:
     Perplexity is exp of the mean over windows of each window's mean cross-entropy. `self` samples the text from DENSE
     if it is given, else from MODEL.
     """
-    from .checkpoint import CheckpointReader, checkpoint_folder
+    from .checkpoint import checkpoint_folder, stored_model
     from .device import select_device, select_dtype
 
     if options["text"] is None and options["tasks"] is None:
@@ -107,15 +107,15 @@ def evaluate(model: str, **options: Any) -> None:
     folder = checkpoint_folder(model)
     reference = checkpoint_folder(options["reference"]) if options["reference"] else None
     if reference is not None:
-        CheckpointReader(reference)  # says what is wrong with it in our words
+        stored_model(reference)  # says what is wrong with it in our words
     device = select_device(options["device"])
-    reader = CheckpointReader(folder)
-    dtype = select_dtype(options["dtype"], reader.dtype, device)
+    config, stored = stored_model(folder)
+    dtype = select_dtype(options["dtype"], stored, device)
     result: dict[str, Any] = {}
     if options["tasks"] is not None:
         result |= _evaluate_on_tasks(folder, reference, device, dtype, options)
     if options["text"] is not None:
-        result = _evaluate_on_text(folder, reference, reader.config, device, dtype, options, console) | result
+        result = _evaluate_on_text(folder, reference, config, device, dtype, options, console) | result
     console.evaluated(result)
 
 

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import click
 
 from .incremental import SCHEDULES
-from .methods import METHODS, flap, obs
+from .learning.gates import GATES
+from .methods import METHODS, flap, learned, obs
 from .methods.base import COMPENSATIONS
 
 # option -> (type, help): each names the methods that have it, if not all have it, and its values. bool: a flag;
@@ -22,7 +23,7 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
     "compensation": (
         str,
         "For what was removed: " + "; ".join(f"{kind}: {names}" for kind, names in COMPENSATIONS.items()) + ".  "
-        "[default: bias for flap, weights for slimgpt and obs, else none]",
+        "[default: bias for flap and policy, weights for slimgpt and obs, else none]",
     ),
     "metric": (str, f"flap: {', '.join(flap.METRICS)}.  [default: WIFV]"),
     "structure": (str, f"flap: {', '.join(flap.STRUCTURES)}.  [default: AL-AM; with --uniform UL-UM]"),
@@ -47,6 +48,17 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
         float,
         "slimgpt, obs (log, linear): the first layer's ratio as a share of --ratio.  [default: 0, if possible]",
     ),
+    "steps": (click.IntRange(1), "disp, policy: steps of training.  [default: 1500]"),
+    "rows": (click.IntRange(1), "disp, policy: calibration windows in a step.  [default: 1]"),
+    "learning_rate": (float, "disp, policy: of AdamW or Adam.  [default: 0.001 for disp, 0.02 for policy]"),
+    "gate": (str, f"disp: {' or '.join(GATES)}.  [default: reinmax]"),
+    "budget_weight": (float, "disp: weight of |ln(kept / asked)| beside the loss.  [default: 6]"),
+    "warm_start": (
+        str,
+        f"disp: what gates begin at: {', '.join(learned.WARM_STARTS)} (all open).  [default: gradients]",
+    ),
+    "warm_windows": (click.IntRange(1), "disp: calibration windows that the warm start looks at.  [default: 32]"),
+    "start": (str, f"policy: whose scores it begins at: {', '.join(learned.STARTS)}.  [default: flap]"),
 }
 
 

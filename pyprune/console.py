@@ -49,9 +49,10 @@ class Console:
             tasks: dict[str, Any] = {}
 
             def advance(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done, total=total)
+                name = what.split(":")[0]  # figures may follow, which change as it goes
+                if name not in tasks:
+                    tasks[name] = bars.add_task(what, total=total)
+                bars.update(tasks[name], completed=done, total=total, description=what)
 
             yield advance
 

@@ -53,6 +53,13 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def whole_memory(device: torch.device) -> int:
+    """Bytes that a run may take of the device: of a CPU's all, of a GPU's what is free."""
+    if device.type == "cuda":
+        return int(FREE_SHARE * free_memory(device))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @contextmanager
 def memory_limit(device: torch.device, limit: int | None) -> Iterator[None]:
     """Within it PyTorch gets no more than `limit` bytes of a CUDA device; None: no limit. OutOfMemoryError beyond."""

@@ -1,18 +1,20 @@
 """`pyprune plan`: what a pruning would do and take, from headers and configuration; no weights are read."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from .architectures import ATTENTION, FFN, MODULES, LayerShape
 from .checkpoint import CheckpointReader
-from .device import FREE_SHARE, free_memory, resident_peak
+from .device import FREE_SHARE, free_memory, resident_peak, whole_memory
 from .forward import micro_batch
+from .learning.memory import check_fits, training_memory
+from .learning.units import MASKS
 from .memory_plan import Sizes, plan_memory
-from .methods import Method, SecondOrderMethod
+from .methods import LearnedMethod, Method, SecondOrderMethod
 from .methods.second_order import CURVES, MOMENTS
-from .time_model import KNOWN, MEMORY, matmul_rate, measured_rates, pass_seconds
+from .time_model import KNOWN, MEMORY, TRAINING_SHARE, matmul_rate, measured_rates, pass_seconds
 
 # Pinned memory through which layers are read and written.
 HOST_BUFFERS = 300 << 20
@@ -48,6 +50,9 @@ def estimate(
         removed = before - sum(shape.kept(**own).parameters for shape, own in kept)
     after = reader.bytes - removed * reader.dtype.itemsize
     flops = pass_flops(reader.shapes, method, ratio, samples, sequence_length)
+    learning = _learning(reader, method, sequence_length, device, dtype, device_memory, named)
+    if learning is not None:
+        flops["train"] = training_flops(reader.shapes, learning.method, sequence_length, learning.recompute)
     result: dict[str, Any] = {
         "method": method.name,
         "options": method.options,
@@ -64,24 +69,64 @@ def estimate(
         rate = matmul_rate(device, dtype) if method.needs_text else 0.0
         seconds = {name: work / rate for name, work in flops.items()}
         peak = peak_memory(reader, method, samples, sequence_length, device, dtype)
+        if learning is not None:
+            peak = max(peak, resident_peak() + learning.peak)
         result |= {"peak_memory_bytes": peak, "host_memory_bytes": peak}
     else:
         sizes = Sizes(reader.shapes, method, ratio, samples, sequence_length, dtype.itemsize, reader.dtype.itemsize)
         memory = plan_memory(sizes, device_memory or _whole_memory(device, named))
         rates = KNOWN[named] if named else measured_rates(device, dtype)
         seconds = pass_seconds(sizes, rates) if method.needs_text else {}
+        by_pass = memory.device_bytes
+        if learning is not None:
+            seconds["train"] = flops["train"] / (TRAINING_SHARE * rates.matmul)
+            by_pass = by_pass | {"train": learning.peak}
         result |= {
-            "peak_memory_bytes": memory.peak,
-            "peak_memory_by_pass": memory.device_bytes,
+            "peak_memory_bytes": max(memory.peak, *by_pass.values()),
+            "peak_memory_by_pass": by_pass,
             "host_memory_bytes": resident_peak() + memory.host_bytes + HOST_BUFFERS,
             "windows_a_batch": memory.batch,
             "hidden_states": "device" if not memory.host_bytes else "host, in part" if memory.on_device else "host",
             "rates": asdict(rates),
         }
+    if learning is not None:
+        result["recomputed_activations"] = learning.recompute
     result["passes"] = [
         {"pass": name, "flops": work, "seconds": round(seconds[name], 1)} for name, work in flops.items()
     ]
     return result
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """Of a method that trains: what a step takes in bytes, and whether activations are computed twice for that."""
+
+    method: LearnedMethod
+    peak: int
+    recompute: bool
+
+
+def _learning(
+    reader: CheckpointReader,
+    method: Method,
+    sequence_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    device_memory: int | None,
+    named: str | None,
+) -> _Learning | None:
+    if not isinstance(method, LearnedMethod):
+        return None
+    memory = training_memory(reader, method, sequence_length, dtype)
+    whole = _whole_memory(device, named) if named or device.type == "cuda" else whole_memory(device)
+    recompute = check_fits(memory, device_memory or whole, method.name)
+    return _Learning(method, memory.peak(recompute), recompute)
+
+
+def training_flops(shapes: list[LayerShape], method: LearnedMethod, sequence_length: int, recompute: bool) -> float:
+    """FLOPs of all steps: forwards of the drawn masks, or a forward, the way back to the gates, and a forward again."""
+    forward = method.steps * sum(forward_flops(shape, method.rows, sequence_length) for shape in shapes)
+    return forward * ((3 if recompute else 2) if method.backward else MASKS)
 
 
 def _whole_memory(device: torch.device, named: str | None) -> int:
@@ -105,6 +150,8 @@ def pass_flops(
     if not method.needs_text:
         return {}
     forward = sum(forward_flops(s, samples, sequence_length) for s in shapes)
+    if isinstance(method, LearnedMethod) and method.backward:
+        return {}  # the loss alone is looked at
     if not method.sequential:
         return {"survey": forward}
     # A sequential method runs each layer twice: dense for the statistics, pruned for the next layer's input.

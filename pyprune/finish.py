@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from . import distributed
-from .allocation import Choice, UnitScores
-from .architectures import PRUNED_PREFIX, LayerShape
+from .architectures import PRUNED_PREFIX
 from .checkpoint import CheckpointWriter
 from .checkpoint.companions import copy_companions
 from .device import what_ran_out
@@ -18,14 +17,12 @@ from .errors import InputError, VerificationError
 from .evaluate import evaluate
 from .export.verify import verify_roundtrip
 from .job import Job
-from .modeling.config import registered_config
-from .modeling.stock import find_stock
+from .learning.training import FILE as TRAINING
+from .outcome import Outcome
 from .passes import Passes
 from .plan import (
     FORMAT,
     dense_summary,
-    kept_shapes,
-    layer_entry,
     parameter_counts,
     ratio_summary,
     versions,
@@ -40,16 +37,14 @@ def finish(
     job: Job,
     writer: CheckpointWriter,
     passes: Passes,
-    choice: Choice,
-    scores: list[UnitScores],
+    outcome: Outcome,
 ) -> dict[str, Any]:
     """Complete the partial folder, whose shards are all written, and make it the output. Returns the plan."""
     partial = writer.partial
-    shapes = kept_shapes(job.reader.shapes, choice)
-    _write_config(job, writer, shapes)
+    outcome.write_config(job.reader, writer, job.biases)
     copy_companions(job.reader.folder, partial)
     writer.write_index()
-    plan = _plan(job, choice, scores, shapes) | {
+    plan = _plan(job, outcome) | {
         "bytes": [job.reader.bytes, writer.tensor_bytes],
         "passes": {
             name: meter.summary() | {"cached": name == "survey" and passes.cached}
@@ -59,7 +54,9 @@ def finish(
         "nonfinite": passes.nonfinite,
         "warnings": passes.warnings,
     }
-    plan["verification"] = _verify(job, partial, writer.tensor_bytes)
+    if passes.history:
+        plan["training"] = {"loss": [loss for loss, _ in passes.history], "kept": [kept for _, kept in passes.history]}
+    plan["verification"] = _verify(job, partial, writer.tensor_bytes, outcome)
     if job.evaluation_windows is not None:
         try:
             plan["evaluation"] = _evaluate(job, partial, job.evaluation_windows)
@@ -73,44 +70,29 @@ def finish(
     from .report import write_report  # here: matplotlib would take 25 MB all through the passes
 
     write_report(plan, partial / "report.html")
+    (partial / TRAINING).unlink(missing_ok=True)
     writer.finish()
     return plan
 
 
-def _write_config(job: Job, writer: CheckpointWriter, shapes: list[LayerShape]) -> None:
-    """config.json, of a stock class where one holds the model, and the biases of zeros that such a class asks for."""
-    family, config = job.reader.family, job.reader.config
-    stock = find_stock(family, config, shapes, **job.biases)
-    if stock is None:
-        registered_config(family, config, shapes, **job.biases).save_pretrained(writer.partial)
-        return
-    stock.config.save_pretrained(writer.partial)
-    if stock.zero_biases and writer.shards not in writer.done:
-        zeros = {
-            job.reader.layer_prefix(layer) + name: torch.zeros(stock.layer_tensors[name], dtype=job.reader.dtype)
-            for layer in range(job.reader.layers)
-            for name in stock.zero_biases
-        }
-        writer.write(writer.shards, zeros)
-
-
-def _verify(job: Job, partial: Path, stored_bytes: int) -> dict[str, Any]:
+def _verify(job: Job, partial: Path, stored_bytes: int, outcome: Outcome) -> dict[str, Any]:
     """What a fresh process makes of the output: transformers alone where its class is a stock one."""
     if job.options.verify is False:
         return {"verified": False, "reason": "--no-verify"}
     loaded = stored_bytes * 4 // job.reader.dtype.itemsize  # in float32
     if job.options.verify is None and loaded > VERIFIED_BYTES:
         return {"verified": False, "reason": f"loading it takes {loaded / 1e9:.1f} GB of memory; --verify insists"}
+    source, change = outcome.proof(job.reader, partial)
     stock = not AutoConfig.from_pretrained(partial).model_type.startswith(PRUNED_PREFIX)
     try:
-        return verify_roundtrip(partial, partial, "transformers" if stock else "pyprune", job.progress)
+        return verify_roundtrip(source, partial, "transformers" if stock else "pyprune", job.progress, change=change)
     except VerificationError as error:
         raise VerificationError(f"{error}; {partial} keeps what was written") from error
 
 
-def _plan(job: Job, choice: Choice, scores: list[UnitScores], shapes: list[LayerShape]) -> dict[str, Any]:
+def _plan(job: Job, outcome: Outcome) -> dict[str, Any]:
     o = job.options
-    parameters = parameter_counts(job.reader, shapes)
+    parameters = parameter_counts(job.reader, outcome.parameters(job.reader.shapes))
     return {
         "format": FORMAT,
         "identity": job.identity,
@@ -129,8 +111,8 @@ def _plan(job: Job, choice: Choice, scores: list[UnitScores], shapes: list[Layer
         "ratio": ratio_summary(o.ratio, parameters, job.reader.shapes),
         "parameters": {name: list(counts) for name, counts in parameters.items()},
         "dense": dense_summary(job.reader.shapes),
-        "layers": [layer_entry(k, s) for k, s in zip(choice.layers, scores, strict=True)],
-        "threshold": choice.threshold,
+        "layers": outcome.layers(),
+        "threshold": outcome.threshold,
         "versions": versions(),
         "device": _device_name(job.device),
         "dtype": str(job.dtype).removeprefix("torch."),

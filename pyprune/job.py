@@ -10,12 +10,13 @@ from torch import Tensor
 
 from . import calibration, distributed
 from .checkpoint import CheckpointReader, LayerLoader, begun_identity, check_place, checkpoint_folder, digest
-from .device import FREE_SHARE, free_memory, select_dtype
+from .device import FREE_SHARE, free_memory, select_dtype, whole_memory
 from .errors import InputError
 from .forward import LayerForward, micro_batch
 from .fused import OPERATORS as FORWARD_OPERATORS
+from .learning.memory import check_fits, training_memory
 from .memory_plan import MemoryPlan, Sizes, plan_memory
-from .methods import Method, make_method
+from .methods import LearnedMethod, Method, make_method
 from .ops import backends
 from .options import Progress, PruneOptions
 from .plan import FORMAT
@@ -47,6 +48,7 @@ class Job:
             for name in ("o_proj_bias", "down_proj_bias")
         }
         self.memory = self._memory()
+        self.recompute = self._recompute()
         self.model_fingerprint = self.reader.fingerprint()
         self.backends = self._backends() if self.method.needs_text else {}
         self.windows = self._windows() if self.method.needs_text else None
@@ -104,6 +106,16 @@ class Job:
         # A resumed run has to go on with its batches: sums over others round otherwise.
         begun = distributed.from_first(lambda: begun_identity(o.output)) if o.resume else {}
         return plan_memory(sizes, distributed.smallest(min(budget, total)), begun.get("batch"))
+
+    def _recompute(self) -> bool:
+        """Of a method that trains: whether activations are computed again going backward. InputError: it cannot."""
+        if not isinstance(self.method, LearnedMethod):
+            return False
+        if distributed.world_size() > 1:
+            raise InputError(f"{self.method.name} trains in one process: start it without torchrun")
+        memory = training_memory(self.reader, self.method, self.options.sequence_length, self.dtype)
+        budget = self.options.device_memory or whole_memory(self.device)
+        return check_fits(memory, budget, self.method.name)
 
     def cache_file(self, kind: str, operators: tuple[str, ...], **what: Any) -> tuple[Path, dict[str, Any]]:
         """Where statistics of this model and text are kept, and what their numbers follow from.

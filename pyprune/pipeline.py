@@ -40,7 +40,7 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
         writer.begin()
         try:
             with memory_limit(job.device, options.device_memory):
-                choice, scores = passes.execute()
+                outcome = passes.execute()
             writer.flush()
         except InputError:
             if fresh:  # this model cannot be pruned so: nothing to resume
@@ -49,7 +49,7 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
         plan: dict[str, Any] = {}
         with distributed.first_ahead():
             if distributed.is_first():
-                plan = finish(job, writer, passes, choice, scores)
+                plan = finish(job, writer, passes, outcome)
         return distributed.from_first(lambda: plan)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -11,6 +11,7 @@ import torch
 from .allocation import Choice, UnitScores
 from .architectures import ATTENTION, FFN, LayerShape
 from .checkpoint import CheckpointReader
+from .selection import Selection
 
 FORMAT = "pyprune-plan-2"
 FILE = "plan.json"
@@ -23,10 +24,9 @@ def kept_shapes(shapes: list[LayerShape], choice: Choice) -> list[LayerShape]:
     return [s.kept(len(k[ATTENTION]), len(k[FFN])) for s, k in zip(shapes, choice.layers, strict=True)]
 
 
-def parameter_counts(reader: CheckpointReader, shapes: list[LayerShape]) -> dict[str, tuple[int, int]]:
-    """Parameters before and after, without compensation biases: of the decoder linears, and of the model."""
+def parameter_counts(reader: CheckpointReader, after: int) -> dict[str, tuple[int, int]]:
+    """Parameters before and after, without compensation biases: of the decoder linears (`after`), and of the model."""
     before = sum(s.parameters for s in reader.shapes)
-    after = sum(s.parameters for s in shapes)
     spare = {reader.family.head} if reader.tied else set()
     model = sum(t.bytes // t.dtype.itemsize for name, t in reader.tensors.items() if name not in spare)
     return {"decoder_linears": (before, after), "model": (model, model - before + after)}
@@ -52,6 +52,12 @@ def layer_entry(kept: dict[str, torch.Tensor], scores: UnitScores) -> dict[str, 
     return {name: kept[module].tolist() for module, name in _KEYS.items()} | {
         "scores": {name: [float(f"{s:.6g}") for s in scores[module].tolist()] for module, name in _KEYS.items()}
     }
+
+
+def selection_entry(selection: Selection, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """JSON form of one layer of a DISP model: indices of each selection and the logits of all its channels."""
+    scores = {name: [float(f"{one:.6g}") for one in own.tolist()] for name, own in logits.items()}
+    return {name: kept.tolist() for name, kept in selection.items()} | {"scores": scores}
 
 
 def kept_from_entry(entry: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,9 @@ from typing import Any
 from . import report_plots as plots
 from .errors import InputError
 from .plan import FORMAT
+from .report_kinds import kinds
+
+PASSES = ("survey", "train", "prune")  # in the order in which they are shown
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -47,6 +50,7 @@ def write_report(plan: dict[str, Any], path: str | Path) -> None:
         _section("Result", _result_table(plan)),
         _section("What each layer keeps", _kept_plots(plan)),
         _section("Scores of the units", _score_plots(plan)),
+        _training_section(plan),
         _section("Time and memory", _passes_table(plan) + _pass_plots(plan)),
         _section("Settings", _settings_table(plan)),
         f"<section><details><summary>Layers in figures</summary>{_layer_table(plan)}</details></section>",
@@ -141,40 +145,35 @@ def _result_table(plan: dict[str, Any]) -> str:
 
 
 def _kept_plots(plan: dict[str, Any]) -> str:
-    dense = plan["dense"]
-    groups = [len(layer["kv_groups"]) for layer in plan["layers"]]
-    channels = [len(layer["intermediate_channels"]) for layer in plan["layers"]]
-    unit = _attention_unit(plan)
-    size = f"{dense['head_dim']} channels a head"
-    if dense["heads_per_group"] > 1:
-        size = f"{dense['heads_per_group']} query heads each, {size}"
-    return (
-        f"<h3>Attention: {unit}s ({escape(size)})</h3>"
-        + plots.kept_units(groups, dense["kv_groups"], f"{unit}s", plots.ATTENTION)
-        + "<h3>FFN: intermediate channels</h3>"
-        + plots.kept_units(channels, dense["intermediate_channels"], "channels", plots.FFN)
-    )
-
-
-def _attention_unit(plan: dict[str, Any]) -> str:
-    return "head" if plan["dense"]["heads_per_group"] == 1 else "KV group"
+    html = ""
+    for kind in kinds(plan):
+        kept = [len(layer[kind.key]) for layer in plan["layers"]]
+        html += f"<h3>{escape(kind.title)}</h3>" + plots.kept_units(kept, kind.dense, kind.plural, kind.color)
+    return html
 
 
 def _score_plots(plan: dict[str, Any]) -> str:
     html = "<p>Bars: the middle half of a layer's units; line: their range; white mark: their median.</p>"
-    kinds = (
-        ("Attention", "kv_groups", _attention_unit(plan), plots.ATTENTION),
-        ("FFN", "intermediate_channels", "channel", plots.FFN),
-    )
-    for title, units, name, color in kinds:
-        per_layer = [layer["scores"][units] for layer in plan["layers"]]
-        html += f"<h3>{title}</h3>" + plots.scores(per_layer, plan["threshold"], name, color)
+    for kind in kinds(plan):
+        per_layer = [layer["scores"][kind.key] for layer in plan["layers"]]
+        title = kind.title.split(":")[0]
+        html += f"<h3>{escape(title)}</h3>" + plots.scores(per_layer, plan["threshold"], kind.unit, kind.color)
     return html
+
+
+def _training_section(plan: dict[str, Any]) -> str:
+    """The loss of a method that trains."""
+    training = plan.get("training")
+    if not training:
+        return ""
+    first, last = training["loss"][0], training["loss"][-1]
+    text = f"{len(training['loss'])} steps; loss {first:.3f} at first, {last:.3f} at the end, in nats a token."
+    return _section("Training", f"<p>{text}</p>" + plots.training(training["loss"], training["kept"]))
 
 
 def _passes_table(plan: dict[str, Any]) -> str:
     rows = []
-    for name in ("survey", "prune"):
+    for name in PASSES:
         run = plan["passes"].get(name)
         if run:
             note = "statistics from the cache" if run["cached"] else ""
@@ -231,15 +230,11 @@ def _settings_table(plan: dict[str, Any]) -> str:
 
 
 def _layer_table(plan: dict[str, Any]) -> str:
-    dense = plan["dense"]
-    head = [
-        "layer",
-        f"{_attention_unit(plan)}s kept of {dense['kv_groups']}",
-        f"FFN channels kept of {dense['intermediate_channels']}",
-    ]
+    all_kinds = kinds(plan)
+    head = ["layer", *(f"{kind.column} kept of {kind.dense}" for kind in all_kinds)]
     rows = []
     for number, layer in enumerate(plan["layers"]):
-        rows.append([str(number), _count(len(layer["kv_groups"])), _count(len(layer["intermediate_channels"]))])
+        rows.append([str(number), *(_count(len(layer[kind.key])) for kind in all_kinds)])
     return _table(rows, "figures", head)
 
 

@@ -98,6 +98,26 @@ def per_pass(values: Mapping[str, Sequence[float]], unit: str) -> str:
         return _svg(figure, unit)
 
 
+def training(losses: Sequence[float], kept: Sequence[float]) -> str:
+    """Lines over the steps: the loss, its average over the last twentieth of the steps, and the share kept."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _layer_axes(len(losses), height=2.6)
+        steps, several = list(range(len(losses))), max(1, len(losses) // 20)
+        sums = np.cumsum(np.insert(np.asarray(losses, dtype=float), 0, 0.0))
+        average = [(sums[k + 1] - sums[max(0, k + 1 - several)]) / min(k + 1, several) for k in steps]
+        axes.plot(steps, losses, color=ATTENTION, linewidth=0.5, alpha=0.4)
+        axes.plot(steps, average, color=ATTENTION, linewidth=1.5, label="loss")
+        axes.set_xlabel("step")
+        axes.set_ylabel("nats a token")
+        right = axes.twinx()
+        right.plot(steps, kept, color=PRUNE, linewidth=1)
+        right.set_ylim(0, 1.05)
+        right.set_axis_off()
+        axes.plot([], [], color=PRUNE, linewidth=1, label=f"kept (0 to 1): {kept[-1]:.3f} at the end")
+        _legend(axes)
+        return _svg(figure, "training")
+
+
 def _layer_axes(layers: int, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH, height))
     axes = figure.add_axes((0.085, 0.42 / height, 0.905, 1 - 0.72 / height))

@@ -5,7 +5,7 @@ import re
 import pytest
 import triton.language as tl
 from machine_code import MachineCode, compile_kernel
-from pyprune.triton_kernels import channel_moments, rms_norm, rotary, swiglu
+from pyprune.triton_kernels import channel_moments, rms_norm, rotary, selection, swiglu
 from pyprune.triton_kernels.channel_moments import CONFIGURATIONS, Configuration
 
 ELEMENT_TYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
@@ -84,6 +84,34 @@ def test_rms_norm_fits(channels: int, target: int) -> None:
     assert code.stack == 0, "a spill"
     assert re.search(r"ld\.global[^\n]*\.v4\.b32", code.ptx), "narrow reads"
     assert code.resident(target, rms_norm.WARPS) >= (2 if channels <= 8192 else 1)
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize(("channels", "index"), [(4096, "i64"), (5120, "i32"), (8192, "i32"), (32768, "i64")])
+def test_selection_fits(channels: int, index: str, target: int) -> None:
+    """The kernel of all steps, of which the others are parts."""
+    count, warps = channels // 2, selection.warps(channels)
+    pointers = dict.fromkeys(("residual", "update", "weight", "out"), "*bf16")
+    pointers |= dict.fromkeys(("update_index", "index"), f"*{index}")
+    sizes = dict.fromkeys(("channels", "update_count", "count"), "i32")
+    lanes = selection.lanes(count, channels)
+    width = 1 << (channels - 1).bit_length()
+    constants = {"CHANNELS": width, "UPDATE_LANES": lanes, "LANES": lanes, "OUT": tl.bfloat16}
+    kernel, types = selection.scatter_add_rms_norm_gather_rows, pointers | sizes | {"eps": "fp32"}
+    code = compile_kernel(kernel, target, types, constants, {*pointers, *sizes}, num_warps=warps)
+    assert code.stack == 0, "a spill"
+    assert code.resident(target, warps) * warps >= 32
+    # The row is read 16 bytes at a time, 8 channels of 2; a selection's lanes go to the threads in turn, one channel an
+    # access, and change hands nowhere: what is in shared memory are the sums of the warps.
+    threads = 32 * warps
+    assert len(re.findall(r"ld\.global[^\n]*\.v4\.b32", code.ptx)) == width // threads // 8
+    assert len(re.findall(r"ld\.global\.b16", code.ptx)) == 4 * lanes // threads
+    assert len(re.findall(r"st\.global\.b16", code.ptx)) == 2 * lanes // threads
+    assert code.shared <= 4 * warps
+    # Between the writes and the reading of the row every thread waits for the others.
+    before = code.ptx.partition("bar.sync")[0]
+    assert "st.global.b16" in before
+    assert "v4.b32" not in before
 
 
 @pytest.mark.parametrize("target", [80, 90])

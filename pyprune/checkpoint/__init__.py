@@ -4,7 +4,7 @@ from .cache import digest, save_cached
 from .hub import checkpoint_folder
 from .loader import LayerLoader
 from .places import check_free, check_place, check_space
-from .reader import CheckpointReader
+from .reader import CheckpointReader, stored_model
 from .writer import JOURNAL, CheckpointWriter, begun_identity, differences
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "differences",
     "digest",
     "save_cached",
+    "stored_model",
 ]

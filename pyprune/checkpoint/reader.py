@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..architectures import Family, LayerShape, family_of
+from ..architectures import SELECTED_PREFIX, Family, LayerShape, family_of
 from ..errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -174,7 +174,26 @@ class CheckpointReader:
                 )
 
 
-def _read_config(folder: Path) -> tuple[Any, Family]:
+def stored_model(folder: Path) -> tuple[Any, torch.dtype]:
+    """Configuration and stored type of any model that pyprune loads; of those that cannot be pruned too: DISP models.
+
+    InputError: as of CheckpointReader, for what can be told from config.json and the headers alone.
+    """
+    model_type = read_fields(folder).get("model_type", "")
+    if not model_type.startswith(SELECTED_PREFIX):
+        reader = CheckpointReader(folder)
+        return reader.config, reader.dtype
+    family = _named_family(folder, model_type.removeprefix(SELECTED_PREFIX))
+    config = _transformers_config(folder)
+    tensors = _read_headers(folder, indices=True)
+    query = f"{family.layers}.0.{family.query}.weight"
+    if query not in tensors:
+        raise InputError(f"{folder}: tensor {query} is missing from the checkpoint")
+    return config, tensors[query].dtype
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """config.json as it is written; InputError where there is none or it is no model's."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a checkpoint folder or a hub id such as org/name")
@@ -186,15 +205,39 @@ def _read_config(folder: Path) -> tuple[Any, Family]:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type", ""), str):
         raise InputError(f"{path}: not a model's configuration: an object with a model_type is needed")
-    family = family_of(fields.get("model_type"))
-    if fields.get("quantization_config"):
-        raise InputError(f"{path}: a quantised checkpoint cannot be pruned; prune first, quantise afterwards")
+    return fields
+
+
+def _transformers_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     from .. import modeling as modeling  # registers the configurations of already pruned models
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise _refused(folder, error) from error
+
+
+def _refused(folder: Path, error: Exception) -> InputError:
+    reason = " ".join((str(error) or repr(error)).split())
+    return InputError(f"{folder / 'config.json'}: transformers refuses this configuration: {reason}")
+
+
+def _named_family(folder: Path, model_type: str | None) -> Family:
+    try:
+        return family_of(model_type)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _read_config(folder: Path) -> tuple[Any, Family]:
+    fields, path = read_fields(folder), folder / "config.json"
+    family = _named_family(folder, fields.get("model_type"))
+    if fields.get("quantization_config"):
+        raise InputError(f"{path}: a quantised checkpoint cannot be pruned; prune first, quantise afterwards")
+    config = _transformers_config(folder)
+    try:
         if config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
         family.layer_state_shapes(config, 0)
@@ -203,14 +246,14 @@ def _read_config(folder: Path) -> tuple[Any, Family]:
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join((str(error) or repr(error)).split())
-        raise InputError(f"{path}: transformers refuses this configuration: {reason}") from error
+        raise _refused(folder, error) from error
     if heads % groups:
         raise InputError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     return config, family
 
 
-def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+def _read_headers(folder: Path, indices: bool = False) -> dict[str, StoredTensor]:
+    """Where every tensor is; with `indices` those of selections, int32, are left out."""
     tensors: dict[str, StoredTensor] = {}
     for file in _files(folder):
         if not file.is_file():
@@ -221,6 +264,8 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
         except SafetensorError as error:
             raise InputError(f"{file}: {_explain(file, error)}") from error
         for name, entry in entries.items():
+            if indices and entry["dtype"] == "I32":
+                continue
             if entry["dtype"] not in _DTYPES:
                 raise InputError(
                     f"{file}: tensor {name} is stored as {entry['dtype']}; float32, bfloat16 or float16 is needed"

@@ -12,14 +12,14 @@ from torch import Tensor
 from .host_buffer import HostBuffer
 
 # safetensors' own order: wide types first, so that every tensor is aligned without gaps; then by name.
-STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+STORED = {torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _RANK = {dtype: rank for rank, dtype in enumerate(STORED)}
 # Bytes of a device tensor that travel at once. A few MiB saturate PCIe; two buffers of it are pinned.
 PIECE_BYTES = 16 << 20
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor], stream: torch.cuda.Stream | None = None) -> int:
-    """Write float32, bfloat16 or float16 tensors of any shape, strides and device; returns the file's bytes.
+    """Write tensors of the types in STORED, of any shape, strides and device; returns the file's bytes.
 
     `tensors` is emptied as they are written. `stream` copies CUDA tensors of its device; it must have been told to wait
     for their values. The bytes, those that safetensors' save_file would write, have reached the disk on return.

@@ -111,14 +111,14 @@ class CheckpointWriter:
     def write(self, shard: int, tensors: dict[str, Tensor], record: Any = None) -> None:
         """Have one shard written and entered in the journal; waits until fewer than `in_flight` are under way.
 
-        tensors: by full name, float32, bfloat16 or float16, any shape and strides, on the CPU or one CUDA device, where
+        tensors: by full name, of a type in STORED, any shape and strides, on the CPU or one CUDA device, where
         their values may still be in the making on the current stream. They and `record` must not change any more; the
         tensors are kept until they are written. ValueError: another type. OSError: an earlier shard's.
         """
         self._wait(self.in_flight - 1)
         for name, tensor in tensors.items():
             if tensor.dtype not in STORED:
-                raise ValueError(f"tensor {name} is {tensor.dtype}; float32, bfloat16 or float16 is needed")
+                raise ValueError(f"tensor {name} is {tensor.dtype}; float32, bfloat16, float16 or int32 is needed")
         device = next((t.device for t in tensors.values() if t.is_cuda), None)
         if device is not None:
             self._stream = self._stream or torch.cuda.Stream(device)

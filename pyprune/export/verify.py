@@ -27,6 +27,7 @@ _CPU, _FLOAT32 = torch.device("cpu"), torch.float32
 _WORKER = Path(__file__).with_name("logits.py")
 
 Rounding = Callable[[Tensor], Tensor]
+Change = Callable[[int, nn.Module], None]
 
 
 # Largest |Δlogit| allowed, as a share of the largest |logit|. Both sides have the same weights and compute in float32,
@@ -45,11 +46,13 @@ def verify_roundtrip(
     progress: Progress = silent,
     rounding: Rounding | None = None,
     tokens: int = TOKENS,
+    change: Change | None = None,
 ) -> dict[str, Any]:
     """Compare the logits of `output`, loaded by `loader` in a fresh process, with those of the checkpoint `source`.
 
     loader: `transformers`, `remote-code` (both without pyprune), `pyprune` or `gguf`. On `tokens` random tokens, in
-    float32 on the CPU, the source layer by layer. `rounding` is what the format does to matrices, and its engine to
+    float32 on the CPU, the source layer by layer; `change(layer, block)` makes each of its layers what the output's
+    should be, where they are not the same. `rounding` is what the format does to matrices, and its engine to
     what they are multiplied by: the effect of that on the source's own logits widens the tolerance.
 
     Returns `verified` and either `reason` (why not), or `loader`, `tokens`, `max_difference`, `max_logit`, `tolerance`
@@ -62,7 +65,7 @@ def verify_roundtrip(
         return {"verified": False, "reason": reason}
     length = min(tokens, reader.config.max_position_embeddings)
     ids = torch.randint(reader.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    expected = layered_logits(reader, ids, None, progress)  # [tokens, vocabulary]
+    expected = layered_logits(reader, ids, None, progress, change)  # [tokens, vocabulary]
     largest = expected.abs().max().item()
     if not math.isfinite(largest):
         raise InputError(f"{source}: its logits are not finite: the weights are damaged, or overflow")
@@ -94,11 +97,16 @@ def verify_roundtrip(
 
 @torch.inference_mode()
 def layered_logits(
-    reader: CheckpointReader, ids: Tensor, rounding: Rounding | None = None, progress: Progress = silent
+    reader: CheckpointReader,
+    ids: Tensor,
+    rounding: Rounding | None = None,
+    progress: Progress = silent,
+    change: Change | None = None,
 ) -> Tensor:
     """Logits of a checkpoint in float32 on the CPU, one layer in memory at a time: [1, tokens] -> [tokens, vocabulary].
 
-    `rounding` is applied to every matrix (not to norms and biases) and to what it is multiplied by.
+    `rounding` is applied to every matrix (not to norms and biases) and to what it is multiplied by; `change`: as of
+    `verify_roundtrip`.
     """
 
     def stored(tensor: Tensor) -> Tensor:
@@ -116,6 +124,8 @@ def layered_logits(
         if rounding is not None:
             for linear in (module for module in block.modules() if isinstance(module, nn.Linear)):
                 linear.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
+        if change is not None:
+            change(layer, block)
         forward.run(block, layer, hidden, {})
         del block  # before the next one is built
     progress("verify", reader.layers, reader.layers)

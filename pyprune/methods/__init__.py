@@ -6,13 +6,15 @@ from typing import Any
 from ..errors import InputError
 from .base import LayerStatistics, Method, ScoringMethod
 from .flap import Flap
+from .learned import Disp, LearnedMethod, Policy
 from .magnitude import Magnitude
 from .obs import Obs
 from .second_order import SecondOrderMethod
 from .slimgpt import SlimGpt
 from .wanda_sp import WandaSp
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Magnitude, WandaSp, Flap, SlimGpt, Obs)}
+KNOWN: tuple[type[Method], ...] = (Magnitude, WandaSp, Flap, SlimGpt, Obs, Disp, Policy)
+METHODS: dict[str, type[Method]] = {method.name: method for method in KNOWN}
 
 
 def make_method(name: str, options: dict[str, Any]) -> Method:
@@ -29,4 +31,14 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     return method(**(with_uniform | options))
 
 
-__all__ = ["METHODS", "LayerStatistics", "Method", "ScoringMethod", "SecondOrderMethod", "make_method"]
+__all__ = [
+    "METHODS",
+    "Disp",
+    "LayerStatistics",
+    "LearnedMethod",
+    "Method",
+    "Policy",
+    "ScoringMethod",
+    "SecondOrderMethod",
+    "make_method",
+]

@@ -16,7 +16,11 @@ from ..uniform import common_counts, common_sizes
 LayerStatistics = dict[str, DriverStatistics]  # module -> statistics of its driver
 
 # What makes up for removed units -> the methods that can do so.
-COMPENSATIONS = {"bias": "flap, obs", "weights": "obs, slimgpt", "none": "magnitude, wanda-sp, flap, obs"}
+COMPENSATIONS = {
+    "bias": "flap, obs, policy",
+    "weights": "obs, slimgpt, disp",
+    "none": "magnitude, wanda-sp, flap, obs, disp, policy",
+}
 
 
 @dataclass(frozen=True)

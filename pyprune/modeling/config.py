@@ -27,17 +27,24 @@ def registered_config(
 
     Layers that differ are in transformers' `per_layer_config` schema; the global sizes are the maximum over the layers.
     """
+    config_class, _, causal_lm_class = PRUNED_CLASSES[family.name]
+    return config_class(
+        **layered_fields(config, shapes),
+        architectures=[causal_lm_class.__name__],
+        o_proj_bias=o_proj_bias,
+        down_proj_bias=down_proj_bias,
+    )
+
+
+def layered_fields(config: Any, shapes: list[LayerShape]) -> dict[str, Any]:
+    """What a configuration says of the model as a whole and of layers whose sizes are not the largest."""
     sizes = [layer_sizes(shape) for shape in shapes]
     largest = {name: max(layer[name] for layer in sizes) for name in SIZES}
     per_layer = {
         layer: {name: value for name, value in own.items() if value != largest[name]} for layer, own in enumerate(sizes)
     }
     differing = {layer: own for layer, own in per_layer.items() if own}
-    config_class, _, causal_lm_class = PRUNED_CLASSES[family.name]
-    return config_class(
-        **common_fields(config, shapes[0]) | largest,
-        architectures=[causal_lm_class.__name__],
-        o_proj_bias=o_proj_bias,
-        down_proj_bias=down_proj_bias,
-        **({"per_layer_config": differing, "allow_global_per_layer_attribute_access": True} if differing else {}),
-    )
+    fields = common_fields(config, shapes[0]) | largest
+    if differing:
+        fields |= {"per_layer_config": differing, "allow_global_per_layer_attribute_access": True}
+    return fields

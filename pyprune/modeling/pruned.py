@@ -15,7 +15,7 @@ from ..architectures import FAMILIES, PRUNED_PREFIX, Family
 
 
 @contextmanager
-def _without_layers(config: Any) -> Iterator[None]:
+def without_layers(config: Any) -> Iterator[None]:
     """Inside, the family's own constructors build no layer (they would all have the global size)."""
     layers = config.num_hidden_layers
     config.num_hidden_layers = 0
@@ -50,7 +50,7 @@ def _pruned_classes(family: Family) -> tuple[Any, Any, Any]:
         config: Config
 
         def __init__(self, config: Any) -> None:
-            with _without_layers(config):
+            with without_layers(config):
                 super().__init__(config)
             self.layers = nn.ModuleList(family.build_layer(config, layer) for layer in range(config.num_hidden_layers))
             self.post_init()
@@ -61,7 +61,7 @@ def _pruned_classes(family: Family) -> tuple[Any, Any, Any]:
         config: Config
 
         def __init__(self, config: Any) -> None:
-            with _without_layers(config):
+            with without_layers(config):
                 super().__init__(config)
             self.model = Model(config)
             self.post_init()

@@ -7,6 +7,7 @@ from .hessian import Hessian, lower_gram
 from .moments import ChannelMoments, channel_moments_update, channel_moments_update_reference
 from .rms_norm import rms_norm
 from .rotary import rotate_
+from .selection import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
 from .spd_inverse import DampedInverse, damped_inverse
 from .split_tf32 import add_split_product
 from .swiglu import swiglu_
@@ -28,6 +29,9 @@ __all__ = [
     "lower_gram",
     "refit",
     "rms_norm",
+    "rms_norm_gather",
     "rotate_",
+    "scatter_add_",
+    "scatter_add_rms_norm_gather_",
     "swiglu_",
 ]

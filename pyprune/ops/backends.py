@@ -282,6 +282,14 @@ REQUIREMENTS: dict[str, dict[str, tuple[Requirement, ...]]] = {
         "triton": (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, ROW_IN_REGISTERS, TRITON_INSTALLED, C_COMPILER),
         "reference": (),
     },
+    # shape: [..., channels], of all three
+    **{
+        operator: {
+            "triton": (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, ROW_IN_REGISTERS, TRITON_INSTALLED, C_COMPILER),
+            "reference": (),
+        }
+        for operator in ("rms_norm_gather", "scatter_add", "scatter_add_rms_norm_gather")
+    },
     # shape: [batch, heads, tokens, head_dim]
     "rotary": {
         "triton": (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, TRITON_INSTALLED, C_COMPILER),
@@ -308,6 +316,9 @@ PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("grouped_cholesky_errors", "cuda"): ("cuda", "reference"),
     ("grouped_cholesky_errors", "cpu"): ("cpu", "reference"),
     ("rms_norm", "cuda"): ("triton", "reference"),
+    ("rms_norm_gather", "cuda"): ("triton", "reference"),
+    ("scatter_add", "cuda"): ("triton", "reference"),
+    ("scatter_add_rms_norm_gather", "cuda"): ("triton", "reference"),
     ("rotary", "cuda"): ("triton", "reference"),
     ("swiglu", "cuda"): ("triton", "reference"),
     ("eliminate", "cuda"): ("cuda", "reference"),

@@ -2,8 +2,9 @@
 
 from ..checkpoint import CheckpointWriter
 from ..job import Job
-from ..methods import ScoringMethod, SecondOrderMethod
+from ..methods import Disp, Policy, ScoringMethod, SecondOrderMethod
 from .base import Passes
+from .learned import PolicyPasses, SelectionPasses
 from .reconstruction import ReconstructionPasses
 from .scoring import ScoringPasses
 
@@ -12,6 +13,10 @@ def make_passes(job: Job, writer: CheckpointWriter) -> Passes:
     """The passes that the job's method needs."""
     if isinstance(job.method, SecondOrderMethod):
         return ReconstructionPasses(job, writer, job.method)
+    if isinstance(job.method, Disp):
+        return SelectionPasses(job, writer, job.method)
+    if isinstance(job.method, Policy):
+        return PolicyPasses(job, writer, job.method)
     assert isinstance(job.method, ScoringMethod)
     return ScoringPasses(job, writer, job.method)
 

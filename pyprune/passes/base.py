@@ -9,12 +9,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..allocation import Choice, Kept, UnitScores
+from ..allocation import Kept, UnitScores
 from ..architectures import ATTENTION, FFN, MODULES, LayerShape
 from ..checkpoint import CheckpointWriter
 from ..device import Meter
 from ..forward import LayerForward
 from ..job import Job
+from ..learning.training import History
+from ..outcome import Outcome
 from ..plan import kept_from_entry
 from ..rewrite import pad_channels
 
@@ -46,7 +48,7 @@ class Passes(ABC):
     """The passes of one job, which write every shard: embeddings, one shard a layer, final norm and head.
 
     After `execute`: `meters` by pass; `cached`, whether the survey came from the cache; `nonfinite`, by driver, the
-    NaN and Inf counted as zero; `warnings`, what the user should know of the result.
+    NaN and Inf counted as zero; `warnings`, what the user should know of the result; `history`, of training.
     """
 
     def __init__(self, job: Job, writer: CheckpointWriter) -> None:
@@ -56,10 +58,11 @@ class Passes(ABC):
         self.cached = False
         self.nonfinite: dict[str, int] = {}
         self.warnings: list[str] = []
+        self.history: History = []
 
     @abstractmethod
-    def execute(self) -> tuple[Choice, list[UnitScores]]:
-        """All passes. Returns the kept units and the scores of all."""
+    def execute(self) -> Outcome:
+        """All passes. Returns what was decided."""
 
     def restored(self, layer: int) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
         """What a killed run already wrote of a layer; its output is computed again, which gives the same bits."""

@@ -22,6 +22,7 @@ from ..job import Job
 from ..methods import LayerStatistics, SecondOrderMethod
 from ..methods.second_order import CURVES, MOMENTS, NONE, Reconstruction
 from ..ops.precision import tf32_products
+from ..outcome import Outcome, UnitOutcome
 from ..plan import layer_entry
 from ..residual_allocation import ErrorCurves
 from ..rewrite import rewrite_layer
@@ -57,7 +58,7 @@ class ReconstructionPasses(Passes):
         self.change: Tensor | None = None  # of what reads the stream next: D A [hidden, hidden]
 
     @torch.no_grad()
-    def execute(self) -> tuple[Choice, list[UnitScores]]:
+    def execute(self) -> Outcome:
         self._warn_of_few_tokens()
         counts = self._counts()
         self.meter = self.meters["prune"] = Meter(self.device)
@@ -75,7 +76,7 @@ class ReconstructionPasses(Passes):
             layers.append(kept)
             scores.append(own)
         self.copy_head()
-        return Choice(layers), scores
+        return UnitOutcome(Choice(layers), scores)
 
     def _warn_of_few_tokens(self) -> None:
         assert self.job.windows is not None

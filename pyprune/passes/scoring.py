@@ -11,6 +11,7 @@ from ..forward import LayerForward, layer_name
 from ..hidden_states import HiddenStates
 from ..job import Job
 from ..methods import LayerStatistics, ScoringMethod
+from ..outcome import Outcome, UnitOutcome
 from ..plan import layer_entry
 from ..rewrite import compensation_bias, rewrite_layer
 from .base import Passes, build_dense, stored_layers
@@ -24,16 +25,16 @@ class ScoringPasses(Passes):
         super().__init__(job, writer)
         self.method = method
 
-    def execute(self) -> tuple[Choice, list[UnitScores]]:
+    def execute(self) -> Outcome:
         if self.method.sequential:
-            return self._prune_in_sequence()
+            return UnitOutcome(*self._prune_in_sequence())
         survey = self._survey()
         for layer, statistics in enumerate(survey):
             self._count_nonfinite(layer, statistics)
         scores = self.method.scores(survey, self.reader.shapes)
         choice = distributed.from_first(lambda: self.method.choose(scores, self.reader.shapes, self.job.options.ratio))
         self._prune_by_choice(choice, scores, survey)
-        return choice, scores
+        return UnitOutcome(choice, scores)
 
     def _count_nonfinite(self, layer: int, statistics: LayerStatistics) -> None:
         for module in MODULES:
@@ -113,7 +114,7 @@ class ScoringPasses(Passes):
     ) -> dict[str, Tensor]:
         shape, family = self.reader.shapes[layer], self.reader.family
         bias = {}
-        if self.method.biased:
+        if self.job.method.biased:
             for module in MODULES:
                 weight = tensors[family.driver(module) + ".weight"].to(self.device)
                 mean = statistics[module].mean

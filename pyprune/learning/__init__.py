@@ -1,0 +1,1 @@
+"""Learned pruning: masks on a frozen language model, trained on a text, and what they become."""
