@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from contest import contest_parser, prepare_device, run_table
-from inference import build
+from inference import build, release
 from machine import describe_machine, installed_version
 from make_checkpoint import SHAPES, checkpoint_config
 
@@ -39,8 +39,8 @@ def measure(name: str, checkpointing: bool, arguments: argparse.Namespace, devic
     family = family_of(config.model_type)
     shapes = family.shapes(config)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    release(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     model = build(config, device, dtype).requires_grad_(False)
     masked = MaskedModel(model, family, checkpointing)

@@ -79,7 +79,7 @@ def estimate(
         seconds = pass_seconds(sizes, rates) if method.needs_text else {}
         by_pass = memory.device_bytes
         if learning is not None:
-            seconds["train"] = flops["train"] / (TRAINING_SHARE * rates.matmul)
+            seconds["train"] = flops["train"] / (TRAINING_SHARE[learning.method.backward] * rates.matmul)
             by_pass = by_pass | {"train": learning.peak}
         result |= {
             "peak_memory_bytes": max(memory.peak, *by_pass.values()),

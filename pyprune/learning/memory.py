@@ -52,12 +52,12 @@ def training_memory(
 def layer_activations(shape: LayerShape, tokens: int, itemsize: int) -> int:
     """Bytes that the backward pass of one masked layer, weights frozen, keeps for so many tokens.
 
-    Both norms: their input in float32 twice, the normed row; four masked values; queries, keys, values, the
-    attention's output and its rotated parts; gate, its activation, up, their product.
+    Both norms: their input in float32; the values that four masks multiply; turned queries and keys, values, and the
+    attention's output; gate, its activation, up, and their product.
     """
     hidden, middle = shape.hidden_size, shape.intermediate_channels
     heads = shape.kv_groups * shape.group_width + shape.kv_groups * shape.head_dim
-    return tokens * (hidden * (16 + 6 * itemsize) + 4 * heads * itemsize + 4 * middle * itemsize)
+    return tokens * (hidden * (8 + 4 * itemsize) + 2 * heads * itemsize + 4 * middle * itemsize)
 
 
 def check_fits(memory: TrainingMemory, budget: int, method: str) -> bool:

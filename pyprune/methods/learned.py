@@ -69,7 +69,7 @@ class Disp(LearnedMethod):
 
     @property
     def operators(self) -> tuple[str, ...]:
-        return ("hessian", "spd_inverse") if self.compensation == "weights" else ()
+        return ("hessian",) if self.compensation == "weights" else ()
 
     @property
     def backward(self) -> bool:
