@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from make_checkpoint import SHAPES
+from page_models import learned, loaders, selected_speed, speed, table
 from page_plots import peak_bytes, plot_memory, plot_seconds
 
 FOLDER = Path(__file__).resolve().parent
@@ -87,13 +88,16 @@ def make_page(results: Path, plots: Path) -> str:
     sections = [HEAD, *(whole_prunings(runs, plots) if runs else ["No run is committed yet.\n"]), published_table()]
     if runs:
         sections.append(BOUNDS)
-    sections += filter(None, (plan_against_measured(runs), profiles(runs), loaders(results / "loaders.json")))
+    parts = (
+        plan_against_measured(runs),
+        profiles(runs),
+        speed(results),
+        selected_speed(results),
+        learned(results),
+        loaders(results / "loaders.json"),
+    )
+    sections += filter(None, parts)
     return "\n".join([*sections, single_operators(results)])
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def whole_prunings(runs: dict[str, dict[str, Any]], plots: Path) -> list[str]:
@@ -181,33 +185,6 @@ def profiles(runs: dict[str, dict[str, Any]]) -> str:
         ]
         text += table(["kernel", "seconds", "calls"], rows)
     return "## Where a layer's time goes\n" + text if text else ""
-
-
-def loaders(file: Path) -> str:
-    """Perplexity of pruned models under every program that loads them; empty where it was not measured."""
-    if not file.is_file():
-        return ""
-    report = json.loads(file.read_text())
-    rows = []
-    for row in report["rows"]:
-        cells = {name: f"{found['perplexity']:.3f} (`{found['class']}`)" for name, found in row["loaders"].items()}
-        what = f"{row['model']}, {row['method']}, compensation {row['compensation']}"
-        rows.append(
-            [
-                what,
-                row["layout"],
-                *(cells.get(name, "–") for name in ("pyprune", "stock", "padded", "gguf")),
-                f"{row['largest_deviation']:.4%}",
-            ]
-        )
-    return f"""## Loaders
-
-WikiText-2 perplexity on {report["windows"]} × {report["length"]} tokens of models pruned by {100 * report["ratio"]:g} %
-(calibration {report["samples"]} × {report["calibration_length"]} tokens), by `python benchmarks/loaders.py`:
-transformers {report["transformers"]} with pyprune imported, without it (stock, padded), and llama.cpp (llama-cpp-python
-{report["llama_cpp"]}, weights in float16). In brackets the class, of a GGUF file its architecture.
-
-""" + table(["model", "layers", "pyprune", "stock", "padded", "gguf", "largest deviation"], rows)
 
 
 def single_operators(results: Path) -> str:

@@ -23,7 +23,7 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
     "compensation": (
         str,
         "For what was removed: " + "; ".join(f"{kind}: {names}" for kind, names in COMPENSATIONS.items()) + ".  "
-        "[default: bias for flap and policy, weights for slimgpt and obs, else none]",
+        "[default: bias for flap, weights for slimgpt and obs, else none]",
     ),
     "metric": (str, f"flap: {', '.join(flap.METRICS)}.  [default: WIFV]"),
     "structure": (str, f"flap: {', '.join(flap.STRUCTURES)}.  [default: AL-AM; with --uniform UL-UM]"),

@@ -218,7 +218,7 @@ def test_discard_waits_for_the_thread(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_type_that_no_checkpoint_has(tmp_path: Path) -> None:
     w = begun(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"tensor a is torch\.float64; float32, bfloat16 or float16 is needed"):
+    with pytest.raises(ValueError, match=r"tensor a is torch\.float64; float32, bfloat16, float16 or int32 is needed"):
         w.write(0, {"a": torch.ones(3, dtype=torch.float64)})
     w.flush()
     assert journal(w) == []
