@@ -39,7 +39,8 @@ def speed(results: Path) -> str:
             ]
             for row in report["rows"]
         ]
-        text += f"\n{report['shape']}, {report['machine']['gpu']}, transformers {report['machine']['transformers']}:\n\n"
+        machine = report["machine"]
+        text += f"\n{report['shape']}, {machine['gpu']}, transformers {machine['transformers']}:\n\n"
         text += table(
             ["layers", "removed", "mode", "batch", "prefill, tokens/s", "/ dense", "/ uniform", "decode, tokens/s",
              "/ dense", "/ uniform"],
@@ -50,9 +51,9 @@ def speed(results: Path) -> str:
     return "## Speed of pruned models\n\n" + SPEED + text if text else ""
 
 
-SPEED = """`python benchmarks/inference.py SHAPE`: random weights in bfloat16, static cache, sdpa, 2048 tokens of prompt, decoding
-from 128 tokens on. Widths that are no multiples decide more than the ratio: pruned by a fifth without `--round-to` a model
-can be slower than dense. Non-uniform layers in multiples of 128 are as fast as uniform ones of the same size; without
+SPEED = """`python benchmarks/inference.py SHAPE`: random weights in bfloat16, static cache, sdpa, 2048 tokens of prompt,
+decoding from 128 tokens on. Widths that are no multiples decide more than the ratio: pruned by a fifth without
+`--round-to` a model can be slower than dense. Non-uniform layers in multiples of 128 are as fast as uniform ones of the same size; without
 multiples they give nothing in prefill and little in decoding.
 """
 
@@ -65,8 +66,9 @@ def llama_cpp(report: dict[str, Any]) -> str:
         rows.append([row["layout"], row["architecture"], cells[0], ratios[0], cells[1], ratios[1]])
     head = ["layers", "architecture", "prefill, tokens/s", "/ dense", "decode, tokens/s", "/ dense"]
     machine = report["machine"]
-    about = f"llama.cpp (llama-cpp-python {machine['llama_cpp_python']}), {report['model']} in {report['dtype']} pruned by "
-    about += f"{report['ratio']:.0%}, {machine['cpu']}, {report['threads']} threads; `benchmarks/inference_llama_cpp.py`"
+    about = f"llama.cpp (llama-cpp-python {machine['llama_cpp_python']}), {report['model']} in {report['dtype']} "
+    about += f"pruned by {report['ratio']:.0%}, {machine['cpu']}, {report['threads']} threads; "
+    about += "`benchmarks/inference_llama_cpp.py`"
     return f"\n{about}:\n\n" + table(head, rows)
 
 
@@ -122,8 +124,8 @@ def learned(results: Path) -> str:
     return "## Learned masks\n\n" + LEARNED + text if text else ""
 
 
-LEARNED = """`python benchmarks/quality.py MODEL --learned ...` (the command stands there), seed 0, perplexity on 100 × 1024 tokens.
-`disp` trains masks for 1500 steps unless said; at perplexities below the dense model's the masks have taken up the
+LEARNED = """`python benchmarks/quality.py MODEL --learned ...` (the command stands there), seed 0, perplexity on 100 × 1024
+tokens. `disp` trains masks for 1500 steps unless said; at perplexities below the dense model's the masks have taken up the
 text's domain, which these small models know badly, and not only the ratio: what they lose on the other text is the
 price. `disp, refitted` fits the drivers to what the dense modules put out, which undoes part of that on either side.
 """
