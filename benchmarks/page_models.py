@@ -51,10 +51,11 @@ def speed(results: Path) -> str:
     return "## Speed of pruned models\n\n" + SPEED + text if text else ""
 
 
-SPEED = """`python benchmarks/inference.py SHAPE`: random weights in bfloat16, static cache, sdpa, 2048 tokens of prompt,
-decoding from 128 tokens on. Widths that are no multiples decide more than the ratio: pruned by a fifth without
-`--round-to` a model can be slower than dense. Non-uniform layers in multiples of 128 are as fast as uniform ones of the same size; without
-multiples they give nothing in prefill and little in decoding.
+SPEED = """`python benchmarks/inference.py SHAPE`: random weights in bfloat16, static cache, sdpa, 2048 tokens
+of prompt, decoding from 128 tokens on. Widths that are no multiples decide more than the ratio:
+pruned by a fifth without `--round-to` a model can be slower than dense. Non-uniform layers in
+multiples of 128 are as fast as uniform ones of the same size; without multiples they give nothing
+in prefill and little in decoding.
 """
 
 
@@ -124,10 +125,11 @@ def learned(results: Path) -> str:
     return "## Learned masks\n\n" + LEARNED + text if text else ""
 
 
-LEARNED = """`python benchmarks/quality.py MODEL --learned ...` (the command stands there), seed 0, perplexity on 100 × 1024
-tokens. `disp` trains masks for 1500 steps unless said; at perplexities below the dense model's the masks have taken up the
-text's domain, which these small models know badly, and not only the ratio: what they lose on the other text is the
-price. `disp, refitted` fits the drivers to what the dense modules put out, which undoes part of that on either side.
+LEARNED = """`python benchmarks/quality.py MODEL --learned ...` (the command stands there), seed 0, perplexity on
+100 × 1024 tokens. `disp` trains masks for 1500 steps unless said; at perplexities below the dense
+model's the masks have taken up the text's domain, which these small models know badly, and not only
+the ratio: what they lose on the other text is the price. `disp, refitted` fits the drivers to what
+the dense modules put out, which undoes part of that on either side.
 """
 
 
