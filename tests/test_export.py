@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyprune
 from pyprune import finish
+from pyprune.allocation import Choice
 from pyprune.architectures import ATTENTION, FFN, MODULES
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
 from pyprune.export import FORMATS, export, verify
@@ -30,6 +31,7 @@ from pyprune.export.verify import VerificationError, layered_logits, verify_roun
 from pyprune.modeling.config import registered_config
 from pyprune.modeling.stock import Stock, find_stock
 from pyprune.options import silent
+from pyprune.outcome import UnitOutcome
 from pyprune.rewrite import rewrite_layer
 
 FLOAT32 = torch.float32
@@ -393,6 +395,9 @@ def test_uniform_prune_with_biases_is_written_in_a_stock_class(
     assert "residual_multiplier 0.5 in config.json: only 1 is supported in granite" in line
 
 
+UNITS = UnitOutcome(Choice([]), [])  # proved against what was written itself
+
+
 def test_prune_proves_what_it_wrote(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,11 +408,11 @@ def test_prune_proves_what_it_wrote(
     assert outcome.json["verification"]["loader"] == "transformers"
     assert outcome.json["verification"]["max_difference"] <= outcome.json["verification"]["tolerance"]
     assert json.loads((tmp_path / "small" / "plan.json").read_text())["verification"] == outcome.json["verification"]
-    other = finish._verify(_job(None), registered(tmp_path / "small", tmp_path / "own"), 1000)
+    other = finish._verify(_job(None), registered(tmp_path / "small", tmp_path / "own"), 1000, UNITS)
     assert other["loader"] == "pyprune"
     assert other["verified"]
-    assert "--verify insists" in finish._verify(_job(None), tmp_path / "small", 9 << 30)["reason"]
-    assert finish._verify(_job(False), tmp_path / "small", 1000) == {"verified": False, "reason": "--no-verify"}
+    assert "--verify insists" in finish._verify(_job(None), tmp_path / "small", 9 << 30, UNITS)["reason"]
+    assert finish._verify(_job(False), tmp_path / "small", 1000, UNITS) == {"verified": False, "reason": "--no-verify"}
 
     monkeypatch.setattr(verify, "fresh_logits", lambda *_: torch.zeros(64, 97))
     shutil.rmtree(tmp_path / "small")
