@@ -153,8 +153,9 @@ def test_split_sweep_with_tf32_emulated(
     blocking = BLOCKING["cuda"]
     assert blocking.split
     assert sweep(h, blocking).item() == 0
-    # A sum that is cut off at every addition loses in proportion to its length.
-    limit = 3 * blocking.split / 128 if product is as_tensor_cores else 1.5
+    # A sum that is cut off at every addition loses in proportion to its length. Else twice the library's error, as for
+    # every operator: that error itself depends on the processor, whose library sums in an order of its own.
+    limit = 3 * blocking.split / 128 if product is as_tensor_cores else 2
     assert relative_error(h, exact) <= limit * library + FP32_UNIT
 
 
