@@ -7,7 +7,7 @@ import torch
 
 from .architectures import ATTENTION, FFN, MODULES, LayerShape
 from .checkpoint import CheckpointReader
-from .device import FREE_SHARE, free_memory, resident_peak, whole_memory
+from .device import FREE_SHARE, resident_peak, whole_memory
 from .forward import micro_batch
 from .learning.memory import check_fits, training_memory
 from .learning.units import MASKS
@@ -118,8 +118,7 @@ def _learning(
     if not isinstance(method, LearnedMethod):
         return None
     memory = training_memory(reader, method, sequence_length, dtype)
-    whole = _whole_memory(device, named) if named or device.type == "cuda" else whole_memory(device)
-    recompute = check_fits(memory, device_memory or whole, method.name)
+    recompute = check_fits(memory, device_memory or _whole_memory(device, named), method.name)
     return _Learning(method, memory.peak(recompute), recompute)
 
 
@@ -130,7 +129,7 @@ def training_flops(shapes: list[LayerShape], method: LearnedMethod, sequence_len
 
 
 def _whole_memory(device: torch.device, named: str | None) -> int:
-    return int(FREE_SHARE * (MEMORY[named] if named else free_memory(device)))
+    return int(FREE_SHARE * MEMORY[named]) if named else whole_memory(device)
 
 
 def _known_layers(shapes: list[LayerShape], method: Method, ratio: float) -> list[dict[str, int]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import calibration, distributed
 from .checkpoint import CheckpointReader, LayerLoader, begun_identity, check_place, checkpoint_folder, digest
-from .device import FREE_SHARE, free_memory, select_dtype, whole_memory
+from .device import select_dtype, whole_memory
 from .errors import InputError
 from .forward import LayerForward, micro_batch
 from .fused import OPERATORS as FORWARD_OPERATORS
@@ -92,7 +92,7 @@ class Job:
             return MemoryPlan(micro_batch(self.device, o.sequence_length), 2)
         total = torch.cuda.get_device_properties(self.device).total_memory
         if budget is None:
-            budget = int(FREE_SHARE * free_memory(self.device))
+            budget = whole_memory(self.device)
         sizes = Sizes(
             self.reader.shapes,
             self.method,
