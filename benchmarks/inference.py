@@ -31,7 +31,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,31 @@ def decode(
     }
 
 
+def timed(model: Any, family: Family, arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Figures of one model in every mode and batch; whoever asks for the next one is through with the last."""
+    ids = {batch: random_ids(model, batch, arguments.context + 1, device) for batch in arguments.batches}
+    expected = {batch: expected_logits(model, own) for batch, own in ids.items()}  # before modules are fused
+    for mode in (mode for mode in MODES if mode in arguments.modes):
+        if mode == "graph":
+            for block in model.model.layers:
+                fuse(block, family, model.config.hidden_act)
+        for batch in arguments.batches:
+            with fused_rotary(family) if mode == "graph" else nullcontext():
+                seconds = prefill_seconds(model, mode, batch, arguments, device)
+                release(device)
+                step = decode(model, mode, ids[batch], expected[batch], arguments, device)
+            yield (
+                {"mode": mode, "batch": batch, "prefill_seconds": seconds}
+                | step
+                | {
+                    "prefill_tokens_per_second": batch * arguments.prompt / seconds,
+                    "decode_tokens_per_second": batch / step["decode_seconds_a_step"],
+                }
+            )
+            torch._dynamo.reset()  # compiled code keeps the model and its graphs' memory
+            release(device)
+
+
 def measure_model(
     layout: str,
     ratio: float,
@@ -244,31 +269,16 @@ def measure_model(
         "sizes": sorted({(shape.kv_groups, shape.intermediate_channels) for shape in shapes}),
         "build_seconds": time.perf_counter() - start,
     }
-    family = family_of(config.model_type)
-    ids = {batch: random_ids(model, batch, arguments.context + 1, device) for batch in arguments.batches}
-    expected = {batch: expected_logits(model, own) for batch, own in ids.items()}  # before modules are fused
     rows = []
-    for mode in (mode for mode in MODES if mode in arguments.modes):
-        if mode == "graph":
-            for block in model.model.layers:
-                fuse(block, family, config.hidden_act)
-        for batch in arguments.batches:
-            with fused_rotary(family) if mode == "graph" else nullcontext():
-                seconds = prefill_seconds(model, mode, batch, arguments, device)
-                release(device)
-                step = decode(model, mode, ids[batch], expected[batch], arguments, device)
-            floors = floor_seconds(model, about["decoder_parameters"], shapes, batch, rates, arguments)
-            row = about | {"mode": mode, "batch": batch, "prefill_seconds": seconds} | step | floors
-            row |= {
-                "prefill_tokens_per_second": batch * arguments.prompt / seconds,
-                "decode_tokens_per_second": batch / step["decode_seconds_a_step"],
-                "prefill_share_of_floor": floors["prefill_floor_seconds"] / seconds,
-                "decode_share_of_floor": floors["decode_floor_seconds"] / step["decode_seconds_a_step"],
-            }
-            print(line(row), file=sys.stderr)
-            rows.append(row)
-            torch._dynamo.reset()  # compiled code keeps the model and its graphs' memory
-            release(device)
+    for figures in timed(model, family_of(config.model_type), arguments, device):
+        floors = floor_seconds(model, about["decoder_parameters"], shapes, figures["batch"], rates, arguments)
+        row = about | figures | floors
+        row |= {
+            "prefill_share_of_floor": floors["prefill_floor_seconds"] / row["prefill_seconds"],
+            "decode_share_of_floor": floors["decode_floor_seconds"] / row["decode_seconds_a_step"],
+        }
+        print(line(row), file=sys.stderr)
+        rows.append(row)
     return rows
 
 

@@ -10,28 +10,17 @@ model's RMSNorm), as everywhere the class is used on a GPU.
 
 import argparse
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from contest import prepare_device, run_table
-from inference import (
-    DTYPES,
-    MODES,
-    build,
-    decode,
-    expected_logits,
-    prefill_seconds,
-    random_ids,
-    release,
-)
+from inference import DTYPES, MODES, build, release, timed
 from machine import describe_machine, installed_version
 from make_checkpoint import SHAPES, checkpoint_config
 
 from pyprune.architectures import LayerShape, family_of
 from pyprune.errors import InputError
-from pyprune.fused import fuse, fused_rotary
 from pyprune.learning.budget import kept_share, rounded, shift_to_budget
 from pyprune.modeling import selected_config
 from pyprune.selection import FFN_MIDDLE, SELECTIONS, width
@@ -68,29 +57,12 @@ def measure(
     model = build(config, device, DTYPES[arguments.dtype])
     if layout != "dense":
         draw_selections(model, shapes, arguments.seed)
-    family = family_of("llama")
-    ids = {batch: random_ids(model, batch, arguments.context + 1, device) for batch in arguments.batches}
-    expected = {batch: expected_logits(model, own) for batch, own in ids.items()}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = []
-    for mode in (mode for mode in MODES if mode in arguments.modes):
-        if mode == "graph":
-            for block in model.model.layers:
-                fuse(block, family, config.hidden_act)
-        for batch in arguments.batches:
-            with fused_rotary(family) if mode == "graph" else nullcontext():
-                seconds = prefill_seconds(model, mode, batch, arguments, device)
-                release(device)
-                step = decode(model, mode, ids[batch], expected[batch], arguments, device)
-            row = {"layout": layout, "mode": mode, "batch": batch, "parameters": parameters, "prefill_seconds": seconds}
-            row |= step | {
-                "prefill_tokens_per_second": batch * arguments.prompt / seconds,
-                "decode_tokens_per_second": batch / step["decode_seconds_a_step"],
-            }
-            print(line(row), file=sys.stderr)
-            rows.append(row)
-            torch._dynamo.reset()  # compiled code keeps the model and its graphs' memory
-            release(device)
+    for figures in timed(model, family_of("llama"), arguments, device):
+        row = {"layout": layout, "parameters": parameters} | figures
+        print(line(row), file=sys.stderr)
+        rows.append(row)
     return rows
 
 
