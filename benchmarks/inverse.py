@@ -24,7 +24,8 @@ from timing import Timer
 from torch import Tensor
 
 from pyprune.ops.precision import exact_float32
-from pyprune.ops.spd_inverse import BLOCKING, Blocking, shifted, spd_inverse, sweep
+from pyprune.ops.spd_inverse import shifted, spd_inverse
+from pyprune.ops.sweep import BLOCKING, Blocking, inverse_
 
 GPU_SIZES = [4096, 8192, 11008, 13824, 28672]
 CPU_SIZES = [1024, 2048]
@@ -145,9 +146,9 @@ def time_blocks(
     rows = []
     for blocking in blockings:
         with exact_float32():
-            timing = timer(lambda blocking=blocking: sweep(shifted(h, 0.0), blocking))
+            timing = timer(lambda blocking=blocking: inverse_(shifted(h, 0.0), blocking))
             a = shifted(h, 0.0)
-            sweep(a, blocking)
+            inverse_(a, blocking)
         error = error_of(a)
         rows.append(asdict(blocking) | {"microseconds": asdict(timing), "error": error})
         marker = "  <- the table's" if BLOCKING.get(h.device.type) == blocking else ""

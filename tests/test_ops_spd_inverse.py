@@ -5,20 +5,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from spd_matrices import FAMILIES, hessian, relative_error, symmetric, with_condition
 from tf32 import as_tensor_cores, in_float32, truncated
 from torch import Tensor
 
 from pyprune.errors import InputError
-from pyprune.ops import spd_inverse as module
-from pyprune.ops.spd_inverse import (
-    BLOCKING,
-    Blocking,
-    damped_inverse,
-    spd_inverse,
-    spd_inverse_reference,
-    sweep,
-)
+from pyprune.ops import sweep as module
+from pyprune.ops.spd_inverse import damped_inverse, spd_inverse, spd_inverse_reference
 from pyprune.ops.split_tf32 import split_factors, split_panel
+from pyprune.ops.sweep import BLOCKING, Blocking, inverse_
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -36,41 +31,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 each_path = pytest.mark.usefixtures("path")
-
-
-def symmetric(h: Tensor) -> Tensor:
-    return h.tril() + h.tril(-1).T
-
-
-def hessian(channels: int, rows: int, seed: int = 0) -> Tensor:
-    """XᵀX of correlated inputs whose scales lie within a decade and a half, float32 on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, channels, generator=generator)
-    x += x @ torch.randn(channels, channels, generator=generator) / (2 * channels**0.5)
-    x *= 10 ** (1.5 * torch.rand(channels, generator=generator))
-    return symmetric(x.T @ x)
-
-
-def with_condition(channels: int, condition: float) -> Tensor:
-    """Eigenvalues spaced evenly in the logarithm from 1 to 1 / condition, float32 on the CPU."""
-    generator = torch.Generator().manual_seed(channels)
-    basis = torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64))[0]
-    exponents = torch.linspace(0, 1, channels, dtype=torch.float64)
-    return symmetric(((basis * condition**-exponents) @ basis.T).float())
-
-
-FAMILIES = {
-    "correlated": lambda d: hessian(d, 4 * d),
-    "rank d/8": lambda d: hessian(d, max(1, d // 8)),
-    "condition 100": lambda d: with_condition(d, 1e2),
-    "condition 1e5": lambda d: with_condition(d, 1e5),
-    "diagonal": lambda d: torch.diag(torch.logspace(-2, 2, d)),
-    "tridiagonal": lambda d: 2.1 * torch.eye(d) - torch.diag(torch.ones(d - 1), 1) - torch.diag(torch.ones(d - 1), -1),
-}
-
-
-def relative_error(inverse: Tensor, exact: Tensor) -> float:
-    return ((inverse.double() - exact).norm() / exact.norm()).item()
 
 
 def assert_as_good_as_library(h: Tensor, shift: float, inverse: Tensor) -> None:
@@ -132,7 +92,7 @@ def test_sweep_in_small_blocks_reads_the_lower_triangle(
     a = h + shift * torch.eye(channels, device=device)
     a[torch.ones_like(a, dtype=torch.bool).triu(1)] = torch.nan
     # Within a diagonal block the products touch the upper triangle, but what stands there is not used.
-    assert sweep(a, blocking).item() == 0
+    assert inverse_(a, blocking).item() == 0
     assert_as_good_as_library(h, shift, a)
 
 
@@ -152,7 +112,7 @@ def test_split_sweep_with_tf32_emulated(
     monkeypatch.setattr(module, "subtract_product", product)
     blocking = BLOCKING["cuda"]
     assert blocking.split
-    assert sweep(h, blocking).item() == 0
+    assert inverse_(h, blocking).item() == 0
     # A sum that is cut off at every addition loses in proportion to its length. Else twice the library's error, as for
     # every operator: that error itself depends on the processor, whose library sums in an order of its own.
     limit = 3 * blocking.split / 128 if product is as_tensor_cores else 2
@@ -187,7 +147,7 @@ def test_look_ahead_changes_no_bit(split: int, monkeypatch: pytest.MonkeyPatch) 
     results = []
     for look_ahead in (False, True, True, True):
         a = h.clone()
-        assert sweep(a, Blocking(256, 1024, split, look_ahead)).item() == 0
+        assert inverse_(a, Blocking(256, 1024, split, look_ahead)).item() == 0
         results.append(a)
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -309,7 +269,7 @@ def test_overflow_is_a_failure(device: str, caplog: pytest.LogCaptureFixture) ->
 def test_info_is_the_failing_block(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     h = torch.eye(300, device=device)
     h[200, 200] = -1
-    assert sweep(h.clone(), Blocking(64, 128)).item() == 200 // 64 + 1
+    assert inverse_(h.clone(), Blocking(64, 128)).item() == 200 // 64 + 1
     for swept_from in (1, 400):
         monkeypatch.setattr(module, "SWEPT_FROM", dict.fromkeys(("cpu", "cuda"), swept_from))
         info = spd_inverse(h, 0.0)[1]

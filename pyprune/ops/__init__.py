@@ -4,6 +4,7 @@ from .backends import describe, describe_installation
 from .eliminate import Elimination, eliminate, refit
 from .grouped_cholesky import grouped_cholesky_errors, grouped_cholesky_errors_reference
 from .hessian import Hessian, lower_gram
+from .inverse_factor import InverseFactor, inverse_factor, spd_inverse_factor
 from .moments import ChannelMoments, channel_moments_update, channel_moments_update_reference
 from .rms_norm import rms_norm
 from .rotary import rotate_
@@ -17,6 +18,7 @@ __all__ = [
     "DampedInverse",
     "Elimination",
     "Hessian",
+    "InverseFactor",
     "add_split_product",
     "channel_moments_update",
     "channel_moments_update_reference",
@@ -26,6 +28,7 @@ __all__ = [
     "eliminate",
     "grouped_cholesky_errors",
     "grouped_cholesky_errors_reference",
+    "inverse_factor",
     "lower_gram",
     "refit",
     "rms_norm",
@@ -33,5 +36,6 @@ __all__ = [
     "rotate_",
     "scatter_add_",
     "scatter_add_rms_norm_gather_",
+    "spd_inverse_factor",
     "swiglu_",
 ]

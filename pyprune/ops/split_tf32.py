@@ -19,16 +19,19 @@ def subtract_product(c: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def triangle_updates(
-    matrix: Tensor, factors: list[tuple[Tensor, Tensor]], width: int
+    matrix: Tensor, factors: list[tuple[Tensor, Tensor]], width: int, first: int = 0
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Arguments of subtract_product, views all, that take Σ left rightᵀ from the lower triangle of matrix [d, d].
+
+    Of that the rows from `first` on.
 
     factors: pairs of [d, n] whose sum of products is symmetric. By block columns of `width`, so that little above the
     diagonal is computed and no more than that is overwritten.
     """
     return [
-        (matrix[start:, start : start + width], left[start:], right[start : start + width].mT)
+        (matrix[top:, start : start + width], left[top:], right[start : start + width].mT)
         for start in range(0, len(matrix), width)
+        if (top := max(start, first)) < len(matrix)
         for left, right in factors
     ]
 
