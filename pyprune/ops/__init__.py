@@ -9,6 +9,7 @@ from .moments import ChannelMoments, channel_moments_update, channel_moments_upd
 from .rms_norm import rms_norm
 from .rotary import rotate_
 from .selection import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
+from .sparsify import sparsify_
 from .spd_inverse import DampedInverse, damped_inverse
 from .split_tf32 import add_split_product
 from .swiglu import swiglu_
@@ -36,6 +37,7 @@ __all__ = [
     "rotate_",
     "scatter_add_",
     "scatter_add_rms_norm_gather_",
+    "sparsify_",
     "spd_inverse_factor",
     "swiglu_",
 ]

@@ -236,6 +236,12 @@ ROW_IN_REGISTERS = Requirement(
     lambda problem: problem.shape is None or problem.shape[-1] <= 32768,
     lambda problem: f"a row has {(problem.shape or (0,))[-1]} channels; a program holds at most 32768",
 )
+# A group of columns is sorted within a row's registers; longer ones are no pattern that anything runs.
+BLOCK_OF_COLUMNS = Requirement(
+    "blocks of at most 128 columns",
+    lambda problem: problem.shape is None or problem.shape[-1] <= 128,
+    lambda problem: f"a block has {(problem.shape or (0,))[-1]} columns; a program holds at most 128",
+)
 # One matrix of the group lies in a multiprocessor's shared memory.
 WIDTH_256 = Requirement(
     "units of at most 256 channels",
@@ -300,6 +306,11 @@ REQUIREMENTS: dict[str, dict[str, tuple[Requirement, ...]]] = {
         "triton": (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, TRITON_INSTALLED, C_COMPILER),
         "reference": (),
     },
+    # shape: [rows, columns of a block]
+    "sparsify": {
+        "triton": (ON_NVIDIA_GPU, FLOAT32, AMPERE_OR_LATER, BLOCK_OF_COLUMNS, TRITON_INSTALLED, C_COMPILER),
+        "reference": (),
+    },
     # shape: [channels, channels]
     "eliminate": {
         "cuda": (ON_NVIDIA_GPU, FLOAT32, CORE_BUILT, CORE_WITH_CUDA, CORE_FOR_THIS_GPU),
@@ -321,6 +332,7 @@ PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     ("scatter_add_rms_norm_gather", "cuda"): ("triton", "reference"),
     ("rotary", "cuda"): ("triton", "reference"),
     ("swiglu", "cuda"): ("triton", "reference"),
+    ("sparsify", "cuda"): ("triton", "reference"),
     ("eliminate", "cuda"): ("cuda", "reference"),
     ("eliminate", "cpu"): ("cpu", "reference"),
 }
