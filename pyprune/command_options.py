@@ -10,6 +10,7 @@ from .incremental import SCHEDULES
 from .learning.gates import GATES
 from .methods import METHODS, flap, learned, obs
 from .methods.base import COMPENSATIONS
+from .pattern import UNSTRUCTURED
 
 # option -> (type, help): each names the methods that have it, if not all have it, and its values. bool: a flag;
 # bool | None: one that can be denied, since its default follows from other options.
@@ -23,7 +24,7 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
     "compensation": (
         str,
         "For what was removed: " + "; ".join(f"{kind}: {names}" for kind, names in COMPENSATIONS.items()) + ".  "
-        "[default: bias for flap, weights for slimgpt and obs, else none]",
+        "[default: bias for flap, weights for slimgpt, obs and sparsegpt, else none]",
     ),
     "metric": (str, f"flap: {', '.join(flap.METRICS)}.  [default: WIFV]"),
     "structure": (str, f"flap: {', '.join(flap.STRUCTURES)}.  [default: AL-AM; with --uniform UL-UM]"),
@@ -39,7 +40,12 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
     "target_share": (float, "obs: share of the residual stream's shortfall that a driver makes up.  [default: 0.5]"),
     "input_share": (float, "obs: share of the inputs' change that q, k, v, gate, up make up.  [default: 1]"),
     "survey_samples": (int, "obs: calibration windows that the residual allocation looks at.  [default: 32]"),
-    "damping": (float, "slimgpt, obs: added to H's diagonal, as a share of its mean.  [default: 0.01]"),
+    "pattern": (
+        str,
+        f"wanda, sparsegpt, dass: N:M, N weights of every M stay (2:4, 4:8), or {UNSTRUCTURED}, which takes --ratio.  "
+        "[default: 2:4]",
+    ),
+    "damping": (float, "slimgpt, obs, sparsegpt: added to H's diagonal, as a share of its mean.  [default: 0.01]"),
     "schedule": (
         str,
         f"slimgpt: how ratios rise with depth: {', '.join(SCHEDULES)}.  [default: log; with --uniform uniform]",
@@ -110,7 +116,9 @@ def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="TEXT",
             help="A .txt, a .jsonl with a `text` field, or `self`: sampled from the model (loads it whole).",
         ),
-        click.option("--ratio", type=float, required=True, help="Share of the decoder linears to remove, (0, 1)."),
+        click.option(
+            "--ratio", type=float, help="Share of the decoder linears to remove, (0, 1); a pattern N:M says its own."
+        ),
         click.option("--method", default="flap", help=f"One of {', '.join(METHODS)}."),
     ):
         command = option(command)

@@ -146,7 +146,9 @@ class Console:
             rows.append(("host memory", host))
         for step in result["passes"]:
             rows.append((f"{step['pass']} pass", f"{step['flops'] / 1e12:,.2f} TFLOP, about {step['seconds']:,.1f} s"))
-        if result["layers"] is None:
+        if result["zeros"]:
+            rows.append(("layers", "every shape stays; the weights removed are zeros"))
+        elif result["layers"] is None:
             rows.append(("layers", "each layer's size follows from the text"))
         else:
             sizes = [

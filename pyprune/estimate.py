@@ -11,8 +11,8 @@ from .device import FREE_SHARE, resident_peak, whole_memory
 from .forward import micro_batch
 from .learning.memory import check_fits, training_memory
 from .learning.units import MASKS
-from .memory_plan import Sizes, plan_memory
-from .methods import LearnedMethod, Method, SecondOrderMethod
+from .memory_plan import Sizes, plan_memory, sparsifying
+from .methods import LearnedMethod, Method, SecondOrderMethod, SemiStructuredMethod
 from .methods.second_order import CURVES, MOMENTS
 from .time_model import KNOWN, MEMORY, TRAINING_SHARE, matmul_rate, measured_rates, pass_seconds
 
@@ -41,14 +41,15 @@ def estimate(
     run would be refused.
     """
     method.check(reader.shapes, ratio)
-    layers = _known_layers(reader.shapes, method, ratio) if method.predetermined else None
+    method.check_layers(reader.family, reader.config)
+    layers = _known_layers(reader.shapes, method, ratio) if method.predetermined and method.shrinks else None
     before = sum(s.parameters for s in reader.shapes)
     if layers is None:
         removed = round(ratio * before)
     else:
         kept = zip(reader.shapes, layers, strict=True)
         removed = before - sum(shape.kept(**own).parameters for shape, own in kept)
-    after = reader.bytes - removed * reader.dtype.itemsize
+    after = reader.bytes - (removed * reader.dtype.itemsize if method.shrinks else 0)
     flops = pass_flops(reader.shapes, method, ratio, samples, sequence_length)
     learning = _learning(reader, method, sequence_length, device, dtype, device_memory, named)
     if learning is not None:
@@ -62,6 +63,7 @@ def estimate(
         "bytes_read": reader.bytes * (1 + ("survey" in flops)),
         "bytes_written": after,
         "layers": layers,
+        "zeros": not method.shrinks,
         "device": named or str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -154,7 +156,7 @@ def pass_flops(
     if not method.sequential:
         return {"survey": forward}
     # A sequential method runs each layer twice: dense for the statistics, pruned for the next layer's input.
-    passes = {"prune": forward * (2 - ratio)}
+    passes = {"prune": forward * (2 - ratio if method.shrinks else 2)}
     if isinstance(method, SecondOrderMethod):
         tokens = samples * sequence_length
         widths = [s.units(m) * s.unit_width(m) for s in shapes for m in MODULES]
@@ -169,6 +171,8 @@ def pass_flops(
             passes = {"survey": share * (forward + hessians)} | passes
         elif method.survey == MOMENTS:
             passes = {"survey": forward} | passes
+    if isinstance(method, SemiStructuredMethod) and method.from_hessian:
+        passes["prune"] += sum(samples * sequence_length * d**2 for s in shapes for d in s.input_widths)
     return passes
 
 
@@ -207,4 +211,6 @@ def peak_memory(
         solving = (3 * width**2 + width * width // 2 + 4 * shape.hidden_size * width) * 4
         streams = 2 * hidden if method.correction else hidden
         return base + max(forward - hidden + streams, streams + layer * dtype.itemsize + on_host + solving)
+    if isinstance(method, SemiStructuredMethod):
+        return base + forward + sparsifying(shape, method.from_hessian)
     return base + max(forward, embeddings, stored * 2 + (hidden if method.sequential else 0))

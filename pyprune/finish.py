@@ -108,7 +108,7 @@ def _plan(job: Job, outcome: Outcome) -> dict[str, Any]:
             "sequence_length": o.sequence_length,
             "fingerprint": job.text_fingerprint,
         },
-        "ratio": ratio_summary(o.ratio, parameters, job.reader.shapes),
+        "ratio": ratio_summary(job.ratio, parameters, job.reader.shapes),
         "parameters": {name: list(counts) for name, counts in parameters.items()},
         "dense": dense_summary(job.reader.shapes),
         "layers": outcome.layers(),

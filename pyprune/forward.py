@@ -89,7 +89,7 @@ class LayerForward:
     def run(
         self, block: nn.Module, layer: int, hidden: HiddenStates, observe: dict[str, Observe], advance: bool = True
     ) -> None:
-        """Run the layer over `hidden`; each module's driver input goes to `observe[module]`.
+        """Run the layer over `hidden`; the input of each linear named in `observe` goes there.
 
         With `advance`, `hidden` is overwritten by the layer's output.
         """
@@ -109,18 +109,15 @@ class LayerForward:
 
     @contextmanager
     def observed(self, block: nn.Module, observe: dict[str, Observe]) -> Iterator[None]:
-        """Within it, each module's driver input goes to `observe[module]`."""
+        """Within it, the input of each linear, named as within the layer, goes to `observe[name]`."""
 
         def make_hook(see: Observe) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def pass_on(driver: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            def pass_on(linear: nn.Module, arguments: tuple[Tensor, ...]) -> None:
                 see(arguments[0])  # what a hook returns would replace the input
 
             return pass_on
 
-        hooks = [
-            block.get_submodule(self.family.driver(module)).register_forward_pre_hook(make_hook(see))
-            for module, see in observe.items()
-        ]
+        hooks = [block.get_submodule(name).register_forward_pre_hook(make_hook(see)) for name, see in observe.items()]
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ from .forward import LayerForward, micro_batch
 from .fused import OPERATORS as FORWARD_OPERATORS
 from .learning.memory import check_fits, training_memory
 from .memory_plan import MemoryPlan, Sizes, plan_memory
-from .methods import LearnedMethod, Method, make_method
+from .methods import LearnedMethod, Method, make_method, resolved_ratio
 from .ops import backends
 from .options import Progress, PruneOptions
 from .plan import FORMAT
@@ -35,12 +35,14 @@ class Job:
 
     def __init__(self, options: PruneOptions, progress: Progress) -> None:
         self.start = perf_counter()
-        self.options, self.progress = options, progress
         self.method: Method = make_method(options.method, options.method_options)
+        self.ratio = resolved_ratio(self.method, options.ratio)
+        self.options, self.progress = options, progress
         self.device = distributed.own_device(options.device)
         self.reader = CheckpointReader(checkpoint_folder(options.model))
         self.dtype = select_dtype(options.dtype, self.reader.dtype, self.device)
-        self.method.check(self.reader.shapes, options.ratio)
+        self.method.check(self.reader.shapes, self.ratio)
+        self.method.check_layers(self.reader.family, self.reader.config)
         self.cache = (options.cache or options.output.absolute().parent / ".pyprune-cache").absolute()
         check_place(self.cache / "survey")
         self.biases = {
@@ -60,7 +62,7 @@ class Job:
             "model": self.model_fingerprint,
             "method": self.method.name,
             "options": self.method.options,
-            "ratio": options.ratio,
+            "ratio": self.ratio,
             "calibration": self.text_fingerprint,
             "dtype": str(self.dtype),
             "device": self.device.type,
@@ -96,7 +98,7 @@ class Job:
         sizes = Sizes(
             self.reader.shapes,
             self.method,
-            o.ratio,
+            self.ratio,
             o.samples,
             o.sequence_length,
             self.dtype.itemsize,

@@ -12,7 +12,7 @@ from .architectures import ATTENTION, FFN, MODULES, LayerShape
 from .checkpoint import CheckpointWriter
 from .errors import InputError
 from .forward import micro_batch
-from .methods import Method, SecondOrderMethod
+from .methods import Method, SecondOrderMethod, SemiStructuredMethod
 from .methods.second_order import CURVES, NONE
 from .residual_allocation import deepest_cut
 from .uniform import common_sizes
@@ -158,6 +158,21 @@ def survey_peak(sizes: Sizes, batch: int, on_device: int) -> int:
     return standing + max(peaks)
 
 
+def sparsifying(shape: LayerShape, from_hessian: bool) -> int:
+    """Statistics of a layer's four inputs, and the zeros of its largest stack of linears on one input.
+
+    From Hessians: all of them, one's factor and the sweep's panels, the stacked weights in float32 and their products
+    with the Hessian; else |W|, scores and their order (int64).
+    """
+    widths = shape.input_widths
+    widest = max(widths)
+    stacked = max(2 * shape.intermediate_channels, 3 * shape.hidden_size) * shape.hidden_size
+    stacked = max(stacked, shape.hidden_size * widest)
+    if not from_hessian:
+        return stacked // 2 * (4 + 4 + 8 + 8 + 1)
+    return (sum(d * d for d in widths) + widest * widest + 6 * 256 * widest + 3 * stacked) * 4
+
+
 def prune_peak(sizes: Sizes, batch: int, on_device: int) -> int:
     """The prune pass: of a second-order method layer by layer in two halves, else of one forward or of none."""
     method = sizes.method
@@ -166,6 +181,12 @@ def prune_peak(sizes: Sizes, batch: int, on_device: int) -> int:
     if not isinstance(method, SecondOrderMethod):
         if not method.sequential:
             return layers + CheckpointWriter.MOST_IN_FLIGHT * pruned
+        if isinstance(method, SemiStructuredMethod):
+            # The layer as stored, sparse, and converted for a forward beside what is on its way to the disk.
+            standing = layers + 2 * sizes.layer() + sizes.placed(batch, on_device, 1, sizes.windows)
+            statistics = sum(d * d for d in sizes.shape.input_widths) * 4 if method.from_hessian else 0
+            forwards = max(sizes.forward(module, batch) for module in MODULES)
+            return standing + max(statistics + forwards, sparsifying(sizes.shape, method.from_hessian))
         standing = layers + pruned + sizes.placed(batch, on_device, 1, sizes.windows)
         return standing + max(sizes.forward(module, batch) for module in MODULES)
     # The layer before may still be on its way to the disk.

@@ -28,7 +28,7 @@ class PruneOptions:
     model: str
     output: Path
     method: str
-    ratio: float
+    ratio: float | None  # None: the one that the method's pattern says
     method_options: dict[str, Any] = field(default_factory=dict)
     calibration: str | None = None
     samples: int = 128

@@ -1,4 +1,4 @@
-"""What a pruning decided: units removed by layer, or channels that blocks select; and what is written of it."""
+"""What a pruning decided: units removed by layer, channels that blocks select, or zeros; and what is written of it."""
 
 import json
 from abc import ABC, abstractmethod
@@ -62,20 +62,46 @@ class UnitOutcome(Outcome):
         return [layer_entry(kept, own) for kept, own in zip(self.choice.layers, self.scores, strict=True)]
 
     def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
-        """A stock class's configuration where one holds the model, with the biases of zeros that it asks for."""
-        shapes = kept_shapes(reader.shapes, self.choice)
-        stock = find_stock(reader.family, reader.config, shapes, **biases)
-        if stock is None:
-            registered_config(reader.family, reader.config, shapes, **biases).save_pretrained(writer.partial)
-            return
-        stock.config.save_pretrained(writer.partial)
-        if stock.zero_biases and writer.shards not in writer.done:
-            zeros = {
-                reader.layer_prefix(layer) + name: torch.zeros(stock.layer_tensors[name], dtype=reader.dtype)
-                for layer in range(reader.layers)
-                for name in stock.zero_biases
-            }
-            writer.write(writer.shards, zeros)
+        write_config_of(reader, writer, kept_shapes(reader.shapes, self.choice), biases)
+
+    def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
+        """The same tensors, layer by layer."""
+        return partial, None
+
+
+def write_config_of(
+    reader: CheckpointReader, writer: CheckpointWriter, shapes: list[LayerShape], biases: dict[str, bool]
+) -> None:
+    """A stock class's configuration where one holds layers of these shapes, with the zero biases that it asks for."""
+    stock = find_stock(reader.family, reader.config, shapes, **biases)
+    if stock is None:
+        registered_config(reader.family, reader.config, shapes, **biases).save_pretrained(writer.partial)
+        return
+    stock.config.save_pretrained(writer.partial)
+    if stock.zero_biases and writer.shards not in writer.done:
+        zeros = {
+            reader.layer_prefix(layer) + name: torch.zeros(stock.layer_tensors[name], dtype=reader.dtype)
+            for layer in range(reader.layers)
+            for name in stock.zero_biases
+        }
+        writer.write(writer.shards, zeros)
+
+
+@dataclass
+class SparseOutcome(Outcome):
+    """Zeros in the linears of layers whose shapes stay. entries: the plan's, of each layer."""
+
+    entries: list[dict[str, Any]]
+
+    def parameters(self, shapes: list[LayerShape]) -> int:
+        zeros = sum(own["zeros"] for entry in self.entries for own in entry["linears"].values())
+        return sum(shape.parameters for shape in shapes) - zeros
+
+    def layers(self) -> list[dict[str, Any]]:
+        return self.entries
+
+    def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
+        write_config_of(reader, writer, reader.shapes, biases)
 
     def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
         """The same tensors, layer by layer."""

@@ -101,5 +101,5 @@ def _writer(job: Job) -> CheckpointWriter:
 
 def _bytes_to_write(job: Job, writer: CheckpointWriter) -> int:
     outside = sum(job.reader.tensors[n].bytes for n in job.reader.outside_layers())
-    kept = job.reader.bytes - job.options.ratio * (job.reader.bytes - outside)
-    return max(0, int(kept) - sum(entry["bytes"] for entry in writer.done.values()))
+    removed = job.ratio * (job.reader.bytes - outside) if job.method.shrinks else 0.0
+    return max(0, int(job.reader.bytes - removed) - sum(entry["bytes"] for entry in writer.done.values()))

@@ -60,6 +60,16 @@ def selection_entry(selection: Selection, logits: dict[str, torch.Tensor]) -> di
     return {name: kept.tolist() for name, kept in selection.items()} | {"scores": scores}
 
 
+def sparse_entry(linears: dict[str, tuple[int, int, float | None]]) -> dict[str, Any]:
+    """JSON form of one layer with zeros: of each linear its weights, how many are zero, and the loss where known."""
+    return {
+        "linears": {
+            name: {"weights": weights, "zeros": zeros} | ({} if loss is None else {"loss": float(f"{loss:.6g}")})
+            for name, (weights, zeros, loss) in linears.items()
+        }
+    }
+
+
 def kept_from_entry(entry: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {module: torch.tensor(entry[name], dtype=torch.int64) for module, name in _KEYS.items()}
 

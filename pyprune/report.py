@@ -10,6 +10,7 @@ from . import report_plots as plots
 from .errors import InputError
 from .plan import FORMAT
 from .report_kinds import kinds
+from .report_sparse import is_sparse, losses, zero_shares
 
 PASSES = ("survey", "train", "prune")  # in the order in which they are shown
 
@@ -48,12 +49,10 @@ def write_report(plan: dict[str, Any], path: str | Path) -> None:
         raise InputError(f"the plan's format is {plan.get('format')!r}: this version reads {FORMAT!r}")
     sections = [
         _section("Result", _result_table(plan)),
-        _section("What each layer keeps", _kept_plots(plan)),
-        _section("Scores of the units", _score_plots(plan)),
+        *(_sparse_sections(plan) if is_sparse(plan) else _kept_sections(plan)),
         _training_section(plan),
         _section("Time and memory", _passes_table(plan) + _pass_plots(plan)),
         _section("Settings", _settings_table(plan)),
-        f"<section><details><summary>Layers in figures</summary>{_layer_table(plan)}</details></section>",
     ]
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -94,7 +93,7 @@ def _tiles(plan: dict[str, Any]) -> str:
     tiles = [
         (
             f"{plan['ratio']['met']:.1%}",
-            f"of the decoder's linears removed (asked {plan['ratio']['asked']:.1%})",
+            f"of the decoder's linears {'zero' if is_sparse(plan) else 'removed'} (asked {plan['ratio']['asked']:.1%})",
         ),
         (_short(after), f"parameters, from {_short(before)}"),
         (_seconds(plan["seconds"]), "in all"),
@@ -142,6 +141,30 @@ def _result_table(plan: dict[str, Any]) -> str:
         where = f"{pruned['windows']} windows of {pruned['sequence_length']} tokens of {evaluation['text']}"
         html += f"<p>Evaluated on {escape(where)}.</p>"
     return html
+
+
+def _kept_sections(plan: dict[str, Any]) -> list[str]:
+    """Of a model that lost units."""
+    return [
+        _section("What each layer keeps", _kept_plots(plan)),
+        _section("Scores of the units", _score_plots(plan)),
+        _details("Layers in figures", _layer_table(plan)),
+    ]
+
+
+def _sparse_sections(plan: dict[str, Any]) -> list[str]:
+    """Of a model whose linears have zeros."""
+    head, rows = zero_shares(plan)
+    sections = [_details("Share of zeros in each linear", _table(rows, "figures", head))]
+    costs = losses(plan)
+    if costs:
+        text = "<p>Of the energy of each linear's output on the calibration text, the share that its zeros cost.</p>"
+        sections.insert(0, _section("What the zeros cost", text + plots.losses(costs)))
+    return sections
+
+
+def _details(title: str, content: str) -> str:
+    return f"<section><details><summary>{title}</summary>{content}</details></section>"
 
 
 def _kept_plots(plan: dict[str, Any]) -> str:

@@ -98,6 +98,20 @@ def per_pass(values: Mapping[str, Sequence[float]], unit: str) -> str:
         return _svg(figure, unit)
 
 
+def losses(by_linear: Mapping[str, Sequence[float]]) -> str:
+    """Lines over the layers, one a linear: shares of its output's energy, logarithmic."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _layer_axes(max(len(values) for values in by_linear.values()), height=2.8)
+        for name, values in by_linear.items():
+            axes.plot(range(len(values)), values, marker="o", markersize=3, linewidth=1.2, label=name)
+        if min(min(values) for values in by_linear.values()) > 0:
+            axes.set_yscale("log")
+        axes.set_ylabel("share of the energy")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1.2)
+        axes.set_position((0.085, 0.42 / 2.8, 0.8, 1 - 0.72 / 2.8))
+        return _svg(figure, "losses")
+
+
 def training(losses: Sequence[float], kept: Sequence[float]) -> str:
     """Lines over the steps: the loss, its average over the last twentieth of the steps, and the share kept."""
     with matplotlib.rc_context(_STYLE):

@@ -12,7 +12,7 @@ import torch
 
 from .architectures import ATTENTION, FFN, MODULES
 from .memory_plan import Sizes
-from .methods import SecondOrderMethod
+from .methods import SecondOrderMethod, SemiStructuredMethod
 from .methods.second_order import CURVES, NONE
 
 OVERHEAD = 1.1
@@ -24,6 +24,7 @@ ATTENTION_SHARE = 0.5
 # Steps of a masked model in PyTorch (7B, 2048 tokens, H100): forward and back, and forwards alone.
 TRAINING_SHARE = {True: 0.32, False: 0.57}
 PIVOT_SECONDS = 8e-6  # one channel's removal within a panel
+WALK_SECONDS = 2e-6  # a column of SparseGPT's walk, with its share of what surrounds a block
 GROUP_SECONDS = 1.5e-3  # one KV group's, a dozen products one after the other
 PROBE_SECONDS = 0.3
 
@@ -109,6 +110,18 @@ def driver_seconds(
     }
 
 
+def sparsifying_seconds(sizes: Sizes, tokens: int, rates: Rates) -> float:
+    """Second moments of a layer's four inputs, the factors of their inverses, and the walks over all columns."""
+    shape, seconds = sizes.shape, 0.0
+    keys = 2 * shape.kv_groups * shape.head_dim
+    outputs = (sizes.width(ATTENTION) + keys, shape.hidden_size, 2 * shape.intermediate_channels, shape.hidden_size)
+    for d, out in zip(shape.input_widths, outputs, strict=True):
+        seconds += out * d * d / (SPLIT_SHARE * rates.matmul)  # what the columns behind hear of each block
+        seconds += tokens * d * d / (HESSIAN_SHARE * rates.matmul)
+        seconds += 2 / 3 * d**3 / (INVERSE_SHARE * rates.matmul * d / (d + 6000)) + d * WALK_SECONDS
+    return seconds
+
+
 def pass_seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
     """Seconds of every pass that looks at the text, over all layers, weights being there and files not waited for."""
     method, layers = sizes.method, len(sizes.shapes)
@@ -117,7 +130,11 @@ def pass_seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
     if not isinstance(method, SecondOrderMethod):
         moments = sum(2 * tokens * sizes.width(module) for module in MODULES) / rates.memory
         found = {"survey": forward + moments}
-        if method.sequential:
+        if isinstance(method, SemiStructuredMethod):
+            found = {
+                "prune": 2 * forward + (sparsifying_seconds(sizes, tokens, rates) if method.from_hessian else moments)
+            }
+        elif method.sequential:
             found = {"prune": forward * (2 - sizes.ratio) + moments}
         return {name: OVERHEAD * layers * seconds for name, seconds in found.items()}
     found = {}

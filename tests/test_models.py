@@ -43,7 +43,7 @@ def test_layer_by_layer_equals_the_whole_model(checkpoint: Path) -> None:
         # The oracle is not sdpa alone: eager attention with transformers' own mask is causal as well.
         torch.testing.assert_close(hidden.data, eager_states[layer], rtol=1e-3, atol=1e-4)
         block = forward.build(reader.stream_layer(layer), layer)
-        forward.run(block, layer, hidden, {m: seen[m].append for m in MODULES})
+        forward.run(block, layer, hidden, {reader.family.driver(m): seen[m].append for m in MODULES})
     torch.testing.assert_close(hidden.data, expected[reader.layers - 1], rtol=1e-5, atol=1e-5)
     for module, width in ((ATTENTION, reader.shapes[0].group_width * reader.shapes[0].kv_groups), (FFN, 160)):
         assert torch.cat(seen[module][:2]).shape == (3, 19, width)

@@ -48,6 +48,11 @@ class LayerShape:
         attention = self.kv_groups * self.head_dim * (2 * self.heads_per_group + 2)
         return self.hidden_size * (attention + 3 * self.intermediate_channels)
 
+    @property
+    def input_widths(self) -> tuple[int, int, int, int]:
+        """Channels of the layer's four inputs of linears: behind each norm, and of each driver."""
+        return (self.hidden_size, self.kv_groups * self.group_width, self.hidden_size, self.intermediate_channels)
+
     def units(self, module: str) -> int:
         return self.kv_groups if module == ATTENTION else self.intermediate_channels
 

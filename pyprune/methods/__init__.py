@@ -5,15 +5,19 @@ from typing import Any
 
 from ..errors import InputError
 from .base import LayerStatistics, Method, ScoringMethod
+from .dass import Dass
 from .flap import Flap
 from .learned import Disp, LearnedMethod, Policy
 from .magnitude import Magnitude
 from .obs import Obs
 from .second_order import SecondOrderMethod
+from .semi_structured import SemiStructuredMethod
 from .slimgpt import SlimGpt
+from .sparsegpt import SparseGpt
+from .wanda import Wanda
 from .wanda_sp import WandaSp
 
-KNOWN: tuple[type[Method], ...] = (Magnitude, WandaSp, Flap, SlimGpt, Obs, Disp, Policy)
+KNOWN: tuple[type[Method], ...] = (Magnitude, WandaSp, Flap, SlimGpt, Obs, Disp, Policy, Wanda, SparseGpt, Dass)
 METHODS: dict[str, type[Method]] = {method.name: method for method in KNOWN}
 
 
@@ -31,6 +35,15 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     return method(**(with_uniform | options))
 
 
+def resolved_ratio(method: Method, ratio: float | None) -> float:
+    """The ratio asked for, or the method's own; InputError where there is neither."""
+    if ratio is not None:
+        return ratio
+    if method.own_ratio is None:
+        raise InputError("Missing option '--ratio': the share of the decoder linears to remove, in (0, 1)")
+    return method.own_ratio
+
+
 __all__ = [
     "METHODS",
     "Disp",
@@ -40,5 +53,7 @@ __all__ = [
     "Policy",
     "ScoringMethod",
     "SecondOrderMethod",
+    "SemiStructuredMethod",
     "make_method",
+    "resolved_ratio",
 ]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..allocation import Choice, Counts, UnitScores, check_ratio, choose_by_counts, uniform_counts
-from ..architectures import MODULES, LayerShape
+from ..architectures import MODULES, Family, LayerShape
 from ..errors import InputError
 from ..rounding import check_multiple, rounded_counts
 from ..statistics import DriverStatistics
@@ -18,8 +18,8 @@ LayerStatistics = dict[str, DriverStatistics]  # module -> statistics of its dri
 # What makes up for removed units -> the methods that can do so.
 COMPENSATIONS = {
     "bias": "flap, obs, policy",
-    "weights": "obs, slimgpt, disp",
-    "none": "magnitude, wanda-sp, flap, obs, disp, policy",
+    "weights": "obs, slimgpt, disp, sparsegpt",
+    "none": "magnitude, wanda-sp, flap, obs, disp, policy, wanda, dass",
 }
 
 
@@ -28,7 +28,8 @@ class Method(ABC):
     """A method's fields are its options; its docstring's first line is what `pyprune methods` prints.
 
     `needs_text`: it looks at activations. `sequential`: each layer is judged on the output of the pruned layers
-    before it (else all layers are judged on the dense model, in one survey). `compensations`: those it can do.
+    before it (else all layers are judged on the dense model, in one survey). `shrinks`: it removes units, and does not
+    leave zeros in their place. `compensations`: those it can do.
     `with_uniform`: options whose default is another one with `uniform`.
 
     `uniform`: every layer keeps the same number of KV groups and of FFN channels. `round_to`: of FFN channels each
@@ -37,6 +38,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs_text: ClassVar[bool] = True
+    shrinks: ClassVar[bool] = True
     sequential: ClassVar[bool] = False
     compensations: ClassVar[tuple[str, ...]] = ("none",)
     with_uniform: ClassVar[dict[str, Any]] = {}
@@ -58,6 +60,11 @@ class Method(ABC):
     def biased(self) -> bool:
         """Whether it writes compensation biases."""
         return self.compensation == "bias"
+
+    @property
+    def own_ratio(self) -> float | None:
+        """The ratio, where the options say it already."""
+        return None
 
     @property
     def operators(self) -> tuple[str, ...]:
@@ -87,6 +94,9 @@ class Method(ABC):
             common_sizes(shapes, ratio, self.round_to)
         if self.predetermined:
             self.counts(shapes, ratio)
+
+    def check_layers(self, family: Family, config: Any) -> None:  # noqa: B027 (most methods ask nothing more)
+        """InputError for layers of which the method can make nothing, whatever the ratio."""
 
     @property
     def options(self) -> dict[str, Any]:

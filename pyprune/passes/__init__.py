@@ -2,11 +2,12 @@
 
 from ..checkpoint import CheckpointWriter
 from ..job import Job
-from ..methods import Disp, Policy, ScoringMethod, SecondOrderMethod
+from ..methods import Disp, Policy, ScoringMethod, SecondOrderMethod, SemiStructuredMethod
 from .base import Passes
 from .learned import PolicyPasses, SelectionPasses
 from .reconstruction import ReconstructionPasses
 from .scoring import ScoringPasses
+from .sparsifying import SparsifyingPasses
 
 
 def make_passes(job: Job, writer: CheckpointWriter) -> Passes:
@@ -17,6 +18,8 @@ def make_passes(job: Job, writer: CheckpointWriter) -> Passes:
         return SelectionPasses(job, writer, job.method)
     if isinstance(job.method, Policy):
         return PolicyPasses(job, writer, job.method)
+    if isinstance(job.method, SemiStructuredMethod):
+        return SparsifyingPasses(job, writer, job.method)
     assert isinstance(job.method, ScoringMethod)
     return ScoringPasses(job, writer, job.method)
 

@@ -39,7 +39,7 @@ def cached_curves(job: Job, method: SecondOrderMethod, meter: Meter) -> tuple[li
 
     They are taken over the first `survey_windows` windows, an FFN's up to `deepest_cut` of its channels.
     """
-    deepest = deepest_cut(job.options.ratio)
+    deepest = deepest_cut(job.ratio)
     files = [curves_file(job, method, tenths) for tenths in range(deepest, 11)]
     stored = distributed.from_first(lambda: first_curves([path for path, _ in files], job.reader.shapes, deepest))
     if stored is not None:
@@ -145,7 +145,7 @@ def observe_half(
     where = layer_name(forward.family, layer, module)
     observer = CurvatureObserver(channels, forward.device, where, centred, forward.allow_nonfinite)
     energy = torch.zeros((), dtype=torch.float64, device=forward.device)
-    with forward.observed(block, {module: observer.observe}):
+    with forward.observed(block, {forward.family.driver(module): observer.observe}):
         for part in hidden.parts():
             result = forward.half(block, layer, module, part.value)
             energy += torch.linalg.vector_norm(result, dtype=torch.float32).double() ** 2

@@ -56,7 +56,7 @@ class SelectionPasses(Passes):
         meter = self.meters["train"] = Meter(self.device)
         with meter.layer():
             logits = self._trained()
-        selections = select(self.reader.shapes, logits, self.job.options.ratio, self.method.round_to)
+        selections = select(self.reader.shapes, logits, self.job.ratio, self.method.round_to)
         self._write(selections, logits)
         return SelectionOutcome(selections, logits)
 
@@ -70,7 +70,7 @@ class SelectionPasses(Passes):
             masked,
             shapes,
             windows,
-            self.job.options.ratio,
+            self.job.ratio,
             self._prior(masked, windows),
             GATES[method.gate],
             method.learning_rate,
@@ -93,7 +93,7 @@ class SelectionPasses(Passes):
             windows[: self.method.warm_windows],
             lambda done, total: self.job.progress("warm start", done, total),
         )
-        return prior_logits(shapes, importance, self.job.options.ratio, by_selection=kind == "moments")
+        return prior_logits(shapes, importance, self.job.ratio, by_selection=kind == "moments")
 
     def _write(self, selections: list[Selection], logits: list[dict[str, Tensor]]) -> None:
         """Each layer with what is not selected cut out, and the indices of its selections."""
@@ -125,7 +125,7 @@ class PolicyPasses(ScoringPasses):
 
     def execute(self) -> Outcome:
         assert self.job.windows is not None
-        shapes, ratio = self.reader.shapes, self.job.options.ratio
+        shapes, ratio = self.reader.shapes, self.job.ratio
         survey = self._survey()
         for layer, statistics in enumerate(survey):
             self._count_nonfinite(layer, statistics)

@@ -101,9 +101,7 @@ class ReconstructionPasses(Passes):
                 curves, self.cached = cached_curves(self.job, self.method, meter)
             elif self.method.survey == MOMENTS:
                 moments, self.cached = cached_survey(self.job, False, meter)
-        return distributed.from_first(
-            lambda: self.method.allocate(self.reader.shapes, self.job.options.ratio, curves, moments)
-        )
+        return distributed.from_first(lambda: self.method.allocate(self.reader.shapes, self.job.ratio, curves, moments))
 
     def _prune(
         self,
@@ -261,7 +259,8 @@ class ReconstructionPasses(Passes):
     ) -> Curvature:
         """Curvature on the pruned stream; the dense stream, where there is one, advances past the module."""
         where = layer_name(self.reader.family, layer, module)
-        channels = block.get_parameter(self.reader.family.driver(module) + ".weight").shape[1]
+        driver = self.reader.family.driver(module)
+        channels = block.get_parameter(driver + ".weight").shape[1]
         observer = CurvatureObserver(channels, self.device, where, self.method.centred, forward.allow_nonfinite)
         rows: list[Tensor] = []
 
@@ -275,7 +274,7 @@ class ReconstructionPasses(Passes):
                 with self.meter.stage("dense forward"):
                     goal = forward.half(original, layer, module, dense.value)
                     dense.replace(goal)
-            with self.meter.stage("forward and hessian"), forward.observed(block, {module: observe}):
+            with self.meter.stage("forward and hessian"), forward.observed(block, {driver: observe}):
                 result = forward.half(block, layer, module, part.value)
             if goal is not None:
                 with self.meter.stage("shortfall"):

@@ -82,6 +82,6 @@ class Refit:
         """Inputs of the module's driver, [tokens, channels]."""
         seen: list[Tensor] = []
         see: Callable[[Tensor], None] = seen.append
-        with self.forward.observed(block, {module: see}):
+        with self.forward.observed(block, {self.forward.family.driver(module): see}):
             self.forward.half(block, layer, module, hidden)
         return seen[0].flatten(0, -2)

@@ -32,7 +32,7 @@ class ScoringPasses(Passes):
         for layer, statistics in enumerate(survey):
             self._count_nonfinite(layer, statistics)
         scores = self.method.scores(survey, self.reader.shapes)
-        choice = distributed.from_first(lambda: self.method.choose(scores, self.reader.shapes, self.job.options.ratio))
+        choice = distributed.from_first(lambda: self.method.choose(scores, self.reader.shapes, self.job.ratio))
         self._prune_by_choice(choice, scores, survey)
         return UnitOutcome(choice, scores)
 
@@ -69,7 +69,7 @@ class ScoringPasses(Passes):
         """Score, slice and propagate layer by layer: each sees the output of the pruned layers before it."""
         meter = self.meters["prune"] = Meter(self.device)
         self.copy_embeddings()
-        counts = self.method.counts(self.reader.shapes, self.job.options.ratio)
+        counts = self.method.counts(self.reader.shapes, self.job.ratio)
         forward, last = self.job.forward(), self.reader.layers - 1
         hidden = forward.embed()
         layers: list[Kept] = []

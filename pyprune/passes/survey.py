@@ -44,7 +44,9 @@ def observe_layer(
         )
         for module in MODULES
     }
-    forward.run(block, layer, hidden, {m: o.observe for m, o in observers.items()}, advance=advance)
+    forward.run(
+        block, layer, hidden, {forward.family.driver(m): o.observe for m, o in observers.items()}, advance=advance
+    )
     return {module: observer.finish() for module, observer in observers.items()}
 
 

@@ -1,0 +1,10 @@
+from dataclasses import dataclass
+
+from .semi_structured import InputNormMethod
+
+
+@dataclass(frozen=True)
+class Wanda(InputNormMethod):
+    """Wanda: weight times input norm, compared within a row; zeroes single weights (arXiv 2306.11695)."""
+
+    name = "wanda"
