@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from make_checkpoint import SHAPES
-from page_models import learned, loaders, selected_speed, speed, table
+from page_models import learned, loaders, selected_speed, semi_structured, speed, table
 from page_plots import peak_bytes, plot_memory, plot_seconds
 
 FOLDER = Path(__file__).resolve().parent
@@ -94,6 +94,7 @@ def make_page(results: Path, plots: Path) -> str:
         speed(results),
         selected_speed(results),
         learned(results),
+        semi_structured(results),
         loaders(results / "loaders.json"),
     )
     sections += filter(None, parts)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 
@@ -125,11 +126,47 @@ def learned(results: Path) -> str:
     return "## Learned masks\n\n" + LEARNED + text if text else ""
 
 
-LEARNED = """`python benchmarks/quality.py MODEL --learned ...` (the command stands there), seed 0, perplexity on
+LEARNED = """`python benchmarks/quality.py MODEL --table learned ...` (the command stands there), seed 0, perplexity on
 100 × 1024 tokens. `disp` trains masks for 1500 steps unless said; at perplexities below the dense
 model's the masks have taken up the text's domain, which these small models know badly, and not only
 the ratio: what they lose on the other text is the price. `disp, refitted` fits the drivers to what
 the dense modules put out, which undoes part of that on either side.
+"""
+
+
+def semi_structured(results: Path) -> str:
+    """Perplexity with half of the weights zero, beside units removed at half; empty where it was not measured."""
+    file, units = results / "quality-semi-structured.json", results / "quality.json"
+    if not file.is_file() or not units.is_file():
+        return ""
+    report = json.loads(file.read_text())
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in report["rows"]:
+        found.setdefault((row["variant"], row["model"]), []).append(row["perplexity"])
+    for row in json.loads(units.read_text())["rows"]:
+        if row["variant"] in BESIDE and row["ratio"] == 0.5:
+            found.setdefault((BESIDE[row["variant"]], row["model"]), []).append(row["perplexity"])
+    models = list(dict.fromkeys(model for _, model in found))
+    rows = []
+    for variant in dict.fromkeys(variant for variant, _ in found):
+        cells = [found[variant, model] for model in models]
+        rows.append([variant, *(f"{mean(own):.2f} ({len(own)})" for own in cells)])
+    return SEMI_STRUCTURED.format(**report["protocol"]) + table(["", *models], rows)
+
+
+# Variants of quality.json that are shown beside.
+BESIDE = {
+    "flap": "flap, units removed",
+    "slimgpt": "slimgpt, units removed",
+    "obs": "obs, units removed",
+}
+SEMI_STRUCTURED = """## Zeros in place of units
+
+`python benchmarks/quality.py MODEL... --table semi-structured --ratios 0.5 --seeds 0 1 2 ...`: WikiText-2 perplexity
+on {evaluation}, half of the decoder linears' weights zero or removed; calibration {calibration}, {dtype}. Means over
+seeds, whose number is in brackets. A model that lost units is half the size in any program; zeros need kernels for
+2:4, and elsewhere save nothing.
+
 """
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from machine import describe_machine
 
+from pyprune.benchmark.machine import describe_machine
 from pyprune.checkpoint import CheckpointReader
 from pyprune.device import select_device, select_dtype
 from pyprune.evaluate import evaluate
@@ -46,7 +46,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Methods that train: for a GPU, and in a file of their own, since more text is looked at
-#     python benchmarks/quality.py MODEL --calibration wikitext2-valid.txt --text wikitext2-test.txt ... --learned \
+#     python benchmarks/quality.py MODEL --table learned --calibration wikitext2-valid.txt --text wikitext2-test.txt \
 #         --samples 256 --sequence-length 1024 --dtype bfloat16 --ratios 0.3 0.5 --device cuda ...
 LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
     "disp": ("disp", {"rows": 2}),
@@ -65,6 +65,14 @@ LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
     "obs": ("obs", {}),
 }
 
+# Methods that zero single weights, at --ratios 0.5: the pattern says it, and an unstructured mask is asked for it.
+SEMI_STRUCTURED: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{method} {pattern}": (method, {"pattern": pattern})
+    for method in ("wanda", "sparsegpt", "dass")
+    for pattern in ("2:4", "4:8", "unstructured")
+}
+TABLES = {"units": VARIANTS, "learned": LEARNED, "semi-structured": SEMI_STRUCTURED}
+
 # What of the machine goes with every row: a run may be finished elsewhere.
 MACHINE = ("cpu", "cpu_threads", "gpu", "torch", "commit")
 
@@ -75,8 +83,8 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--learned", action="store_true", help="the methods that train, beside flap and obs")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS | LEARNED), help="default: all of the table")
+    parser.add_argument("--table", choices=list(TABLES), default="units", help="which methods (default: units)")
+    parser.add_argument("--variants", nargs="+", help="default: all of the table")
     parser.add_argument("--dtype", default="float32", help="compute type of the prunings; evaluation is in float32")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -86,8 +94,10 @@ def main() -> None:
     parser.add_argument("--window-length", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    table = LEARNED if arguments.learned else VARIANTS
+    table = TABLES[arguments.table]
     arguments.variants = arguments.variants or list(table)
+    if unknown := set(arguments.variants) - set(table):
+        parser.error(f"no variant {', '.join(sorted(unknown))} in the table {arguments.table}: {', '.join(table)}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -74,9 +74,6 @@ def inputs_by_layer(model: Path, text: Path, sparse: Path) -> list[dict[str, Ten
             block.get_submodule(name).register_forward_pre_hook(partial(keep, seen, name))
             for name in linears_of(reader.family)
         ]
-            block.get_submodule(name).register_forward_pre_hook(partial(keep, seen, name))
-            for name in linears_of(reader.family)
-        ]
         with torch.no_grad():
             whole(windows)
         for hook in hooks:
