@@ -1,19 +1,20 @@
-"""What the benchmarks of single operators share around their timings: arguments, device, backends, inputs, report."""
+"""What the benchmarks of single operators share around their timings: arguments, device, backends, inputs, report.
+
+The clock, the machine's facts and other tools' formulations are pyprune.benchmark's.
+"""
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
 from torch import Tensor
 
+from pyprune.benchmark.machine import describe_machine
 from pyprune.errors import InputError
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, eligible_backends
+from pyprune.ops.backends import Problem, eligible_backends
 
 
 def contest_parser(description: str | None, repeat: str) -> argparse.ArgumentParser:
@@ -66,13 +67,6 @@ def run_table(
     for row in report["rows"]:
         print(line(row))
     write_report(report, arguments.output)
-
-
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    os.environ[ENVIRONMENT_VARIABLE] = backend
-    yield
-    del os.environ[ENVIRONMENT_VARIABLE]
 
 
 def backends_for(operator: str, x: Tensor) -> list[str]:

@@ -25,9 +25,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from contest import contest_parser, forced, prepare_device, start_report, write_report
+from contest import contest_parser, prepare_device, start_report, write_report
 from torch import Tensor
 
+from pyprune.benchmark.case import forced
+from pyprune.benchmark.cases.slimgpt import SlimGpt, group_sizes, inverse
 from pyprune.ops.backends import Problem, eligible_backends
 from pyprune.ops.eliminate import Elimination, Panel, Selection, eliminate, refit
 
@@ -73,52 +75,9 @@ def random_problem(channels: int, outputs: int, device: torch.device) -> tuple[T
     return hessian, torch.randn(outputs, channels, device=device, generator=generator)
 
 
-def inverse(hessian: Tensor) -> Tensor:
-    """By torch's Cholesky; contiguous or stored by columns, as the library likes."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-
-
 def copy_of(matrix: Tensor) -> Tensor:
     """A contiguous copy, to be consumed."""
     return matrix.clone(memory_format=torch.contiguous_format)
-
-
-def group_sizes(count: int) -> list[int]:
-    """SlimGPT's dynamic groups: columns that each step removes."""
-    sizes: list[int] = []
-    size = (count - 512) // 2
-    while (rest := count - sum(sizes)) > 0:
-        sizes.append(min(rest, max(size, 64), 1024))
-        size = (size - 512) // 2
-    return sizes
-
-
-class SlimGpt:
-    """SlimGPT's loop: what is left of H, its inverse, W and the channels after the steps so far."""
-
-    def __init__(self, hessian: Tensor, first_inverse: Tensor, weight: Tensor) -> None:
-        self.hessian, self.inverse, self.weight = hessian, first_inverse, weight
-        self.channels = torch.arange(len(hessian), device=hessian.device)
-
-    def step(self, size: int, last: bool) -> None:
-        """Remove `size` columns, refit the others, and, unless it was the last step, invert their Hessian."""
-        scores = self.weight.square().sum(0) / self.inverse.diagonal()
-        order = scores.argsort()
-        removed, kept = order[:size], order[size:].sort().values
-        rows = self.inverse[removed]  # [n, d]
-        factor = torch.linalg.cholesky(rows[:, removed])
-        coefficients = torch.cholesky_solve(self.weight[:, removed].T, factor)  # [n, out]
-        self.weight = self.weight[:, kept].addmm_(coefficients.T, rows[:, kept], alpha=-1)
-        self.channels = self.channels[kept]
-        if not last:
-            del self.inverse
-            self.hessian = self.hessian[kept][:, kept]
-            self.inverse = inverse(self.hessian)
-
-    def run(self, count: int) -> None:
-        sizes = group_sizes(count)
-        for number, size in enumerate(sizes, start=1):
-            self.step(size, number == len(sizes))
 
 
 def time_slimgpt(hessian: Tensor, first_inverse: Tensor, weight: Tensor, count: int, clock: Clock) -> dict[str, Any]:
@@ -190,12 +149,12 @@ def panels_timed(clock: Clock) -> Iterator[list[float]]:
     seconds: list[float] = []
 
     def eliminate_channels(
-        a: Tensor, g: Tensor, count: int, keep_factor: bool, panel: Panel, size: int
+        a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool, panel: Panel, size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         def timed(a: Tensor, g: Tensor, selection: Selection, first: int, lower: Tensor, products: Tensor) -> None:
             seconds.append(clock(lambda: panel(a, g, selection, first, lower, products)))
 
-        return original(a, g, count, keep_factor, timed, size)
+        return original(a, g, count, keep_factor, tf32, timed, size)
 
     module.eliminate_channels = eliminate_channels
     yield seconds

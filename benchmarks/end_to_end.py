@@ -32,10 +32,10 @@ from contest import write_report
 from floors import disk_rates, drop_page_cache, forward_seconds
 from generated import prune_counted, prune_generated
 from layer_profile import LayerProfile
-from machine import describe_machine
 from make_checkpoint import SHAPES, make_checkpoint
 from transformers import AutoTokenizer
 
+from pyprune.benchmark.machine import describe_machine
 from pyprune.checkpoint import CheckpointReader
 from pyprune.device import resident_peak, select_device, select_dtype, tune_allocators
 from pyprune.estimate import estimate

@@ -16,23 +16,17 @@ from typing import Any
 import torch
 from contest import contest_parser, prepare_device, start_report, write_report
 from make_checkpoint import SHAPES
-from timing import Timer
 from torch import Tensor
 
+from pyprune.benchmark.cases.layer_steps import EPS, rotated
+from pyprune.benchmark.timing import Timer
 from pyprune.ops import rms_norm, rotate_, swiglu_
 from pyprune.ops.rms_norm import rms_norm_reference
 from pyprune.ops.rotary import rotate_reference
 from pyprune.ops.swiglu import swiglu_reference
 
-EPS = 1e-5
 HEAD_DIM = 128
 Contestants = dict[str, Callable[[], Tensor]]
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """transformers' apply_rotary_pos_emb of one tensor."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
 
 def activated(gate: Tensor, up: Tensor) -> Tensor:

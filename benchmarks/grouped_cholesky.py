@@ -17,80 +17,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
-from timing import Timer
 from torch import Tensor
 
+from pyprune.benchmark.cases.grouped_cholesky import ROUNDINGS, Units
+from pyprune.benchmark.machine import describe_machine
+from pyprune.benchmark.timing import Timer
 from pyprune.ops import grouped_cholesky_errors, grouped_cholesky_errors_reference
 from pyprune.ops.backends import choose_backend
-from pyprune.ops.grouped_cholesky import OPERATOR, diagonal_blocks
+from pyprune.ops.grouped_cholesky import OPERATOR
 
 GPU_SHAPES = ["32x128", "64x128", "8x256", "8x1024"]
 CPU_SHAPES = ["32x128", "8x256"]
 OUT_CHANNELS = 4096
-FP32_UNIT = 2.0**-24
 STRONGEST = ("solve_against_g", "inverse_factors", "inverse_factors_singly")
 
 
-class Problem:
-    """A = H^-1 of correlated inputs, H damped by 1 %, and W [units, width, out]; all on one device, float32."""
+class Problem(Units):
+    """The rivals of pyprune.benchmark on one problem, and the operator with the diagonal of G alone."""
 
     def __init__(self, units: int, width: int, device: torch.device) -> None:
-        self.units, self.width = units, width
-        channels = units * width
-        generator = torch.Generator(device).manual_seed(0)
-        mix = torch.randn(channels, channels, device=device, generator=generator) / channels**0.5
-        x = torch.randn(2 * channels, channels, device=device, generator=generator)
-        x += x @ mix
-        h = x.T @ x
-        h.diagonal().add_(0.01 * h.diagonal().mean())
-        self.a = torch.cholesky_inverse(torch.linalg.cholesky(h)).mT.contiguous()
-        w = torch.randn(OUT_CHANNELS, channels, device=device, generator=generator)
-        self.g = w.T @ w
-        self.w = w.T.reshape(units, width, OUT_CHANNELS).contiguous()
-
-    def operator(self) -> Tensor:
-        return grouped_cholesky_errors(self.a, self.g, self.width)
+        super().__init__(units, width, OUT_CHANNELS, device)
 
     def operator_diagonal(self) -> Tensor:
         return grouped_cholesky_errors(self.a, self.g, self.width, True)
 
-    def solve_weights(self) -> Tensor:
-        """‖L^-1 Wᵀ‖² for every unit."""
-        factors = torch.linalg.cholesky_ex(diagonal_blocks(self.a, self.width))[0]
-        return torch.linalg.solve_triangular(factors, self.w, upper=False).square().sum((1, 2))
-
-    def solve_products(self) -> Tensor:
-        """Two triangular solves against G."""
-        factors = torch.linalg.cholesky_ex(diagonal_blocks(self.a, self.width))[0]
-        return torch.cholesky_solve(diagonal_blocks(self.g, self.width), factors).diagonal(dim1=1, dim2=2).sum(1)
-
-    def invert_factors(self) -> Tensor:
-        """Σ G∘(MᵀM), M = L^-1: less work than two solves against G."""
-        factors = torch.linalg.cholesky_ex(diagonal_blocks(self.a, self.width))[0]
-        identity = torch.eye(self.width, device=self.a.device).expand_as(factors)
-        inverse = torch.linalg.solve_triangular(factors, identity, upper=False)
-        return (diagonal_blocks(self.g, self.width) * (inverse.mT @ inverse)).sum((1, 2))
-
-    def invert_factors_singly(self) -> Tensor:
-        """The same, one unit after the other: the batched factorisation is made for small matrices."""
-        identity = torch.eye(self.width, device=self.a.device)
-        errors = []
-        for a, g in zip(diagonal_blocks(self.a, self.width), diagonal_blocks(self.g, self.width), strict=True):
-            factor = torch.linalg.cholesky_ex(a)[0]
-            inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-            errors.append((g * (inverse.mT @ inverse)).sum())
-        return torch.stack(errors)
-
     def fault(self) -> str | None:
-        """What is wrong: an error above twice the strongest PyTorch's in float32 + 4 roundings."""
+        """What is wrong: an error above twice the strongest PyTorch's in float32, and ROUNDINGS."""
         for call, reference, diagonal in (
             (self.operator, self.solve_products, False),
             (self.operator_diagonal, lambda: grouped_cholesky_errors_reference(self.a, self.g, self.width, True), True),
         ):
             exact = grouped_cholesky_errors_reference(self.a.double(), self.g.double(), self.width, diagonal)
             error, limit = ((result() / exact - 1).abs().max().item() for result in (call, reference))
-            if not error <= 2 * limit + 4 * FP32_UNIT:
+            if not error <= 2 * limit + ROUNDINGS:
                 return f"relative error {error:.1e}, torch {limit:.1e}, diagonal={diagonal}"
         return None
 

@@ -2,24 +2,34 @@
 
     python benchmarks/hessian.py [--device cuda] [--shapes 32768x4096 ...] [--sweep] [--output FILE.json]
 
-All contestants run in one process on the same random normal bfloat16 tensor, with cold caches (timing.py). Plain
-PyTorch is the fastest of the ways in PLAIN, which keep bfloat16 products in float32. Others' formulation converts to
-float32 and multiplies without TF32. A backend is timed only after its result was compared with float64. TFLOP/s are
-those of a full product, 2·rows·channels² / time: symmetry shows as a rate above the hardware's.
+All contestants run in one process on the same random normal bfloat16 tensor, with cold caches
+(pyprune/benchmark/timing.py). Plain PyTorch is the fastest of HALF_WAYS, which keep bfloat16 products in float32.
+Others' formulation converts to float32 and multiplies without TF32. A backend is timed only after its result was
+compared with float64. TFLOP/s are those of a full product, 2·rows·channels² / time: symmetry shows as a rate above the
+hardware's.
 """
 
 import statistics
-from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
-from contest import backends_for, contest_parser, forced, prepare_device, random_input, start_report, write_report
-from timing import Timer, Timing
+from contest import backends_for, contest_parser, prepare_device, random_input, start_report, write_report
 from torch import Tensor
 
+from pyprune.benchmark.case import forced
+from pyprune.benchmark.cases.hessian import (
+    HALF_WAYS,
+    Update,
+    largest_allowed,
+    largest_error,
+    update_float32,
+    update_mm,
+    update_ours,
+)
+from pyprune.benchmark.timing import Timer, Timing
 from pyprune.ops.backends import Problem, eligible_backends
 from pyprune.ops.hessian import hessian_finish, hessian_update
 
@@ -38,45 +48,10 @@ CPU_SHAPES = ["4096x2048"]
 # From this size on the targets hold; smaller inputs are reported, and left out of the geometric means.
 LARGE_CHANNELS, LARGE_ROWS = 4096, 16384
 
-# (x, H) -> None: one update
-Update = Callable[[Tensor, Tensor], None]
-
-CHECKED_COLUMNS = 64  # at the start, in the middle and at the end
-FLOAT64_COLUMNS = 4096  # float64 copies are made of so many channels at a time
 # A contestant of more than this is repeated only SLOW_REPEAT times: float32 at 28672 channels takes 0.5 s.
 SLOW_REPEAT = 3
 
 DRIFT_ROWS, DRIFT_BATCH, DRIFT_CHANNELS = 2**20, 2**15, 4096
-
-# What a result may be off by beside twice the error of float32, relative to ‖x_i‖·‖x_j‖: tensor cores cut off
-# 3.3e-9 a row on the average, up to twice that, until the accumulator is flushed, after at most 3072 rows in CUDA,
-# 1536 in Triton; the rest is rounding of the state.
-TRUNCATION, MOST_FLUSH_ROWS, ROUNDINGS = 6e-9, 3072, 2.0**-22
-
-
-def update_mm(x: Tensor, h: Tensor) -> None:
-    h += torch.mm(x.t(), x, out_dtype=torch.float32)
-
-
-def update_addmm(x: Tensor, h: Tensor) -> None:
-    torch.addmm(h, x.t(), x, out_dtype=torch.float32, out=h)
-
-
-def update_mm_in_chunks(x: Tensor, h: Tensor) -> None:
-    for chunk in x.split(8192):
-        h += torch.mm(chunk.t(), chunk, out_dtype=torch.float32)
-
-
-PLAIN: dict[str, Update] = {
-    "h += mm(out_dtype=float32)": update_mm,
-    "addmm(h, out_dtype=float32, out=h)": update_addmm,
-    "h += mm(out_dtype=float32), 8192 rows at a time": update_mm_in_chunks,
-}
-
-
-def update_float32(x: Tensor, h: Tensor) -> None:
-    values = x.float()
-    h += values.t() @ values
 
 
 def update_tf32(x: Tensor, h: Tensor) -> None:
@@ -84,26 +59,6 @@ def update_tf32(x: Tensor, h: Tensor) -> None:
     torch.set_float32_matmul_precision("high")
     update_float32(x, h)
     torch.set_float32_matmul_precision(before)
-
-
-def update_ours(x: Tensor, h: Tensor) -> None:
-    hessian_update(x, h, None)
-
-
-def largest_error(x: Tensor, h: Tensor) -> float:
-    """max |h_ij − (xᵀx)_ij| / (‖x_i‖·‖x_j‖) on and below the diagonal of three blocks of columns, against float64."""
-    channels = x.shape[1]
-    norms = torch.cat([part.double().square().sum(0) for part in x.split(FLOAT64_COLUMNS, dim=1)]).sqrt()
-    error = 0.0
-    for first in {0, channels // 2, max(0, channels - CHECKED_COLUMNS)}:
-        columns = slice(first, first + CHECKED_COLUMNS)
-        right = x[:, columns].double()
-        for top in range(first, channels, FLOAT64_COLUMNS):
-            rows = slice(top, top + FLOAT64_COLUMNS)
-            exact = x[:, rows].double().t() @ right
-            relative = (h[rows, columns].double() - exact).abs() / torch.outer(norms[rows], norms[columns])
-            error = max(error, relative.tril(top - first).max().item())
-    return error
 
 
 def error_of(x: Tensor, update: Update) -> float:
@@ -115,7 +70,7 @@ def error_of(x: Tensor, update: Update) -> float:
 def correct_error(name: str, x: Tensor, update: Update, float32_error: float) -> float | None:
     """The error of an update; None, said aloud, where it is more than rounding and truncation explain."""
     error = error_of(x, update)
-    limit = 2 * float32_error + TRUNCATION * min(len(x), MOST_FLUSH_ROWS) + ROUNDINGS
+    limit = largest_allowed(float32_error, len(x))
     if not error <= limit:
         print(f"WRONG RESULT, not timed: {name} on {list(x.shape)}: error {error:.1e}, allowed {limit:.1e}")
         return None
@@ -127,9 +82,9 @@ def time_update(x: Tensor, h: Tensor, update: Update, timer: Timer) -> Timing:
 
 
 def time_plain(x: Tensor, h: Tensor, timer: Timer) -> dict[str, Timing]:
-    """The ways of PLAIN that this PyTorch has on this device."""
+    """Those of HALF_WAYS that this PyTorch has on this device."""
     timings = {}
-    for name, update in PLAIN.items():
+    for name, update in HALF_WAYS.items():
         try:
             update(x, h)
         except (RuntimeError, TypeError) as error:

@@ -39,7 +39,6 @@ from typing import Any
 import torch
 from contest import prepare_device, run_table
 from inference_layouts import LAYOUTS, layouts
-from machine import describe_machine, installed_version
 from make_checkpoint import SHAPES, checkpoint_config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -47,6 +46,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.utils import logging
 
 from pyprune.architectures import Family, LayerShape, family_of
+from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.errors import InputError
 from pyprune.fused import fuse, fused_rotary
 from pyprune.modeling import pruned_config

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from contest import run_table
-from machine import describe_machine, installed_version
 
+from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.checkpoint import CheckpointReader
 from pyprune.export.extra import import_extra
 from pyprune.export.gguf import DTYPES, write_gguf

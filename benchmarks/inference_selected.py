@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from contest import prepare_device, run_table
 from inference import DTYPES, MODES, build, release, timed
-from machine import describe_machine, installed_version
 from make_checkpoint import SHAPES, checkpoint_config
 
 from pyprune.architectures import LayerShape, family_of
+from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.errors import InputError
 from pyprune.learning.budget import kept_share, rounded, shift_to_budget
 from pyprune.modeling import selected_config

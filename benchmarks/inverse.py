@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
-from timing import Timer
 from torch import Tensor
 
+from pyprune.benchmark.cases.inverse import PROBE_ROWS, PROBES, damped_hessian, product
+from pyprune.benchmark.machine import describe_machine
+from pyprune.benchmark.timing import Timer
 from pyprune.ops.precision import exact_float32
 from pyprune.ops.spd_inverse import shifted, spd_inverse
 from pyprune.ops.sweep import BLOCKING, Blocking, inverse_
 
 GPU_SIZES = [4096, 8192, 11008, 13824, 28672]
 CPU_SIZES = [1024, 2048]
-PROBES = 16  # random vectors
-PROBE_ROWS = 2048  # rows of a matrix that are converted to float64 at a time
 LARGE = 11008  # from here on the target holds
 SLOW = 20000  # larger ones are timed three times
 GPU_BLOCKINGS = [
@@ -44,32 +43,8 @@ GPU_BLOCKINGS = [
 CPU_BLOCKINGS = [Blocking(swept, updated) for swept in (128, 256) for updated in (256, 1024)]
 
 
-def hessian(channels: int, device: torch.device) -> Tensor:
-    """XᵀX of 2·channels correlated tokens, damped by 1 %; made in pieces, since X is larger than the result."""
-    generator = torch.Generator(device).manual_seed(0)
-    scale = 10 ** torch.rand(channels, device=device, generator=generator)
-    common = torch.randn(64, channels, device=device, generator=generator)
-    h = torch.zeros(channels, channels, device=device)
-    for _ in range(8):
-        rows = channels // 4
-        x = torch.randn(rows, channels, device=device, generator=generator)
-        x += torch.randn(rows, 64, device=device, generator=generator) @ common / 8
-        x *= scale
-        h.addmm_(x.T, x)
-    h.diagonal().add_(0.01 * h.diagonal().mean())
-    for first in range(0, channels, PROBE_ROWS):  # symmetric to the bit
-        rows_of = slice(first, first + PROBE_ROWS)
-        h[rows_of, first:] = h[first:, rows_of].mT.clone()
-    return h
-
-
 def library(h: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(h))
-
-
-def product(a: Tensor, v: Tensor) -> Tensor:
-    """A V in float64, some rows at a time."""
-    return torch.cat([rows.double() @ v for rows in a.split(PROBE_ROWS)])
 
 
 def error_against(exact: Tensor) -> Callable[[Tensor], float]:
@@ -106,7 +81,7 @@ def run(
     results, all_correct = [], True
     print(f"{'d':>6} |       ms | TFLOP/s |  torch ms |  ratio |   error | torch's |  d² buffers | torch's")
     for d in sizes:
-        h = hessian(d, device)
+        h = damped_hessian(d, device)
         measure = "error" if d <= exact_below else "residual"
         error_of = error_against(library(h.double())) if measure == "error" else residual_with(h)
         own_error, library_error = error_of(spd_inverse(h, 0.0)[0]), error_of(library(h))

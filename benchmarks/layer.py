@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
 from make_checkpoint import SHAPES, make_checkpoint
 from torch import Tensor, nn
 
 from pyprune.architectures import ATTENTION, FFN, MODULES, expand
+from pyprune.benchmark.machine import describe_machine
 from pyprune.checkpoint import CheckpointReader
 from pyprune.curvature import CurvatureObserver, alignment_of
 from pyprune.forward import LayerForward
@@ -117,7 +117,7 @@ def ours(layer: Layer, ratio: float, stages: Stages) -> None:
             with stages.time("forward"):
                 goal = layer.forward.half(original, 0, module, dense_part)
                 dense_part.copy_(goal)
-                with layer.forward.observed(block, {module: inputs.append}):
+                with layer.forward.observed(block, {layer.forward.family.driver(module): inputs.append}):
                     result = layer.forward.half(block, 0, module, part)
             with stages.time("hessian"):
                 observer.observe_shortfall(observer.observe(inputs.pop()), goal - result)
@@ -170,7 +170,7 @@ def authors(layer: Layer, ratio: float, stages: Stages) -> None:
         for part in layer.parts(hidden):
             with (
                 stages.time("forward"),
-                layer.forward.observed(block, {module: inputs.append}),
+                layer.forward.observed(block, {layer.forward.family.driver(module): inputs.append}),
             ):
                 layer.forward.half(block, 0, module, part)
             with stages.time("hessian"):

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from contest import write_report
-from machine import describe_machine, installed_version
 from safetensors.torch import save_file
 
+from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.checkpoint import CheckpointReader
 from pyprune.export import export
 from pyprune.export.gguf_check import perplexity_gguf

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from pyprune.benchmark.models import SHAPES
+
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -30,29 +32,6 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
-# The sizes of published models (tiny and llama-1.5b: ours, for tests and for a middle size with few KV heads).
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"family": "llama", "hidden_size": 64, "layers": 3, "heads": 4, "kv_heads": 2,
-             "intermediate_size": 160, "vocab_size": 8192},
-    "llama-1.5b": {"family": "llama", "hidden_size": 2048, "layers": 24, "heads": 16, "kv_heads": 4,
-                   "intermediate_size": 8192, "vocab_size": 32000},
-    "llama-2-7b": {"family": "llama", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 32,
-                   "intermediate_size": 11008, "vocab_size": 32000},
-    "llama-2-13b": {"family": "llama", "hidden_size": 5120, "layers": 40, "heads": 40, "kv_heads": 40,
-                    "intermediate_size": 13824, "vocab_size": 32000},
-    "llama-3.1-8b": {"family": "llama", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 8,
-                     "intermediate_size": 14336, "vocab_size": 128256},
-    "llama-3.3-70b": {"family": "llama", "hidden_size": 8192, "layers": 80, "heads": 64, "kv_heads": 8,
-                      "intermediate_size": 28672, "vocab_size": 128256},
-    "mistral-7b": {"family": "mistral", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 8,
-                   "intermediate_size": 14336, "vocab_size": 32768},
-    "qwen2.5-1.5b": {"family": "qwen2", "hidden_size": 1536, "layers": 28, "heads": 12, "kv_heads": 2,
-                     "intermediate_size": 8960, "vocab_size": 151936, "tie": True},
-    "qwen2.5-32b": {"family": "qwen2", "hidden_size": 5120, "layers": 64, "heads": 40, "kv_heads": 8,
-                    "intermediate_size": 27648, "vocab_size": 152064},
-    "qwen3-0.6b": {"family": "qwen3", "hidden_size": 1024, "layers": 28, "heads": 16, "kv_heads": 8,
-                   "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie": True},
-}  # fmt: skip
 DEFAULT_SHAPE = "llama-1.5b"
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
 from make_checkpoint import SHAPES, make_checkpoint
 
+from pyprune.benchmark.machine import describe_machine
 from pyprune.checkpoint import CheckpointReader
 
 

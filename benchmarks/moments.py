@@ -20,16 +20,17 @@ import torch
 from contest import (
     backends_for,
     contest_parser,
-    forced,
     prepare_device,
     random_input,
     sizes_of,
     start_report,
     write_report,
 )
-from timing import Timer, Timing
 from torch import Tensor
 
+from pyprune.benchmark.case import forced
+from pyprune.benchmark.cases.channel_moments import ROUNDINGS, Flap, largest_errors, var_mean
+from pyprune.benchmark.timing import Timer, Timing
 from pyprune.ops import channel_moments_update
 
 GPU_SHAPES = ["65536x4096", "262144x4096", "65536x11008", "32768x28672", "2048x4096", "37x1000"]
@@ -40,59 +41,14 @@ LARGE_BYTES = 256 * 2**20
 # (rows before, mean, M2) -> None: one update with the rows of an x that is already bound
 Update = Callable[[int, Tensor, Tensor], None]
 
-CHECKED_CHANNELS = 512  # float64 copies are made of so many channels at a time
-FP32_UNIT = 2.0**-24
-
-
-class Flap:
-    """One update of FLAP as its authors' code does it: step by step, with full-size float32 temporaries.
-
-    `old` is the same tensor as the new baseline there, so v grows by Σ (x − m_new)² / n (arXiv 2312.11983).
-    They work on x transposed; with `transposed` False the same steps run over x as it lies.
-    """
-
-    def __init__(self, x: Tensor, transposed: bool) -> None:
-        self.samples = 1
-        self.transposed = transposed
-        self.baseline = torch.zeros(x.shape[1], device=x.device)
-        self.fluctuation = torch.zeros_like(self.baseline)
-
-    def update(self, x: Tensor) -> None:
-        tokens = 1 if self.transposed else 0
-        values = x.float().t() if self.transposed else x.float()  # [C, T] or [T, C]
-        old = self.baseline
-        self.baseline *= self.samples / (self.samples + 1)
-        self.baseline += values.mean(tokens) / (self.samples + 1)
-        self.fluctuation *= (self.samples - 1) / self.samples
-        spread = (values - self.baseline.unsqueeze(tokens)) * (values - old.unsqueeze(tokens))
-        self.fluctuation += spread.sum(tokens) / (self.samples + 1)
-        self.samples += 1
-
-
-def largest_errors(x: Tensor, mean: Tensor, m2: Tensor) -> tuple[float, float]:
-    """max |Δmean| / max|x| and max |ΔM2| / M2 over the channels, against float64."""
-    mean_error = m2_error = 0.0
-    for first in range(0, x.shape[1], CHECKED_CHANNELS):
-        columns = slice(first, first + CHECKED_CHANNELS)
-        exact = x[:, columns].double()
-        exact_mean = exact.mean(0)
-        exact_m2 = (exact - exact_mean).square_().sum(0)
-        mean_error = max(mean_error, ((mean[columns] - exact_mean).abs().max() / exact.abs().max()).item())
-        m2_error = max(m2_error, ((m2[columns] - exact_m2).abs() / exact_m2).max().item())
-    return mean_error, m2_error
-
 
 def fault_of(x: Tensor, update: Update) -> str | None:
-    """What is wrong with the first call: an error above twice torch.var_mean's in float32 + 9 roundings.
-
-    Eight for the merges of chunks and state, one of a mean that is as large as a deviation (x is centred).
-    """
+    """What is wrong with the first call: an error above twice torch.var_mean's in float32, and ROUNDINGS."""
     mean, m2 = torch.zeros(2, x.shape[1], device=x.device)
     update(0, mean, m2)
-    variance, torch_mean = torch.var_mean(x.float(), dim=0, correction=0)
-    limits = largest_errors(x, torch_mean, variance * len(x))
+    limits = largest_errors(x, *var_mean(x.float()))
     for what, error, limit in zip(("mean", "M2"), largest_errors(x, mean, m2), limits, strict=True):
-        if not error <= 2 * limit + 9 * FP32_UNIT:
+        if not error <= 2 * limit + ROUNDINGS:
             return f"error of {what} {error:.1e}, torch.var_mean {limit:.1e}"
     return None
 
@@ -198,11 +154,11 @@ def sweep(shapes: list[str], device: torch.device, timer: Timer) -> tuple[list[d
     from pyprune.triton_kernels.channel_moments import (
         Configuration,
         channel_moments_triton,
-        configuration_for,
+        shipped_configuration,
     )
 
     capability = torch.cuda.get_device_capability(device)
-    table = configuration_for(capability, torch.bfloat16.itemsize)
+    table = shipped_configuration(capability, torch.bfloat16.itemsize)
     early = capability >= (9, 0)
     tiles = [
         Configuration(8, 1024, warps=4, stages=4, resident=4, waves=1, early_merge=early),

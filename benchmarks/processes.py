@@ -21,10 +21,10 @@ import torch
 from contest import write_report
 from end_to_end import METHODS, checkpoint_of, write_text
 from floors import drop_page_cache
-from machine import describe_machine
 from make_checkpoint import SHAPES
 from safetensors.torch import load_file
 
+from pyprune.benchmark.machine import describe_machine
 from pyprune.device import select_device
 
 

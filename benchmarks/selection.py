@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from contest import contest_parser, prepare_device, start_report, write_report
 from fused import EPS, Contestants, measure
-from timing import Timer
 from torch import Tensor
 
+from pyprune.benchmark.timing import Timer
 from pyprune.ops import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
 from pyprune.ops.selection import (
     rms_norm_gather_reference,

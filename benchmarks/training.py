@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from contest import contest_parser, prepare_device, run_table
 from inference import build, release
-from machine import describe_machine, installed_version
 from make_checkpoint import SHAPES, checkpoint_config
 
 from pyprune.architectures import MODULES, family_of
+from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.learning.gates import GATES
 from pyprune.learning.masked import MaskedModel
 from pyprune.learning.memory import training_memory

@@ -1,11 +1,18 @@
 """pyprune: structured pruning of large language models on one GPU.
 
 `import pyprune` registers the classes of pruned models, so that
-`transformers.AutoModelForCausalLM.from_pretrained(folder)` loads what `pyprune prune` wrote.
+`transformers.AutoModelForCausalLM.from_pretrained(folder)` loads what `pyprune prune` wrote. That imports transformers
+and its models. PYPRUNE_REGISTER=0 leaves it out, for those who want `pyprune.ops` alone; where transformers is not
+installed there is nothing to register with, and `pyprune.ops` works as well.
 """
 
-from . import modeling as modeling
+import importlib.util
+import os
+
 from .errors import InputError
+
+if os.environ.get("PYPRUNE_REGISTER", "1") != "0" and importlib.util.find_spec("transformers") is not None:
+    from . import modeling as modeling
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "modeling"]

@@ -8,6 +8,7 @@ import click
 import transformers
 
 from . import distributed
+from .benchmark.command import benchmark, tune
 from .command_options import MemorySize, device_options, method_options, options_given
 from .console import Console
 from .device import tune_allocators
@@ -176,7 +177,7 @@ def plan(model: str, **options: Any) -> None:
     from .checkpoint import CheckpointReader, checkpoint_folder
     from .device import select_device, select_dtype
     from .estimate import estimate
-    from .methods import make_method
+    from .methods import make_method, resolved_ratio
 
     named = options["named"]
     device = select_device(options["device"])
@@ -187,7 +188,7 @@ def plan(model: str, **options: Any) -> None:
     dtype = (
         reader.dtype if named and options["dtype"] == "auto" else select_dtype(options["dtype"], reader.dtype, device)
     )
-    sizes = (options["ratio"], options["samples"], options["sequence_length"])
+    sizes = (resolved_ratio(method, options["ratio"]), options["samples"], options["sequence_length"])
     result = estimate(reader, method, *sizes, device, dtype, options["device_memory"], named)
     Console(options["as_json"]).estimated(result)
 
@@ -233,6 +234,10 @@ def backends(as_json: bool) -> None:
 def methods(as_json: bool) -> None:
     """The pruning methods and their options."""
     Console(as_json).methods(METHODS)
+
+
+cli.add_command(benchmark)
+cli.add_command(tune)
 
 
 def main(arguments: list[str] | None = None) -> None:

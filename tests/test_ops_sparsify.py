@@ -160,6 +160,7 @@ def test_a_weight_with_strided_rows(device: str) -> None:
     [
         ((torch.zeros(3, 8), torch.eye(7), 2, 4), r"weight \[3, 8\] needs torch.float32 \[8, 8\]"),
         ((torch.zeros(3, 8).bfloat16(), torch.eye(8).bfloat16(), 2, 4), "use a float32 or float64 matrix"),
+        ((torch.zeros(8, 3).T, torch.eye(8), 2, 4), "neighbours in memory"),
         ((torch.zeros(3, 10), torch.eye(10), 2, 4), "10 columns are not a multiple of the group of 4"),
         ((torch.zeros(3, 8), torch.eye(8), 5, 4), "5 zeros of every 4"),
         ((torch.zeros(3, 8), torch.eye(8), 0, 0, 1.5), "the ratio is 1.5"),

@@ -17,7 +17,6 @@ if not INTERPRETED:
     @pytest.mark.parametrize("group", [0, 4, 8])
     def test_fits(group: int, target: int) -> None:
         from machine_code import compile_kernel
-
         from pyprune.triton_kernels import sparsify
 
         pointers = dict.fromkeys(("block", "factor", "errors", "losses"), "*fp32") | {"mask": "*u8"}

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..tuning import tuned_configuration
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -225,9 +227,17 @@ def divide_rows(rows: int, channels: int, multiprocessors: int, configuration: C
     return Chunks(count, tiles, longer, tail_rows)
 
 
-def configuration_for(capability: tuple[int, int], element_size: int) -> Configuration:
+def shipped_configuration(capability: tuple[int, int], element_size: int) -> Configuration:
     """The table's entry for a device of this compute capability and elements of 2 or 4 bytes."""
     return CONFIGURATIONS[90 if capability >= (9, 0) else 80, element_size]
+
+
+def configuration_for(
+    capability: tuple[int, int], element_size: int, device: torch.device | None = None
+) -> Configuration:
+    """What was tuned on this GPU (pyprune/tuning.py), else the table's entry. device: None is the current one."""
+    tuned = tuned_configuration("channel_moments", Configuration, capability, element_size, device)
+    return tuned or shipped_configuration(capability, element_size)
 
 
 def channel_moments_triton(

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..tuning import tuned_configuration
 from .channel_moments import configuration_for as moments_configuration
 from .channel_moments import divide_rows, tiles_of_chunk
 
@@ -337,13 +338,19 @@ def row_stride_of(x: torch.Tensor) -> int:
     return x.stride(0) if len(x) > 1 else x.shape[1]
 
 
-def configuration_for(capability: tuple[int, int], x: torch.Tensor) -> Configuration:
-    """The table's entry for x [rows, channels] on a device of this compute capability."""
-    if read_unit(x) == 1:
-        return ANY_WIDTH
-    if x.element_size() == 4:
+def shipped_configuration(capability: tuple[int, int], element_size: int) -> Configuration:
+    """The table's entry for rows on multiples of 16 bytes, elements of 2 or 4 bytes, on this compute capability."""
+    if element_size == 4:
         return FLOAT32
     return TMA if capability >= (9, 0) else POINTERS
+
+
+def configuration_for(capability: tuple[int, int], x: torch.Tensor) -> Configuration:
+    """For x [rows, channels]: what was tuned on its GPU (pyprune/tuning.py), else the table's entry."""
+    if read_unit(x) == 1:
+        return ANY_WIDTH
+    tuned = tuned_configuration("hessian", Configuration, capability, x.element_size(), x.device)
+    return tuned or shipped_configuration(capability, x.element_size())
 
 
 def flush_steps_for(steps: int, depth: int) -> int:

@@ -42,7 +42,7 @@ def walk_columns(
     error = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for j in range(columns):
         here = (column == j)[None, :]
-        if not MASKED:
+        if not MASKED:  # noqa: SIM102 (the one is known when it is compiled, the other is not)
             if j % GROUP == 0:
                 ratio = w / diagonal[None, :]
                 scores = ratio * ratio
@@ -69,7 +69,7 @@ def walk_columns(
 def walk_block(
     block: torch.Tensor, factor: torch.Tensor, mask: torch.Tensor | None, zeros: int, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As pyprune.ops.sparsify.walk_reference: block [rows, columns ≤ 128] and factor float32, unit stride in columns."""
+    """As pyprune.ops.sparsify.walk_reference; block [rows, columns ≤ 128], factor: float32, unit stride in columns."""
     rows, columns = block.shape
     errors = torch.empty(rows, columns, dtype=torch.float32, device=block.device)
     losses = torch.empty(rows, dtype=torch.float32, device=block.device)

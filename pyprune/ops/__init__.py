@@ -1,20 +1,30 @@
-"""Operators: one a file, with its schema, its reference in plain PyTorch and the launch of each backend."""
+"""Operators: one a file, with its schema, its reference in plain PyTorch and the launch of each backend.
+
+The names in __all__ are public and stay: README.md in this folder describes them, OPERATOR_VERSIONS says what of their
+behaviour may be relied on, and __init__.pyi has their types, which torch.library's wrapper hides.
+"""
+
+import functools
+
+from torch.library import CustomOpDef
 
 from .backends import describe, describe_installation
 from .eliminate import Elimination, eliminate, refit
 from .grouped_cholesky import grouped_cholesky_errors, grouped_cholesky_errors_reference
-from .hessian import Hessian, lower_gram
+from .hessian import Hessian, hessian_finish, hessian_update, lower_gram
 from .inverse_factor import InverseFactor, inverse_factor, spd_inverse_factor
 from .moments import ChannelMoments, channel_moments_update, channel_moments_update_reference
 from .rms_norm import rms_norm
 from .rotary import rotate_
 from .selection import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
 from .sparsify import sparsify_
-from .spd_inverse import DampedInverse, damped_inverse
+from .spd_inverse import DampedInverse, damped_inverse, spd_inverse
 from .split_tf32 import add_split_product
 from .swiglu import swiglu_
+from .versions import OPERATOR_VERSIONS
 
 __all__ = [
+    "OPERATOR_VERSIONS",
     "ChannelMoments",
     "DampedInverse",
     "Elimination",
@@ -29,6 +39,8 @@ __all__ = [
     "eliminate",
     "grouped_cholesky_errors",
     "grouped_cholesky_errors_reference",
+    "hessian_finish",
+    "hessian_update",
     "inverse_factor",
     "lower_gram",
     "refit",
@@ -38,6 +50,13 @@ __all__ = [
     "scatter_add_",
     "scatter_add_rms_norm_gather_",
     "sparsify_",
+    "spd_inverse",
     "spd_inverse_factor",
     "swiglu_",
 ]
+
+# help() and inspect.signature() of an operator show the function that it was made of.
+for _name in __all__:
+    _operator = globals()[_name]
+    if isinstance(_operator, CustomOpDef):
+        functools.update_wrapper(_operator, _operator._init_fn)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..tuning import describe_tables
 
 logger = logging.getLogger(__name__)
 
@@ -441,7 +442,10 @@ def describe() -> list[BackendRow]:
 
 
 def describe_installation() -> dict[str, str]:
-    """Versions and builds that the choice rests on: torch, CUDA, triton, the compiled core."""
+    """Versions and builds that the choice rests on: torch, CUDA, triton, the compiled core, tuned configurations.
+
+    InputError where PYPRUNE_TUNING names a table that is not for this machine.
+    """
     module, why_not = import_optional("triton")
     facts = {
         "torch": torch.__version__,
@@ -452,7 +456,7 @@ def describe_installation() -> dict[str, str]:
         facts["core"] = f"not installed ({import_optional('pyprune._core')[1]})"
     else:
         facts |= {f"core {key}": describe_value(value) for key, value in core_build_info().items()}
-    return facts
+    return facts | describe_tables()
 
 
 def describe_value(value: Any) -> str:

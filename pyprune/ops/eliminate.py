@@ -66,7 +66,7 @@ class Elimination:
         return channels_of(self.order, self.width).sort().values
 
     def kept_channels(self) -> Tensor:
-        """int64 [d − count·width], ascending."""
+        """int64 [d − count·width], ascending. The host waits for the device."""
         kept = torch.ones(len(self.factor), dtype=torch.bool, device=self.order.device)
         kept[channels_of(self.order, self.width)] = False
         return kept.nonzero().flatten()
@@ -87,7 +87,8 @@ def eliminate(
     False the factor is left out and nothing can be refitted. `tf32`: for single channels, from SPLIT_FROM on and where
     TF32 is fast, A and G are brought up in one TF32 product each, a third of the work: good enough for error curves
     (twelve trained layers of 1024 channels, operands truncated, up to 60 % removed: within 1.2e-4 of float32's).
-    Nothing waits for a GPU.
+    Nothing waits for a GPU, but for split updates (from SPLIT_FROM on, where TF32 is fast, without `tf32`), which copy
+    two tables to it first.
     Raises ValueError for arguments that do not fit each other or leave no unit, InputError as
     backends.choose_backend does.
     """
@@ -99,7 +100,8 @@ def refit(weight: Tensor, elimination: Elimination) -> Tensor:
     """The least-squares weights of the kept channels, [out, d] → [out, kept], kept channels in increasing order.
 
     W' = W₀ − (W₀_S L_S⁻ᵀ) Lᵀ on the kept channels, which equals W₀ H_:K H_KK⁻¹. weight: W₀, of the dtype and on the
-    device of the factor; it stays as it is. Raises ValueError if it does not fit the factor or none was kept.
+    device of the factor; it stays as it is. The host waits for the device, for which channels are kept.
+    Raises ValueError if the weight does not fit the factor or none was kept.
     """
     order, factor = elimination.order, elimination.factor
     if factor.shape[1] != len(order) * elimination.width:

@@ -172,6 +172,7 @@ def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
     x: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides.
     lower: float32 [channels, channels], contiguous, on x's device, changed in place; above the diagonal anything
     may be written. sums: float32 [channels], contiguous, changed in place, or None.
+    Has no gradients, and autograd does not say so: x must not need any.
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
     """
     check_tensors(x, lower, sums)

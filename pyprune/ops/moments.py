@@ -152,6 +152,7 @@ def channel_moments_update(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> N
     x: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides.
     count: rows already in the state, which must be zeros if it is 0; the caller adds x's rows afterwards.
     mean, m2: float32 [channels], contiguous, on x's device, changed in place.
+    Has no gradients, and autograd does not say so: x must not need any.
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
     """
     check_tensors(x, mean, m2)

@@ -25,7 +25,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm on the backend that pyprune.ops.backends chooses.
 
     x: [..., channels] bfloat16, float16, float32 (float64: reference only); weight: [channels], a floating type, on x's
-    device. Returns x's shape, contiguous, in the promoted type of both. Nothing waits for a GPU.
+    device. Returns x's shape, contiguous, in the promoted type of both. Has no gradients; `rms_norm_gather` has.
+    Nothing waits for a GPU.
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
     """
     check_tensors(x, weight)

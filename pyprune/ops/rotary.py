@@ -26,7 +26,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
     x: [batch, heads, tokens, head_dim] bfloat16, float16, float32 (float64: reference only), any strides that do not
     overlap, changed in place. cos, sin: [1 or batch, tokens, head_dim], of x's type and device. The halves of a head
-    are the two coordinates (Llama's order). Nothing waits for a GPU.
+    are the two coordinates (Llama's order). Has no gradients, and autograd does not say so: x must not need any.
+    Nothing waits for a GPU.
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
     """
     check_tensors(x, cos, sin)

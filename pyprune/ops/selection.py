@@ -110,8 +110,8 @@ def scatter_add_(residual: Tensor, update: Tensor, index: Tensor) -> None:
 
     residual: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides that do not overlap,
     changed in place (not contiguous: by the reference); update: [..., n] of its type and device, any strides, in memory
-    of its own; index: [n], see the file's head. Each channel is added to once, so that the result is deterministic. No
-    gradients. Nothing waits for a GPU.
+    of its own; index: [n], see the file's head. Each channel is added to once, so that the result is deterministic.
+    Has no gradients, and autograd does not say so: neither may need any. Nothing waits for a GPU.
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
     """
     check_update(residual, update, index)

@@ -80,6 +80,8 @@ def check_tensors(weight: Tensor, factor: Tensor, zeros: int, group: int, ratio:
             f"sparsify: factor is {factor.dtype} {list(factor.shape)} on {factor.device}; weight "
             f"{list(weight.shape)} needs {weight.dtype} {[channels, channels]} on {weight.device}"
         )
+    if channels > 1 and not (weight.stride(1) == factor.stride(1) == 1):
+        raise ValueError("sparsify: neighbouring columns of weight and factor must be neighbours in memory")
     if group == 0:
         if not 0 <= ratio <= 1:
             raise ValueError(f"sparsify: the ratio is {ratio}; it is a share of the weights, 0 to 1")

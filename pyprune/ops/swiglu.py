@@ -23,7 +23,7 @@ def swiglu_(gate: Tensor, up: Tensor) -> None:
     """gate ← silu(gate) · up on the backend that pyprune.ops.backends chooses.
 
     gate, up: of one shape, type and device, bfloat16, float16, float32 (float64: reference only), any strides; gate is
-    changed in place. Nothing waits for a GPU.
+    changed in place. Has no gradients, and autograd does not say so: neither may need any. Nothing waits for a GPU.
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
     """
     check_tensors(gate, up)

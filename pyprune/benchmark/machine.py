@@ -9,14 +9,17 @@ from pathlib import Path
 
 import torch
 
+from .. import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def describe_machine(device: torch.device) -> dict[str, str | int | None]:
     """Processor, GPU and driver, versions of what the figure depends on, commit and date."""
     facts: dict[str, str | int | None] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        # Where the sources were copied without their repository, whoever copied them can say which commit they are.
-        "commit": os.environ.get("PYPRUNE_COMMIT")
-        or output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "pyprune": __version__,
+        "commit": commit(),
         "cpu": processor_name(),
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -34,6 +37,18 @@ def describe_machine(device: torch.device) -> dict[str, str | int | None]:
             "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return facts
+
+
+def commit() -> str | None:
+    """Of the repository that this file belongs to; None where it was installed without one.
+
+    Where the sources were copied without their repository, PYPRUNE_COMMIT can say which commit they are.
+    """
+    if named := os.environ.get("PYPRUNE_COMMIT"):
+        return named
+    # An installed package may lie within some other project's repository.
+    top = output_of("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
+    return output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty") if top == str(ROOT) else None
 
 
 def processor_name() -> str:

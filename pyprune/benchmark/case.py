@@ -1,0 +1,134 @@
+"""What a row of the benchmark is made of. Nothing here knows an operator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import backends
+from .rates import Work
+from .timing import nothing
+
+OURS, PYTORCH, OTHER = "pyprune", "pytorch", "other"
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+Errors = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to solve a problem.
+
+    run() gives what the problem's `errors` judges, None where it computes something else. prepare() sets the state
+    that run changes; it is not timed. kind: OURS, PYTORCH or OTHER; source: of OTHER, whose way it is and where it
+    stands. compilable: torch.compile takes `run` as it is.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    prepare: Callable[[], object] = nothing
+    kind: str = PYTORCH
+    source: str = ""
+    compilable: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of a case on a device, and who competes on them.
+
+    own: our operator, on the backend that is chosen outside. errors: a result's errors against float64, by name.
+    yardstick: the rival whose errors set the limit; allowed: the largest errors of a correct result, from the
+    yardstick's.
+    """
+
+    own: Contestant
+    rivals: tuple[Contestant, ...]
+    errors: Callable[[Any], Errors]
+    yardstick: str
+    allowed: Callable[[Errors], Errors]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """statistics: rows of activations that statistics are taken of at a time; activations: tokens of a micro-batch."""
+
+    name: str
+    statistics: int
+    activations: int
+
+
+FULL, SMALL = Scale("full", 32768, 16384), Scale("small", 2048, 1024)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem of one size: a row. Tensors are made by `make` only.
+
+    where: the model and the place in it. table: the operator's name in the table of backends, None where it has one
+    implementation on every device; shape: what that table looks at.
+    """
+
+    operator: str
+    where: str
+    size: str
+    dtype: torch.dtype
+    work: Work
+    make: Callable[[torch.device], Problem]
+    table: str | None = None
+    shape: tuple[int, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.operator}/{self.where}/{self.size}/{DTYPE_NAMES[self.dtype]}"
+
+    @property
+    def measures(self) -> tuple[str, str, torch.dtype, Work]:
+        """Equal in cases that differ in the model's name alone."""
+        return self.operator, self.size, self.dtype, self.work
+
+    def backends(self, device: torch.device, wanted: tuple[str, ...] = ()) -> list[str]:
+        """The eligible ones among `wanted`; unless told, all but the reference, and that where there is no other.
+
+        An operator of one implementation has it under the name `pyprune`, whatever is wanted.
+        """
+        if self.table is None:
+            return [OURS]
+        eligible = backends.eligible_backends(self.table, backends.Problem(device, self.dtype, self.shape))
+        if wanted:
+            return [name for name in eligible if name in wanted]
+        return [name for name in eligible if name != "reference"] or ["reference"]
+
+
+@contextmanager
+def forced(backend: str | None) -> Iterator[None]:
+    """Operators run on this backend; None: on the one that is chosen for each, whatever PYPRUNE_BACKEND was."""
+    before = os.environ.pop(backends.ENVIRONMENT_VARIABLE, None)
+    if backend is not None:
+        os.environ[backends.ENVIRONMENT_VARIABLE] = backend
+    try:
+        yield
+    finally:
+        os.environ.pop(backends.ENVIRONMENT_VARIABLE, None)
+        if before is not None:
+            os.environ[backends.ENVIRONMENT_VARIABLE] = before
+
+
+def on_backends(own: Contestant, names: list[str]) -> list[Contestant]:
+    return [replace(own, name=name, kind=OURS) for name in names]
+
+
+def normal(device: torch.device, dtype: torch.dtype, *size: int, seed: int = 0) -> Tensor:
+    """Random normal numbers, the same ones on the same kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(*size, dtype=dtype, generator=generator, device=device)
+
+
+def relative_distance(found: Tensor, exact: Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖, Frobenius; exact is float64."""
+    return float(torch.linalg.vector_norm(found.double() - exact) / torch.linalg.vector_norm(exact))

@@ -1,0 +1,109 @@
+"""Channel moments: of a driver's inputs, against torch.var_mean and FLAP's running update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...ops import channel_moments_update
+from ..case import OTHER, Case, Contestant, Errors, Problem, Scale, normal
+from ..models import Model
+from ..rates import Work
+
+CHECKED_CHANNELS = 512  # float64 copies are made of so many channels at a time
+# An error may be twice torch.var_mean's in float32 and 9 roundings more: eight for the merges of chunks and state, one
+# of a mean that is as large as a deviation (x is centred).
+ROUNDINGS = 9 * 2.0**-24
+YARDSTICK = "var_mean(float32)"
+
+
+class Flap:
+    """One update of FLAP as its authors' code does it: step by step, with full-size float32 temporaries.
+
+    `old` is the same tensor as the new baseline there, so v grows by Σ (x − m_new)² / n (arXiv 2312.11983).
+    They work on x transposed; with `transposed` False the same steps run over x as it lies.
+    """
+
+    def __init__(self, x: Tensor, transposed: bool) -> None:
+        self.samples = 1
+        self.transposed = transposed
+        self.baseline = torch.zeros(x.shape[1], device=x.device)
+        self.fluctuation = torch.zeros_like(self.baseline)
+
+    def update(self, x: Tensor) -> None:
+        tokens = 1 if self.transposed else 0
+        values = x.float().t() if self.transposed else x.float()  # [C, T] or [T, C]
+        old = self.baseline
+        self.baseline *= self.samples / (self.samples + 1)
+        self.baseline += values.mean(tokens) / (self.samples + 1)
+        self.fluctuation *= (self.samples - 1) / self.samples
+        spread = (values - self.baseline.unsqueeze(tokens)) * (values - old.unsqueeze(tokens))
+        self.fluctuation += spread.sum(tokens) / (self.samples + 1)
+        self.samples += 1
+
+
+def largest_errors(x: Tensor, mean: Tensor, m2: Tensor) -> tuple[float, float]:
+    """max |Δmean| / max|x| and max |ΔM2| / M2 over the channels, against float64."""
+    mean_error = m2_error = 0.0
+    for first in range(0, x.shape[1], CHECKED_CHANNELS):
+        columns = slice(first, first + CHECKED_CHANNELS)
+        exact = x[:, columns].double()
+        exact_mean = exact.mean(0)
+        exact_m2 = (exact - exact_mean).square_().sum(0)
+        mean_error = max(mean_error, ((mean[columns] - exact_mean).abs().max() / exact.abs().max()).item())
+        m2_error = max(m2_error, ((m2[columns] - exact_m2).abs() / exact_m2).max().item())
+    return mean_error, m2_error
+
+
+def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(x, dim=0, correction=0)
+    return mean, variance * len(x)
+
+
+def problem(rows: int, channels: int, device: torch.device) -> Problem:
+    x = normal(device, torch.bfloat16, rows, channels)
+    state = torch.zeros(2, channels, device=device)
+
+    def own() -> tuple[Tensor, Tensor]:
+        mean, m2 = state
+        channel_moments_update(x, 0, mean, m2)
+        return mean, m2
+
+    def errors(result: tuple[Tensor, Tensor]) -> Errors:
+        return dict(zip(("mean", "M2"), largest_errors(x, *result), strict=True))
+
+    return Problem(
+        Contestant("own", own, state.zero_),
+        (
+            Contestant(YARDSTICK, lambda: var_mean(x.float()), compilable=True),
+            Contestant("var_mean(bfloat16), which rounds its result", lambda: var_mean(x)),
+            *(
+                # What it keeps is another quantity, so that its error would say nothing.
+                Contestant(name, partial(Flap(x, way).update, x), kind=OTHER, source="FLAP, arXiv 2312.11983")
+                for name, way in (("running update of x transposed", True), ("running update of x", False))
+            ),
+        ),
+        errors,
+        YARDSTICK,
+        lambda plain: {name: 2 * error + ROUNDINGS for name, error in plain.items()},
+    )
+
+
+def cases(model: Model, scale: Scale) -> Iterator[Case]:
+    rows = scale.statistics
+    for place, channels in model.drivers().items():
+        # Read once; two sums of a tile, a difference and a square. Mean and M2 are read and written.
+        work = Work(2 * rows * channels + 16 * channels, 4 * rows * channels)
+        yield Case(
+            "channel_moments",
+            f"{model.name}-{place}",
+            f"{rows}x{channels}",
+            torch.bfloat16,
+            work,
+            partial(problem, rows, channels),
+            "channel_moments",
+            (rows, channels),
+        )

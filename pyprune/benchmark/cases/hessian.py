@@ -1,0 +1,176 @@
+"""Hessian accumulation, H += XᵀX of a driver's inputs in bfloat16, and its completion to both triangles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...ops.hessian import hessian_finish, hessian_update
+from ...ops.precision import exact_float32
+from ..case import OTHER, Case, Contestant, Problem, Scale, normal
+from ..models import Model
+from ..rates import Work
+
+CHECKED_COLUMNS = 64  # at the start, in the middle and at the end
+FLOAT64_COLUMNS = 4096  # float64 copies are made of so many channels at a time
+CHECKED_ROWS = 2048  # of a completed matrix that are compared at a time
+
+# What a result may be off by beside twice the error of float32, relative to ‖x_i‖·‖x_j‖: tensor cores cut off
+# 3.3e-9 a row on the average, up to twice that, until the accumulator is flushed, after at most 3072 rows in CUDA,
+# 1536 in Triton; the rest is rounding of the state.
+TRUNCATION, MOST_FLUSH_ROWS, ROUNDINGS = 6e-9, 3072, 2.0**-22
+
+# (x, H) -> None: one update
+Update = Callable[[Tensor, Tensor], None]
+
+
+def update_mm(x: Tensor, h: Tensor) -> None:
+    h += torch.mm(x.t(), x, out_dtype=torch.float32)
+
+
+def update_addmm(x: Tensor, h: Tensor) -> None:
+    torch.addmm(h, x.t(), x, out_dtype=torch.float32, out=h)
+
+
+def update_mm_in_chunks(x: Tensor, h: Tensor) -> None:
+    for chunk in x.split(8192):
+        h += torch.mm(chunk.t(), chunk, out_dtype=torch.float32)
+
+
+def update_float32_addmm(x: Tensor, h: Tensor) -> None:
+    values = x.float()
+    h.addmm_(values.t(), values)
+
+
+def update_float32(x: Tensor, h: Tensor) -> None:
+    values = x.float()
+    h += values.t() @ values
+
+
+# Products in bfloat16, sums in float32.
+HALF_WAYS: dict[str, Update] = {
+    "h += mm(out_dtype=float32)": update_mm,
+    "addmm(h, out_dtype=float32, out=h)": update_addmm,
+    "h += mm(out_dtype=float32), 8192 rows at a time": update_mm_in_chunks,
+}
+YARDSTICK = "h += x.float().T @ x.float()"
+
+
+def update_ours(x: Tensor, h: Tensor) -> None:
+    hessian_update(x, h, None)
+
+
+def largest_error(x: Tensor, h: Tensor) -> float:
+    """max |h_ij − (xᵀx)_ij| / (‖x_i‖·‖x_j‖) on and below the diagonal of three blocks of columns, against float64."""
+    channels = x.shape[1]
+    norms = torch.cat([part.double().square().sum(0) for part in x.split(FLOAT64_COLUMNS, dim=1)]).sqrt()
+    error = 0.0
+    for first in {0, channels // 2, max(0, channels - CHECKED_COLUMNS)}:
+        columns = slice(first, first + CHECKED_COLUMNS)
+        right = x[:, columns].double()
+        for top in range(first, channels, FLOAT64_COLUMNS):
+            rows = slice(top, top + FLOAT64_COLUMNS)
+            exact = x[:, rows].double().t() @ right
+            relative = (h[rows, columns].double() - exact).abs() / torch.outer(norms[rows], norms[columns])
+            error = max(error, relative.tril(top - first).max().item())
+    return error
+
+
+def largest_allowed(float32_error: float, rows: int) -> float:
+    return 2 * float32_error + TRUNCATION * min(rows, MOST_FLUSH_ROWS) + ROUNDINGS
+
+
+def problem(rows: int, channels: int, device: torch.device) -> Problem:
+    x = normal(device, torch.bfloat16, rows, channels)
+    h = torch.zeros(channels, channels, device=device)
+
+    def updated_by(update: Update) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with exact_float32():
+                update(x, h)
+            return h
+
+        return run
+
+    def own() -> Tensor:
+        update_ours(x, h)
+        return h
+
+    return Problem(
+        Contestant("own", own, h.zero_),
+        (
+            Contestant(
+                YARDSTICK,
+                updated_by(update_float32),
+                h.zero_,
+                OTHER,
+                "GPTQ, SparseGPT and SlimGPT accumulate so, arXiv 2210.17323, 2301.00774, 2412.18110",
+            ),
+            *(Contestant(name, updated_by(update), h.zero_) for name, update in HALF_WAYS.items()),
+            Contestant("h.addmm_(x.float().T, x.float())", updated_by(update_float32_addmm), h.zero_),
+        ),
+        lambda result: {"H": largest_error(x, result)},
+        YARDSTICK,
+        lambda plain: {"H": largest_allowed(plain["H"], rows)},
+    )
+
+
+def half_diagonal(lower: Tensor) -> Tensor:
+    h = lower + lower.T
+    h.diagonal().mul_(0.5)
+    return h
+
+
+def largest_difference(h: Tensor, lower: Tensor) -> float:
+    """max |h_ij − l_ij| on both sides of the diagonal, l the lower triangle as it was."""
+    difference = 0.0
+    for first in range(0, len(h), CHECKED_ROWS):
+        below, last = lower[first : first + CHECKED_ROWS], first + CHECKED_ROWS
+        for found in (h[first:last], h[:, first:last].T):
+            difference = max(difference, (found - below).tril_(first).abs_().max().item())
+    return difference
+
+
+def finish_problem(channels: int, device: torch.device) -> Problem:
+    lower = normal(device, torch.float32, channels, channels)
+    h = torch.empty_like(lower)
+
+    def start() -> Tensor:
+        return h.copy_(lower)
+
+    def own() -> Tensor:
+        hessian_finish(h, None, 1)
+        return h
+
+    return Problem(
+        Contestant("own", own, start),
+        (
+            Contestant("h.tril() + h.tril(-1).T", lambda: h.tril() + h.tril(-1).T, start),
+            Contestant("h.tril_() + h.T, half the diagonal", lambda: half_diagonal(h.tril_()), start),
+            Contestant("h.tril_().add_(h.tril(-1).T)", lambda: h.tril_().add_(h.tril(-1).T), start),
+        ),
+        lambda result: {"H": largest_difference(result, lower)},
+        "h.tril() + h.tril(-1).T",
+        lambda plain: {"H": 0.0},  # elements move
+    )
+
+
+def cases(model: Model, scale: Scale) -> Iterator[Case]:
+    rows = scale.statistics
+    for place, channels in model.drivers().items():
+        triangle = channels * (channels + 1) // 2
+        work = Work(2 * rows * channels + 8 * triangle, 2 * rows * triangle, "bfloat16")
+        where = f"{model.name}-{place}"
+        make = partial(problem, rows, channels)
+        size = (rows, channels)
+        yield Case("hessian", where, f"{rows}x{channels}", torch.bfloat16, work, make, "hessian", size)
+
+
+def finish_cases(model: Model, scale: Scale) -> Iterator[Case]:
+    for place, channels in model.drivers().items():
+        work = Work(4 * channels * channels, 0)  # one triangle is read, the other written
+        make = partial(finish_problem, channels)
+        yield Case("hessian_finish", f"{model.name}-{place}", f"{channels}x{channels}", torch.float32, work, make)

@@ -1,0 +1,146 @@
+"""The inverse of a damped Hessian, and the factor of the inverse that column-by-column methods walk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...ops import spd_inverse_factor
+from ...ops.precision import exact_float32
+from ...ops.spd_inverse import spd_inverse
+from ..case import OTHER, Case, Contestant, Errors, Problem, Scale, normal
+from ..models import Model
+from ..rates import Work
+
+PROBES = 16  # random vectors
+PROBE_ROWS = 2048  # rows of a matrix that are converted to float64 at a time
+# Beside twice the library's error: 4 times float32's unit, for matrices where the library's own error is a rounding.
+ROUNDINGS = 2.0**-22
+
+
+def damped_hessian(channels: int, device: torch.device) -> Tensor:
+    """XᵀX of 2·channels correlated tokens, damped by 1 %; made in pieces, since X is larger than the result."""
+    generator = torch.Generator(device).manual_seed(0)
+    scale = 10 ** torch.rand(channels, device=device, generator=generator)
+    common = torch.randn(64, channels, device=device, generator=generator)
+    h = torch.zeros(channels, channels, device=device)
+    for _ in range(8):
+        rows = channels // 4
+        x = torch.randn(rows, channels, device=device, generator=generator)
+        x += torch.randn(rows, 64, device=device, generator=generator) @ common / 8
+        x *= scale
+        h.addmm_(x.T, x)
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    for first in range(0, channels, PROBE_ROWS):  # symmetric to the bit
+        rows_of = slice(first, first + PROBE_ROWS)
+        h[rows_of, first:] = h[first:, rows_of].mT.clone()
+    return h
+
+
+def product(a: Tensor, v: Tensor) -> Tensor:
+    """A V in float64, some rows at a time."""
+    return torch.cat([rows.double() @ v for rows in a.split(PROBE_ROWS)])
+
+
+def probe(channels: int, device: torch.device) -> Tensor:
+    return normal(device, torch.float64, channels, PROBES, seed=1)
+
+
+def error_on(name: str, v: Tensor, exact: Tensor) -> Callable[[Tensor], Errors]:
+    """‖(A − exact) V‖ / ‖exact V‖, which estimates the relative Frobenius error; exact: its image of V."""
+    return lambda a: {name: ((product(a, v) - exact).norm() / exact.norm()).item()}
+
+
+def twice(plain: Errors) -> Errors:
+    return {name: 2 * error + ROUNDINGS for name, error in plain.items()}
+
+
+def exactly(run: Callable[[Tensor], Tensor], h: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with exact_float32():
+            return run(h)
+
+    return call
+
+
+def by_cholesky_inverse(h: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(h))
+
+
+def by_cholesky_solve(h: Tensor) -> Tensor:
+    return torch.cholesky_solve(torch.eye(len(h), device=h.device), torch.linalg.cholesky(h))
+
+
+def inverse_problem(channels: int, device: torch.device) -> Problem:
+    h = damped_hessian(channels, device)
+    v = probe(channels, device)
+    exact = torch.cholesky_solve(v, torch.linalg.cholesky(h.double()))
+    yardstick = "cholesky, cholesky_inverse"
+    return Problem(
+        Contestant("own", lambda: spd_inverse(h, 0.0)[0]),
+        (
+            Contestant(
+                yardstick, exactly(by_cholesky_inverse, h), kind=OTHER, source="GPTQ and SlimGPT, arXiv 2412.18110"
+            ),
+            Contestant("cholesky, cholesky_solve of the identity", exactly(by_cholesky_solve, h)),
+            Contestant("linalg.inv", exactly(torch.linalg.inv, h)),
+        ),
+        error_on("A", v, exact),
+        yardstick,
+        twice,
+    )
+
+
+def by_three_factorisations(h: Tensor) -> Tensor:
+    return torch.linalg.cholesky(by_cholesky_inverse(h), upper=True)
+
+
+def by_reversal(h: Tensor) -> Tensor:
+    factor = torch.linalg.cholesky(h.flip(0, 1))
+    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1)
+
+
+def factor_problem(channels: int, device: torch.device) -> Problem:
+    h = damped_hessian(channels, device)
+    v = probe(channels, device)
+    reversed_factor = torch.linalg.cholesky(h.double().flip(0, 1))
+    exact = torch.linalg.solve_triangular(reversed_factor, v.flip(0), upper=False).flip(0)
+    yardstick = "cholesky, cholesky_inverse, cholesky(upper)"
+    return Problem(
+        Contestant("own", lambda: spd_inverse_factor(h, 0.0)[0]),
+        (
+            Contestant(
+                yardstick,
+                exactly(by_three_factorisations, h),
+                kind=OTHER,
+                source="GPTQ and SparseGPT, arXiv 2210.17323, 2301.00774",
+            ),
+            Contestant("cholesky and solve_triangular, reversed", exactly(by_reversal, h)),
+        ),
+        error_on("U", v, exact),
+        yardstick,
+        twice,
+    )
+
+
+def cases_of(
+    operator: str, model: Model, work: Callable[[int], Work], problem: Callable[..., Problem]
+) -> Iterator[Case]:
+    for place, channels in model.drivers().items():
+        size = f"{channels}x{channels}"
+        make = partial(problem, channels)
+        yield Case(operator, f"{model.name}-{place}", size, torch.float32, work(channels), make)
+
+
+def cases(model: Model, scale: Scale) -> Iterator[Case]:
+    """d³/3 for the factorisation, ⅔ d³ for the inverse from it; a triangle is read, the whole is written."""
+    return cases_of("spd_inverse", model, lambda d: Work(6 * d * d, d**3), inverse_problem)
+
+
+def factor_cases(model: Model, scale: Scale) -> Iterator[Case]:
+    """d³/3 for the factorisation, d³/3 for its triangular inverse; of both matrices a triangle."""
+    return cases_of("spd_inverse_factor", model, lambda d: Work(4 * d * d, 2 * d**3 // 3), factor_problem)

@@ -1,0 +1,194 @@
+"""Selections of the residual stream, half of its channels at random: gather in the norm, scatter-add, both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...ops import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
+from ...ops.selection import (
+    rms_norm_gather_reference,
+    scatter_add_reference,
+    scatter_add_rms_norm_gather_reference,
+)
+from ..case import OTHER, Case, Contestant, Problem, Scale, normal
+from ..models import Model
+from ..rates import Work
+from .layer_steps import EPS, STEPS, against, as_the_steps
+
+SOURCE = "transformers, LlamaRMSNorm, beside index_add_ and index_select as DISP-LLM has them, arXiv 2410.11988"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual stream [tokens, hidden], what is added to `added` of its channels, and what is read: `read`."""
+
+    stored: Tensor
+    update: Tensor
+    weight: Tensor
+    added: Tensor
+    read: Tensor
+
+    @classmethod
+    def random(cls, tokens: int, hidden: int, device: torch.device) -> Stream:
+        count, generator = hidden // 2, torch.Generator().manual_seed(0)
+        added, read = (torch.randperm(hidden, generator=generator)[:count].sort().values for _ in range(2))
+        return cls(
+            normal(device, torch.bfloat16, tokens, hidden),
+            normal(device, torch.bfloat16, tokens, count, seed=1),
+            normal(device, torch.bfloat16, hidden, seed=2),
+            added.to(device),
+            read.to(device),
+        )
+
+    def inverse_index(self) -> Tensor:
+        """[hidden], a channel's place in the update, or -1."""
+        inverse = torch.full((self.stored.shape[1],), -1, device=self.added.device)
+        inverse[self.added] = torch.arange(len(self.added), device=self.added.device)
+        return inverse
+
+
+def norm_then_select(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], weight, EPS).index_select(-1, index)
+
+
+def add_by_inverse(residual: Tensor, update: Tensor, inverse: Tensor) -> Tensor:
+    """index_add_ needs atomic additions; an index the other way round does not."""
+    residual += torch.where(inverse >= 0, update.index_select(-1, inverse.clamp(min=0)), 0)
+    return residual
+
+
+def gather_problem(tokens: int, hidden: int, device: torch.device) -> Problem:
+    stream = Stream.random(tokens, hidden, device)
+    x, weight, read = stream.stored, stream.weight, stream.read
+    exact = rms_norm_gather_reference(x.double(), weight.double(), EPS, read)
+    return Problem(
+        Contestant("own", lambda: rms_norm_gather(x, weight, EPS, read)),
+        (
+            Contestant(
+                STEPS,
+                lambda: rms_norm_gather_reference(x, weight, EPS, read),
+                kind=OTHER,
+                source=SOURCE,
+                compilable=True,
+            ),
+            Contestant("functional.rms_norm, index_select", lambda: norm_then_select(x, weight, read), compilable=True),
+        ),
+        partial(against, exact),
+        STEPS,
+        as_the_steps,
+    )
+
+
+def scatter_problem(tokens: int, hidden: int, device: torch.device) -> Problem:
+    stream = Stream.random(tokens, hidden, device)
+    update, added, inverse = stream.update, stream.added, stream.inverse_index()
+    residual = stream.stored.clone()
+    exact = stream.stored.double()
+    scatter_add_reference(exact, update.double(), added)
+
+    def start() -> Tensor:
+        return residual.copy_(stream.stored)
+
+    def in_place(add: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            add(residual, update, added)
+            return residual
+
+        return run
+
+    def assigned() -> Tensor:
+        residual[:, added] += update
+        return residual
+
+    return Problem(
+        Contestant("own", in_place(scatter_add_), start),
+        (
+            Contestant(STEPS, in_place(scatter_add_reference), start, OTHER, SOURCE, compilable=True),
+            Contestant("residual[:, index] += update", assigned, start),
+            Contestant(
+                "gathered by the inverse index",
+                lambda: add_by_inverse(residual, update, inverse),
+                start,
+                compilable=True,
+            ),
+        ),
+        partial(against, exact),
+        STEPS,
+        as_the_steps,
+    )
+
+
+def whole_problem(tokens: int, hidden: int, device: torch.device) -> Problem:
+    stream = Stream.random(tokens, hidden, device)
+    update, weight, added, read = stream.update, stream.weight, stream.added, stream.read
+    inverse, residual = stream.inverse_index(), stream.stored.clone()
+    exact = scatter_add_rms_norm_gather_reference(
+        stream.stored.double(), update.double(), added, weight.double(), EPS, read
+    )
+
+    def start() -> Tensor:
+        return residual.copy_(stream.stored)
+
+    def three_passes() -> Tensor:
+        residual.index_add_(-1, added, update)
+        return norm_then_select(residual, weight, read)
+
+    def by_inverse() -> Tensor:
+        return norm_then_select(add_by_inverse(residual, update, inverse), weight, read)
+
+    arguments = (residual, update, added, weight, EPS, read)
+    return Problem(
+        Contestant("own", lambda: scatter_add_rms_norm_gather_(*arguments), start),
+        (
+            Contestant(
+                STEPS, lambda: scatter_add_rms_norm_gather_reference(*arguments), start, OTHER, SOURCE, compilable=True
+            ),
+            Contestant("index_add_, functional.rms_norm, index_select", three_passes, start, compilable=True),
+            Contestant("gathered by the inverse index, functional.rms_norm", by_inverse, start, compilable=True),
+        ),
+        partial(against, exact),
+        STEPS,
+        as_the_steps,
+    )
+
+
+def cases_of(
+    operator: str, model: Model, scale: Scale, work: Callable[[int, int], Work], problem: Callable[..., Problem]
+) -> Iterator[Case]:
+    """work: of (elements of the stream, half of them)."""
+    tokens, hidden = scale.activations, model.hidden
+    elements = tokens * hidden
+    size = f"{tokens}x{hidden // 2}of{hidden}"
+    make = partial(problem, tokens, hidden)
+    table_shape = (tokens, hidden)
+    moved = work(elements, elements // 2)
+    yield Case(operator, model.name, size, torch.bfloat16, moved, make, operator, table_shape)
+
+
+def gather_cases(model: Model, scale: Scale) -> Iterator[Case]:
+    """The stream is read; of the selected half a factor and a weight, and it is written."""
+    return cases_of(
+        "rms_norm_gather", model, scale, lambda n, half: Work(2 * n + 2 * half, 2 * n + 2 * half), gather_problem
+    )
+
+
+def scatter_cases(model: Model, scale: Scale) -> Iterator[Case]:
+    """Half of the stream is read and written, the update is read."""
+    return cases_of("scatter_add", model, scale, lambda n, half: Work(6 * half, half), scatter_problem)
+
+
+def whole_cases(model: Model, scale: Scale) -> Iterator[Case]:
+    """The stream and the update are read; half of the stream and the result are written."""
+    return cases_of(
+        "scatter_add_rms_norm_gather",
+        model,
+        scale,
+        lambda n, half: Work(2 * n + 6 * half, 2 * n + 3 * half),
+        whole_problem,
+    )
