@@ -269,7 +269,7 @@ def _run(arguments: list[str] | None) -> None:
     except OSError as error:
         _fail(f"{error.filename or 'operating system'}: {error.strerror or error}", 1)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; --resume goes on where a pruning stopped", 1)
+        _fail("interrupted; --resume goes on where a pruning or a benchmark stopped", 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -20,6 +20,7 @@ from .methods import LearnedMethod, Method, make_method, resolved_ratio
 from .ops import backends
 from .options import Progress, PruneOptions
 from .plan import FORMAT
+from .tuning import operator_fingerprint
 from .windows import SELF, calibration_windows, evaluation_windows, load_windows, save_windows
 
 # Operators that read activations, in the compute type; the others work on float32 statistics.
@@ -138,6 +139,9 @@ class Job:
             sample = torch.empty(1, 8, dtype=dtype, device=self.device)
             shape = None if operator in ACTIVATION_OPERATORS else (1, 1)
             chosen[operator] = backends.choose_backend(operator, sample, shape)
+            tuned = operator_fingerprint(operator, self.device) if chosen[operator] == "triton" else None
+            if tuned is not None:  # another configuration sums in another order
+                chosen[operator] += f", tuned {tuned}"
         return chosen
 
     def _windows(self) -> Tensor:

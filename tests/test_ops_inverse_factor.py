@@ -24,7 +24,7 @@ SMALL_BLOCKING = Blocking(16, 32, look_ahead=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Small matrices on either path: a sweep in blocks of 16 columns, on a GPU with look-ahead."""
     if request.param == "sweep":
-        monkeypatch.setattr(sweep, "SWEPT_FROM", dict.fromkeys(("cpu", "cuda"), 1))
+        monkeypatch.setattr(sweep, "FACTOR_SWEPT_FROM", dict.fromkeys(("cpu", "cuda"), 1))
         monkeypatch.setattr(sweep, "BLOCKING", dict.fromkeys(("cpu", "cuda"), SMALL_BLOCKING))
     return request.param
 
@@ -77,7 +77,7 @@ def test_matches_float64(channels: int, family: str, device: str) -> None:
 def test_matches_float64_in_the_shipped_blocks(
     channels: int, family: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "SWEPT_FROM", dict.fromkeys(("cpu", "cuda"), 1))
+    monkeypatch.setattr(sweep, "FACTOR_SWEPT_FROM", dict.fromkeys(("cpu", "cuda"), 1))
     assert BLOCKING[device].swept < channels
     h = FAMILIES[family](channels).to(device)
     assert_as_good_as_the_chain(h, 0.01 * h.diagonal().double().mean().item(), inverse_factor(h, 0.01).factor)

@@ -34,13 +34,13 @@ def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
     typed = [words for words in commands() if words[0] == "pyprune"]
-    assert {words[1] for words in typed} == {"prune", "evaluate", "export", "plan", "methods", "backends"}
+    assert {words[1] for words in typed} == {"prune", "evaluate", "export", "plan", "methods", "backends", "benchmark"}
     for words in typed:
         outcome = run(capsys, *words[1:])
         assert outcome.status == 0, f"{shlex.join(words)}: {outcome.err}"
-    (code,) = blocks("python")
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
+    for code in blocks("python"):
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
 
 
 def test_benchmarks_explain_themselves() -> None:

@@ -20,6 +20,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                      "intermediate_size": 14336, "vocab_size": 128256},
     "llama-3.3-70b": {"family": "llama", "hidden_size": 8192, "layers": 80, "heads": 64, "kv_heads": 8,
                       "intermediate_size": 28672, "vocab_size": 128256},
+    "smollm2-135m": {"family": "llama", "hidden_size": 576, "layers": 30, "heads": 9, "kv_heads": 3,
+                     "intermediate_size": 1536, "vocab_size": 49152, "tie": True},
     "mistral-7b": {"family": "mistral", "hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": 8,
                    "intermediate_size": 14336, "vocab_size": 32768},
     "qwen2.5-1.5b": {"family": "qwen2", "hidden_size": 1536, "layers": 28, "heads": 12, "kv_heads": 2,

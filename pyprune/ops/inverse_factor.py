@@ -66,7 +66,7 @@ def spd_inverse_factor(h: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """
     check_tensor(h)
     with exact_float32():
-        if not swept(h):
+        if not swept(h, factor=True):
             return spd_inverse_factor_reference(h, shift)
         a = shifted(h, shift)
         reverse_(a)

@@ -208,7 +208,7 @@ def launch_triton(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
     from ..triton_kernels.channel_moments import channel_moments_triton, configuration_for
 
     properties = torch.cuda.get_device_properties(rows.device)
-    configuration = configuration_for((properties.major, properties.minor), rows.element_size())
+    configuration = configuration_for((properties.major, properties.minor), rows.element_size(), rows.device)
     with torch.cuda.device(rows.device):
         channel_moments_triton(rows, count, mean, m2, configuration, properties.multi_processor_count)
 
