@@ -90,7 +90,8 @@ def test_quality(demo_model: Path, shared_dir: Path, tmp_path: Path) -> None:
     )
     assert output.exists(), finished.stderr
     report = json.loads(output.read_text())
-    (row,) = report["rows"]
-    assert row["calls"] == {"hessian_updates": 6 * 7 * 8, "inverse_factors": 6 * 7}
-    assert row["perplexity"]["theirs"] > report["dense"]
-    assert finished.returncode == 0, (row, finished.stderr)
+    assert [row["propagated"] for row in report["rows"]] == [False, True]
+    for row in report["rows"]:
+        assert row["calls"] == {"hessian_updates": 6 * 7 * 8, "inverse_factors": 6 * 7}
+        assert row["perplexity"]["theirs"] > report["dense"]
+    assert finished.returncode == 0, finished.stderr

@@ -12,6 +12,7 @@ from command_line import run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+SEMI_STRUCTURED = ("wanda", "sparsegpt", "dass")
 
 
 def blocks(language: str) -> list[str]:
@@ -55,13 +56,29 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def test_quality_table_is_the_committed_run() -> None:
-    rows = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["rows"]
-    table = {
+def perplexities() -> dict[str, list[float]]:
+    """Figures of the README's tables of two models with three figures each, by the row's name."""
+    return {
         cells[0]: [float(x) for cell in cells[1:] for x in cell.split(" / ")]
         for cells in ([c.strip() for c in line.strip("|").split("|")] for line in README.splitlines() if " / " in line)
         if len(cells) == 3 and re.fullmatch(r"[\d. /]+", cells[1])
     }
+
+
+def test_perplexities_with_zeros_are_the_committed_run() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "quality-semi-structured.json").read_text())["rows"]
+    for method in SEMI_STRUCTURED:
+        expected = [
+            mean([r["perplexity"] for r in rows if (r["model"], r["variant"]) == (model, f"{method} {pattern}")])
+            for model in ("llama-24m-mha", "llama-23m-gqa")
+            for pattern in ("2:4", "4:8", "unstructured")
+        ]
+        assert perplexities()[method] == [float(f"{x:.1f}") for x in expected]
+
+
+def test_quality_table_is_the_committed_run() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["rows"]
+    table = {name: figures for name, figures in perplexities().items() if name not in SEMI_STRUCTURED}
     assert {"magnitude", "wanda-sp", "flap", "slimgpt", "obs"} <= set(table)
     for variant, figures in table.items():
         expected = [

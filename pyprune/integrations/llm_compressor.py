@@ -10,7 +10,8 @@ What is replaced, each where the modifiers look it up, and nothing else of their
 - the three factorisations inside SparseGPT's `sparsify_weight`, which runs with another `torch` among its globals
   (factor_chain.py); dead columns, damping and the fallback to the identity remain its own.
 
-Reductions between processes go over the open sums: they are linear, and the upper triangle is filled afterwards.
+Reductions between processes go over the open sums: they are linear, and the upper triangle is filled afterwards. So
+every process of a distributed run has to be in a block, or none.
 Layers that are no torch.nn.Linear are left to the tool.
 """
 
