@@ -41,10 +41,11 @@ from pyprune.device import resident_peak, select_device, select_dtype, tune_allo
 from pyprune.estimate import estimate
 from pyprune.methods import make_method
 from pyprune.options import PruneOptions
+from pyprune.report_sparse import is_sparse
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "models" / "llama-6m-gqa"
 SHARD_LAYERS = 8  # layers a file: published checkpoints have files of a few gigabytes
-METHODS = ("flap", "obs", "slimgpt", "wanda-sp")
+METHODS = ("flap", "obs", "slimgpt", "wanda-sp", "wanda", "sparsegpt", "dass")
 
 
 @dataclass
@@ -198,7 +199,9 @@ def floor(
 
 
 def kept_counts(plan: dict[str, Any]) -> list[list[int]]:
-    """KV groups and FFN channels that each layer keeps."""
+    """KV groups and FFN channels that each layer keeps; nothing of a model whose shapes stay."""
+    if is_sparse(plan):
+        return []
     return [[len(layer["kv_groups"]), len(layer["intermediate_channels"])] for layer in plan["layers"]]
 
 

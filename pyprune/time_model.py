@@ -24,7 +24,7 @@ ATTENTION_SHARE = 0.5
 # Steps of a masked model in PyTorch (7B, 2048 tokens, H100): forward and back, and forwards alone.
 TRAINING_SHARE = {True: 0.32, False: 0.57}
 PIVOT_SECONDS = 8e-6  # one channel's removal within a panel
-WALK_SECONDS = 2e-6  # a column of SparseGPT's walk, with its share of what surrounds a block
+WALK_SECONDS = 4e-6  # a column of SparseGPT's walk, with its share of what surrounds a block
 GROUP_SECONDS = 1.5e-3  # one KV group's, a dozen products one after the other
 PROBE_SECONDS = 0.3
 
@@ -117,6 +117,7 @@ def sparsifying_seconds(sizes: Sizes, tokens: int, rates: Rates) -> float:
     outputs = (sizes.width(ATTENTION) + keys, shape.hidden_size, 2 * shape.intermediate_channels, shape.hidden_size)
     for d, out in zip(shape.input_widths, outputs, strict=True):
         seconds += out * d * d / (SPLIT_SHARE * rates.matmul)  # what the columns behind hear of each block
+        seconds += 2 * out * d * d / rates.float32  # the energy that losses are shares of
         seconds += tokens * d * d / (HESSIAN_SHARE * rates.matmul)
         seconds += 2 / 3 * d**3 / (INVERSE_SHARE * rates.matmul * d / (d + 6000)) + d * WALK_SECONDS
     return seconds
