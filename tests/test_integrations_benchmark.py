@@ -61,8 +61,7 @@ def test_no_speed_of_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["failures"] == [f"{name}, ours: the hessian is 1.0e-03 off" for name in ("q_proj", "down_proj")]
 
 
-@pytest.mark.slow
-@pytest.mark.shared
+@pytest.mark.slow  # and not shared: it may be skipped where the texts are, for want of llm-compressor
 def test_quality(demo_model: Path, shared_dir: Path, tmp_path: Path) -> None:
     python = python_with("llmcompressor", "PYPRUNE_LLM_COMPRESSOR")
     output = tmp_path / "quality.json"
