@@ -76,6 +76,8 @@ def test_quality(demo_model: Path, shared_dir: Path, tmp_path: Path) -> None:
         "10",
         "--window-length",
         "256",
+        "--propagated",
+        "--reversed",
     ]
     data = shared_dir / "data"
     texts = ["--calibration", data / "wikitext2-valid.txt", "--text", data / "wikitext2-test.txt"]
