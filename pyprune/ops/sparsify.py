@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .moments import as_rows
 from .precision import exact_float32
 from .split_tf32 import add_split_product
 
@@ -80,8 +81,6 @@ def check_tensors(weight: Tensor, factor: Tensor, zeros: int, group: int, ratio:
             f"sparsify: factor is {factor.dtype} {list(factor.shape)} on {factor.device}; weight "
             f"{list(weight.shape)} needs {weight.dtype} {[channels, channels]} on {weight.device}"
         )
-    if channels > 1 and not (weight.stride(1) == factor.stride(1) == 1):
-        raise ValueError("sparsify: neighbouring columns of weight and factor must be neighbours in memory")
     if group == 0:
         if not 0 <= ratio <= 1:
             raise ValueError(f"sparsify: the ratio is {ratio}; it is a share of the weights, 0 to 1")
@@ -103,7 +102,7 @@ def sparsify_(
 ) -> Tensor:
     """Set weights to zero in place and let the columns behind make up for them. Returns the losses, [out].
 
-    weight: W [out, in] float32 or float64, unit stride in columns. factor: U [in, in] of its type, upper triangular,
+    weight: W [out, in] float32 or float64, any strides. factor: U [in, in] of its type, upper triangular,
     Uᵀ U the inverse of the damped Hessian (`inverse_factor`). Column by column, what goes has the error
     e = w_j / U_jj, w_j becomes 0, and w_k -= e U_jk for k ≥ j; the loss of a row is Σ e², in the units of the Hessian.
 
@@ -117,8 +116,12 @@ def sparsify_(
     if weight.numel() == 0:
         return weight.new_zeros(len(weight))
     walk = WALKS[backends.choose_backend(OPERATOR, weight, (len(weight), block_columns(group)))]
+    rows = weight if weight.stride(1) == 1 else weight.contiguous()  # the kernel reads along rows
     with exact_float32():
-        return walk_blocks(weight, factor, zeros, group, ratio, parts, walk)
+        losses = walk_blocks(rows, as_rows(factor), zeros, group, ratio, parts, walk)
+    if rows is not weight:
+        weight.copy_(rows)
+    return losses
 
 
 @sparsify_.register_fake
