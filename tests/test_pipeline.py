@@ -209,7 +209,8 @@ def test_evaluate_and_plan_and_lists(demo_model: Path, tmp_path: Path, capsys: p
     assert flap["passes"][0]["flops"] == 128 * 2048 * (2 * before + 6 * 2 * 256 * 2048)
 
     listed = run(capsys, "methods", "--json").json
-    assert listed.keys() == {"magnitude", "wanda-sp", "flap", "slimgpt", "obs", "disp", "policy"}
+    structured = {"magnitude", "wanda-sp", "flap", "slimgpt", "obs", "disp", "policy"}
+    assert listed.keys() == structured | {"wanda", "sparsegpt", "dass"}
     assert listed["flap"]["options"]["structure"] == "AL-AM"
     table = run(capsys, "backends", "--json").json
     assert {row["operator"] for row in table["operators"]} == set(backends.REQUIREMENTS)
