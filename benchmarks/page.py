@@ -201,7 +201,8 @@ def single_operators(results: Path) -> str:
 def script_of(stem: str) -> str:
     """The script that made a result: the one whose name begins the result's."""
     if stem.startswith("benchmark-"):
-        return f"`pyprune benchmark`; [page](results/{stem}.html), to be opened in a browser"
+        made = f"pyprune benchmark --page benchmarks/results/{stem}.json --output page.html"
+        return f"`pyprune benchmark`; its page: `{made}`"
     names = [path.stem for path in FOLDER.glob("*.py") if stem.startswith(path.stem.replace("_", "-"))]
     return f"[{(name := max(names, key=len))}.py]({name}.py)" if names else "–"
 

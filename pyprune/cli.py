@@ -9,14 +9,12 @@ import transformers
 
 from . import distributed
 from .benchmark.command import benchmark, tune
-from .command_options import MemorySize, device_options, method_options, options_given
+from .command_options import SETTINGS, MemorySize, device_options, method_options, names, options_given
 from .console import Console
 from .device import tune_allocators
 from .errors import InputError, VerificationError
 from .methods import METHODS
 from .time_model import KNOWN
-
-SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 
 
 @click.group(context_settings=SETTINGS)
@@ -160,10 +158,10 @@ def _evaluate_on_tasks(
 ) -> dict[str, Any]:
     from .task_evaluation import evaluate_tasks
 
-    names = [name.strip() for name in options["tasks"].split(",") if name.strip()]
+    tasks = names(options["tasks"])
     shared = {name: options[name] for name in ("include_path", "limit", "batch_size", "few_shot", "trust_remote_code")}
     models = {"task_evaluation": folder} | ({"reference_task_evaluation": reference} if reference else {})
-    return {key: evaluate_tasks(each, names, device=device, dtype=dtype, **shared) for key, each in models.items()}
+    return {key: evaluate_tasks(each, tasks, device=device, dtype=dtype, **shared) for key, each in models.items()}
 
 
 @cli.command(context_settings=SETTINGS)

@@ -12,6 +12,8 @@ from .methods import METHODS, flap, learned, obs
 from .methods.base import COMPENSATIONS
 from .pattern import UNSTRUCTURED
 
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+
 # option -> (type, help): each names the methods that have it, if not all have it, and its values. bool: a flag;
 # bool | None: one that can be denied, since its default follows from other options.
 METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
@@ -66,6 +68,11 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
     "warm_windows": (click.IntRange(1), "disp: calibration windows that the warm start looks at.  [default: 32]"),
     "start": (str, f"policy: whose scores it begins at: {', '.join(learned.STARTS)}.  [default: flap]"),
 }
+
+
+def names(text: str | None) -> list[str]:
+    """Those of an option such as NAME,NAME."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 class MemorySize(click.ParamType):

@@ -40,9 +40,12 @@ class Outcome(ABC):
     def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
         """config.json beside the shards, with what tensors its class needs besides them."""
 
-    @abstractmethod
     def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
-        """What the output's logits have to be those of: a checkpoint, and what to make of each of its layers."""
+        """What the output's logits have to be those of: a checkpoint, and what to make of each of its layers.
+
+        Unless said otherwise its own tensors, layer by layer.
+        """
+        return partial, None
 
 
 @dataclass
@@ -63,10 +66,6 @@ class UnitOutcome(Outcome):
 
     def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
         write_config_of(reader, writer, kept_shapes(reader.shapes, self.choice), biases)
-
-    def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
-        """The same tensors, layer by layer."""
-        return partial, None
 
 
 def write_config_of(
@@ -102,10 +101,6 @@ class SparseOutcome(Outcome):
 
     def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
         write_config_of(reader, writer, reader.shapes, biases)
-
-    def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
-        """The same tensors, layer by layer."""
-        return partial, None
 
 
 @dataclass

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 ATTENTION, FFN, PRUNE, DENSE, INK, WARNING = "#3565a8", "#1f8a70", "#c0682a", "#e3e6ea", "#3c4450", "#b3261e"
 _WIDTH = 10.0  # inches; the page scales the SVG to its own width
-_STYLE = {
+STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
     "font.size": 9,
@@ -34,7 +34,7 @@ _STYLE = {
 
 def kept_units(kept: Sequence[int], dense: int, unit: str, color: str) -> str:
     """Bars: units that each layer keeps, in front of the `dense` number of units."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _layer_axes(len(kept), height=2.3)
         layers = np.arange(len(kept))
         axes.bar(layers, [dense] * len(kept), width=0.8, color=DENSE, label=f"dense: {dense}")
@@ -44,14 +44,14 @@ def kept_units(kept: Sequence[int], dense: int, unit: str, color: str) -> str:
         axes.set_ylabel(unit)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         _legend(axes)
-        return _svg(figure, unit)
+        return svg_of(figure, unit)
 
 
 def scores(per_layer: Sequence[Sequence[float]], threshold: float | None, unit: str, color: str) -> str:
     """The distribution of the units' scores in each layer: range, quartiles and median, and the threshold."""
     finite = [np.asarray(values, dtype=float) for values in per_layer]
     finite = [values[np.isfinite(values)] for values in finite]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _layer_axes(len(per_layer), height=2.8)
         layers = np.array([layer for layer, values in enumerate(finite) if len(values)])
         if len(layers):
@@ -68,7 +68,7 @@ def scores(per_layer: Sequence[Sequence[float]], threshold: float | None, unit: 
             axes.axhline(threshold, color=WARNING, linewidth=1, linestyle="--", label=f"threshold: {threshold:.4g}")
         axes.set_ylabel(f"score of a\n{unit}")
         _legend(axes)
-        return _svg(figure, "scores " + unit)
+        return svg_of(figure, "scores " + unit)
 
 
 def _score_scale(axes: Axes, values: np.ndarray) -> None:
@@ -86,7 +86,7 @@ def _score_scale(axes: Axes, values: np.ndarray) -> None:
 def per_pass(values: Mapping[str, Sequence[float]], unit: str) -> str:
     """Bars side by side: one value per layer for each pass."""
     colors = {"survey": ATTENTION, "prune": PRUNE}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _layer_axes(max(len(heights) for heights in values.values()), height=2.3)
         width = 0.8 / len(values)
         for number, (name, heights) in enumerate(values.items()):
@@ -95,12 +95,12 @@ def per_pass(values: Mapping[str, Sequence[float]], unit: str) -> str:
         axes.set_ylabel(unit)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         _legend(axes)
-        return _svg(figure, unit)
+        return svg_of(figure, unit)
 
 
 def losses(by_linear: Mapping[str, Sequence[float]]) -> str:
     """Lines over the layers, one a linear: shares of its output's energy, logarithmic."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _layer_axes(max(len(values) for values in by_linear.values()), height=2.8)
         for name, values in by_linear.items():
             axes.plot(range(len(values)), values, marker="o", markersize=3, linewidth=1.2, label=name)
@@ -109,12 +109,12 @@ def losses(by_linear: Mapping[str, Sequence[float]]) -> str:
         axes.set_ylabel("share of the energy")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1.2)
         axes.set_position((0.085, 0.42 / 2.8, 0.8, 1 - 0.72 / 2.8))
-        return _svg(figure, "losses")
+        return svg_of(figure, "losses")
 
 
 def training(losses: Sequence[float], kept: Sequence[float]) -> str:
     """Lines over the steps: the loss, its average over the last twentieth of the steps, and the share kept."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _layer_axes(len(losses), height=2.6)
         steps, several = list(range(len(losses))), max(1, len(losses) // 20)
         sums = np.cumsum(np.insert(np.asarray(losses, dtype=float), 0, 0.0))
@@ -129,7 +129,7 @@ def training(losses: Sequence[float], kept: Sequence[float]) -> str:
         right.set_axis_off()
         axes.plot([], [], color=PRUNE, linewidth=1, label=f"kept (0 to 1): {kept[-1]:.3f} at the end")
         _legend(axes)
-        return _svg(figure, "training")
+        return svg_of(figure, "training")
 
 
 def _layer_axes(layers: int, height: float) -> tuple[Figure, Axes]:
@@ -148,7 +148,7 @@ def _legend(axes: Axes) -> None:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=4, borderaxespad=0, handlelength=1.2)
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg_of(figure: Figure, name: str) -> str:
     """The figure as an <svg> element, the same text for the same figure.
 
     The ids come from the salt; with one salt a figure, elements of two figures on one page share no id.

@@ -23,7 +23,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +33,7 @@ from typing import Any, TypeVar
 import torch
 
 from .errors import InputError
+from .files import stem_of, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,12 @@ def table_file(gpu: Gpu) -> Path:
     """Where the table of a GPU lies, whether there is one or not."""
     if setting() not in ("", OFF):
         return Path(setting()).expanduser()
-    cache_folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-    return Path(cache_folder) / "pyprune" / "tuning" / f"{name}.json"
+    return table_in(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), gpu.name)
+
+
+@cache  # every launch asks
+def table_in(cache_folder: str, gpu_name: str) -> Path:
+    return Path(cache_folder) / "pyprune" / "tuning" / f"{stem_of(gpu_name)}.json"
 
 
 def tuned_configuration(
@@ -241,12 +244,6 @@ def write_table(gpu: Gpu, entries: Iterable[Entry], date: str) -> Path:
         "pyprune": __version__,
         "entries": sorted(entries, key=lambda entry: (entry["operator"], entry["element_size"])),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(table, indent=1) + "\n")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(table, file)
     entries_in_use.cache_clear()
     return file

@@ -3,6 +3,12 @@
 import torch
 from torch import Tensor
 
+from pyprune.ops.sweep import Blocking
+
+FP32_UNIT = 2.0**-24
+# For small matrices: several blocks of few columns, on a GPU with look-ahead.
+SMALL_BLOCKING = Blocking(16, 32, look_ahead=True)
+
 
 def symmetric(h: Tensor) -> Tensor:
     return h.tril() + h.tril(-1).T

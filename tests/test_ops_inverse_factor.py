@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from spd_matrices import FAMILIES, hessian, relative_error, with_condition
+from forced_backend import each_device
+from spd_matrices import FAMILIES, FP32_UNIT, SMALL_BLOCKING, hessian, relative_error, with_condition
 from tf32 import as_tensor_cores, in_float32
 from torch import Tensor
 
@@ -13,11 +14,6 @@ from pyprune.errors import InputError
 from pyprune.ops import inverse_factor, spd_inverse_factor, sweep
 from pyprune.ops.inverse_factor import reverse_, spd_inverse_factor_reference
 from pyprune.ops.sweep import BLOCKING, Blocking, inverse_factor_
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-each_device = pytest.mark.parametrize("device", DEVICES)
-FP32_UNIT = 2.0**-24
-SMALL_BLOCKING = Blocking(16, 32, look_ahead=True)
 
 
 @pytest.fixture(params=["library", "sweep"])

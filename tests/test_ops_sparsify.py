@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
+from forced_backend import each_device
 from spd_matrices import hessian
 from torch import Tensor
 
 from pyprune.ops import inverse_factor, sparsify_
 from pyprune.ops.sparsify import BLOCK, sparsify_reference, walk_reference
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-each_device = pytest.mark.parametrize("device", DEVICES)
 PATTERNS = [(2, 4), (4, 8), (1, 4), (3, 6), (0, 0)]
 RATIO = 0.4
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from spd_matrices import FAMILIES, hessian, relative_error, symmetric, with_condition
+from forced_backend import each_device
+from spd_matrices import FAMILIES, FP32_UNIT, SMALL_BLOCKING, hessian, relative_error, symmetric, with_condition
 from tf32 import as_tensor_cores, in_float32, truncated
 from torch import Tensor
 
@@ -14,11 +15,6 @@ from pyprune.ops import sweep as module
 from pyprune.ops.spd_inverse import damped_inverse, spd_inverse, spd_inverse_reference
 from pyprune.ops.split_tf32 import split_factors, split_panel
 from pyprune.ops.sweep import BLOCKING, Blocking, inverse_
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-each_device = pytest.mark.parametrize("device", DEVICES)
-FP32_UNIT = 2.0**-24
-SMALL_BLOCKING = Blocking(16, 32, look_ahead=True)
 
 
 @pytest.fixture(params=["library", "sweep"])

@@ -11,14 +11,9 @@ from typing import Any
 
 import click
 
+from ..command_options import SETTINGS, names
 from ..console import Console
 from ..errors import InputError, VerificationError
-
-SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
-
-
-def names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 @click.command(context_settings=SETTINGS)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from ..report_plots import _STYLE, ATTENTION, FFN, INK, PRUNE, _svg
+from ..report_plots import ATTENTION, FFN, INK, PRUNE, STYLE, svg_of
 from .case import OTHER, OURS, PYTORCH
 from .rates import Rates
 from .results import Row, contestants, fastest, median
@@ -43,7 +43,7 @@ def roofline(rows: Sequence[Row], rates: Rates, name: str) -> str:
     # Two decades at least, so that each axis has labelled powers of ten.
     low, high = min(intensities) / 10, max(intensities) * 10
     products = {row["products"] for row in rows}
-    with matplotlib.rc_context({**_STYLE, "axes.grid.axis": "both"}):
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "both"}):
         figure = Figure(figsize=(5.2, 3.2))
         axes = figure.add_axes((0.13, 0.15, 0.84, 0.66))
         x = np.geomspace(low, high, 200)
@@ -73,4 +73,4 @@ def roofline(rows: Sequence[Row], rates: Rates, name: str) -> str:
         axes.legend(
             loc="lower left", bbox_to_anchor=(-0.02, 1.01), ncols=2, borderaxespad=0, handlelength=1, fontsize=8
         )
-        return _svg(figure, f"roofline {name}")
+        return svg_of(figure, f"roofline {name}")

@@ -27,13 +27,13 @@ rows            one for each case:
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import stem_of
 from .case import OTHER, OURS
 
 FORMAT, KIND = 1, "pyprune benchmark"
@@ -56,17 +56,6 @@ def new_document(
         "rates": rates,
         "rows": [],
     }
-
-
-def write_document(document: Document, path: Path) -> None:
-    """Whole or not at all: whoever reads the file, or kills this process, finds the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_document(path: Path) -> Document:
@@ -109,8 +98,7 @@ def of_one_origin(document: Document, machine: dict[str, Any], tuned: dict[str, 
 
 def file_name(machine: dict[str, Any]) -> str:
     """Of a run in a folder: the device's name and the time."""
-    name = re.sub(r"[^a-z0-9]+", "-", str(machine.get("gpu") or machine["cpu"]).lower()).strip("-")
-    return f"{name}-{re.sub(r'[^0-9T]', '', machine['date'][:19])}.json"
+    return f"{stem_of(str(machine.get('gpu') or machine['cpu']))}-{re.sub(r'[^0-9T]', '', machine['date'][:19])}.json"
 
 
 def device_name(document: Document) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from .. import tuning
+from ..command_options import names
 from ..errors import InputError
+from ..files import write_json
 from ..options import Progress
 from .case import Case
 from .machine import describe_machine
@@ -23,7 +25,6 @@ from .results import (
     read_document,
     read_documents,
     row_line,
-    write_document,
 )
 from .runner import Runner
 from .timing import Timer
@@ -84,8 +85,7 @@ class Run:
             rates = measure_rates(Timer(self.device, RATE_REPEAT))
             self.document = new_document(self.machine, self.device.type, rates.document(), self.tuned)
         rates = Rates(**self.document["rates"])
-        wanted = [name.strip() for name in (self.options["backend_names"] or "").split(",") if name.strip()]
-        runner = Runner(self.device, timer, rates, wanted, self.options["compiled"])
+        runner = Runner(self.device, timer, rates, names(self.options["backend_names"]), self.options["compiled"])
         # What was not correct is tried again.
         held = {row["id"]: row for row in self.document["rows"] if not row["faults"]}
         self.document["rows"] = list(held.values())
@@ -104,7 +104,7 @@ class Run:
 
     def write(self) -> None:
         if self.output is not None and self.document is not None:
-            write_document(self.document, self.output)
+            write_json(self.document, self.output)
 
     def write_page(self) -> Path | None:
         """Beside the output; None where there is no output or no row."""

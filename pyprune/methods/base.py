@@ -102,6 +102,11 @@ class Method(ABC):
     def options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def check_damping(self, damping: float) -> None:
+        """InputError for a damping that is no share."""
+        if not 0 <= damping <= 1:
+            raise InputError(f"damping {damping:g} is outside [0, 1]: it is a share of the mean of H's diagonal")
+
     def check_option(self, option: str, known: tuple[str, ...]) -> None:
         """InputError if the option's value is not one of those known."""
         value = getattr(self, option)

@@ -52,8 +52,7 @@ class SecondOrderMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.damping <= 1:
-            raise InputError(f"damping {self.damping:g} is outside [0, 1]: it is a share of the mean of H's diagonal")
+        self.check_damping(self.damping)
 
     @property
     def refits(self) -> bool:

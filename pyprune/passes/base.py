@@ -64,12 +64,16 @@ class Passes(ABC):
     def execute(self) -> Outcome:
         """All passes. Returns what was decided."""
 
-    def restored(self, layer: int) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
-        """What a killed run already wrote of a layer; its output is computed again, which gives the same bits."""
-        record = self.writer.record(layer + 1)
+    def written(self, layer: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The record and the tensors, named within the layer, of one that a killed run wrote."""
         prefix = self.reader.layer_prefix(layer)
         with safe_open(self.writer.file(layer + 1), framework="pt") as f:
             tensors = {name.removeprefix(prefix): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        return self.writer.record(layer + 1), tensors
+
+    def restored(self, layer: int) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
+        """What a killed run already wrote of a layer; its output is computed again, which gives the same bits."""
+        record, tensors = self.written(layer)
         scores = {
             ATTENTION: torch.tensor(record["scores"]["kv_groups"], dtype=torch.float64),
             FFN: torch.tensor(record["scores"]["intermediate_channels"], dtype=torch.float64),

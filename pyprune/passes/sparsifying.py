@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .. import distributed
@@ -36,7 +35,7 @@ class SparsifyingPasses(Passes):
         entries = []
         for layer, source in stored_layers(self.job, "prune", self.meter):
             if layer + 1 in self.writer.done:
-                tensors, entry = self._written(layer)
+                entry, tensors = self.written(layer)
             else:
                 tensors, entry = self._sparse(forward, layer, source, hidden)
                 self.write_layer(layer, tensors, entry)
@@ -47,13 +46,6 @@ class SparsifyingPasses(Passes):
             del tensors  # before the next ones are made
         self.copy_head()
         return SparseOutcome(entries)
-
-    def _written(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a killed run wrote of a layer."""
-        prefix = self.reader.layer_prefix(layer)
-        with safe_open(self.writer.file(layer + 1), framework="pt") as f:
-            tensors = {name.removeprefix(prefix): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        return tensors, self.writer.record(layer + 1)
 
     def _sparse(
         self, forward: LayerForward, layer: int, source: dict[str, Tensor], hidden: HiddenStates
@@ -69,10 +61,13 @@ class SparsifyingPasses(Passes):
             found = self.method.sparsify(family, inputs, weights, self.job.ratio, where)
             # Devices of two kinds would round, and in a close call choose, in their own ways.
             distributed.broadcast_from_first(*(own.weight for own in found.values()))
-            tensors = {name: t.clone() if t.device.type == "cpu" else t for name, t in source.items()}
-            for name, own in found.items():
-                stored = source[name + ".weight"]
-                tensors[name + ".weight"] = own.weight.to(stored.device, stored.dtype)
+            new = {name + ".weight": own.weight for name, own in found.items()}
+            tensors = {}
+            for name, stored in source.items():
+                if name in new:
+                    tensors[name] = new[name].to(stored.device, stored.dtype)
+                else:
+                    tensors[name] = stored.clone() if stored.device.type == "cpu" else stored
         zeros = {name: int((tensors[name + ".weight"] == 0).sum()) for name in found}
         return tensors, sparse_entry(
             {name: (tensors[name + ".weight"].numel(), zeros[name], own.loss) for name, own in found.items()}
