@@ -1,10 +1,47 @@
-"""Small files that whoever reads them finds whole, and what they are named."""
+"""Small files: JSON read in one place, written whole or not at all; and file names."""
 
 import json
 import os
 import re
 from pathlib import Path
 from typing import Any
+
+from .errors import InputError
+
+
+def read_json(path: Path) -> Any:
+    """The document in a JSON file.
+
+    Raises:
+        InputError: naming the file, which cannot be read, or as `parse_json`.
+    """
+    try:
+        data = path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise InputError(f"{path}: cannot be read: {reason_of(error)}") from error
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes | str, where: str) -> Any:
+    """The document in UTF-8 text.
+
+    Raises:
+        InputError: naming `where`; not UTF-8, not JSON, or nested deeper than Python follows.
+    """
+    try:
+        return json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 (byte {error.start})") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: not valid JSON (nested too deep)") from error
+    except (ValueError, MemoryError) as error:
+        raise InputError(f"{where}: not valid JSON ({error or 'too large'})") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line; the system's own words for one of the system's."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(said.split()) or type(error).__name__
 
 
 def write_json(document: Any, path: Path) -> None:
