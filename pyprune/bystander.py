@@ -1,5 +1,6 @@
 """The writer of a process that writes nothing."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ class BystanderWriter(CheckpointWriter):
     def begin(self) -> None:
         pass
 
-    def write(self, shard: int, tensors: dict[str, Tensor], record: Any = None) -> None:
+    def write(
+        self,
+        shard: int,
+        tensors: dict[str, Tensor],
+        record: Any = None,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
         pass
 
     def flush(self) -> None:

@@ -35,6 +35,7 @@ def cli() -> None:
 @click.option("--device-memory", type=MemorySize(), help="Prune within so much GPU memory, e.g. 24GB.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder of surveys.  [default: beside OUTPUT]")
 @click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
+@click.option("--allow-other-bits", is_flag=True, help="With --resume: on another processor or other versions too.")
 @click.option("--allow-nonfinite", is_flag=True, help="Count NaN and Inf activations as zero.")
 @click.option(
     "--verify/--no-verify",
@@ -67,7 +68,7 @@ def prune(model: str, output: Path, **options: Any) -> None:
         name: options[name]
         for name in (
             *("method", "ratio", "calibration", "samples", "sequence_length", "seed", "device", "dtype"),
-            *("device_memory", "cache", "resume", "allow_nonfinite", "trust_remote_code", "verify"),
+            *("device_memory", "cache", "resume", "allow_other_bits", "allow_nonfinite", "trust_remote_code", "verify"),
         )
     }
     console = Console(options["as_json"])

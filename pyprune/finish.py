@@ -15,6 +15,7 @@ from .checkpoint.companions import copy_companions
 from .device import what_ran_out
 from .errors import InputError, VerificationError
 from .evaluate import evaluate
+from .export.state_dict import check_state_dict
 from .export.verify import verify_roundtrip
 from .job import Job
 from .learning.training import FILE as TRAINING
@@ -44,6 +45,7 @@ def finish(
     outcome.write_config(job.reader, writer, job.biases)
     copy_companions(job.reader.folder, partial)
     writer.write_index()
+    check_state_dict(partial, writer.prove())
     plan = _plan(job, outcome) | {
         "bytes": [job.reader.bytes, writer.tensor_bytes],
         "passes": {
@@ -53,6 +55,9 @@ def finish(
         "peak_memory_bytes": max(meter.peak_memory_bytes for meter in passes.meters.values()),
         "nonfinite": passes.nonfinite,
         "warnings": passes.warnings,
+        "unused_tensors": job.reader.unused,
+        "source": {"files": job.source_files, "digests": job.reader.content.digests},
+        "checksums": writer.checksums(),
     }
     if passes.history:
         plan["training"] = {"loss": [loss for loss, _ in passes.history], "kept": [kept for _, kept in passes.history]}

@@ -1,17 +1,32 @@
 """What a pruning works on: every argument and input checked, before anything is written."""
 
+import json
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from . import calibration, distributed
-from .checkpoint import CheckpointReader, LayerLoader, begun_identity, check_place, checkpoint_folder, digest
+from .checkpoint import (
+    CheckpointReader,
+    LayerLoader,
+    begun,
+    changes,
+    check_cache,
+    check_place,
+    checkpoint_folder,
+    digest,
+    load_cached,
+    metadata_of,
+    save_cached,
+)
+from .checkpoint.writer import partial_of
 from .device import select_dtype, whole_memory
+from .environment import environment, split, take_threads
 from .errors import InputError
+from .finite import check_finite, described_rows, nonfinite_rows
 from .forward import LayerForward, micro_batch
 from .fused import OPERATORS as FORWARD_OPERATORS
 from .learning.memory import check_fits, training_memory
@@ -21,7 +36,7 @@ from .ops import backends
 from .options import Progress, PruneOptions
 from .plan import FORMAT
 from .tuning import operator_fingerprint
-from .windows import SELF, calibration_windows, evaluation_windows, load_windows, save_windows
+from .windows import SELF, calibration_windows, checked_windows, evaluation_windows
 
 # Operators that read activations, in the compute type; the others work on float32 statistics.
 ACTIVATION_OPERATORS = ("channel_moments", "hessian", *FORWARD_OPERATORS)
@@ -39,13 +54,21 @@ class Job:
         self.method: Method = make_method(options.method, options.method_options)
         self.ratio = resolved_ratio(self.method, options.ratio)
         self.options, self.progress = options, progress
+        self.warnings: list[str] = []
+        # Before anything is computed, since a resumed run goes on as it began.
+        self.begun = distributed.from_first(lambda: begun(options.output)) if options.resume else {}
+        take_threads(self.begun.get("identity", {}).get("threads"))
         self.device = distributed.own_device(options.device)
         self.reader = CheckpointReader(checkpoint_folder(options.model))
+        if self.reader.unused:
+            more = f" and {len(self.reader.unused) - 1} more" if len(self.reader.unused) > 1 else ""
+            self.warnings.append(f"left out, since the model does not use it: {self.reader.unused[0]}{more}")
         self.dtype = select_dtype(options.dtype, self.reader.dtype, self.device)
         self.method.check(self.reader.shapes, self.ratio)
         self.method.check_layers(self.reader.family, self.reader.config)
         self.cache = (options.cache or options.output.absolute().parent / ".pyprune-cache").absolute()
         check_place(self.cache / "survey")
+        check_cache(self.cache, options.output)
         self.biases = {
             name: self.method.biased or bool(getattr(self.reader.config, name, False))
             for name in ("o_proj_bias", "down_proj_bias")
@@ -53,10 +76,13 @@ class Job:
         self.memory = self._memory()
         self.recompute = self._recompute()
         self.model_fingerprint = self.reader.fingerprint()
+        self.source_files = self.reader.file_states()
+        bad_rows = self._check_outside()
         self.backends = self._backends() if self.method.needs_text else {}
         self.windows = self._windows() if self.method.needs_text else None
         # Before the first layer: a text that cannot be read must not cost the whole run.
         self.evaluation_windows = self._evaluation_windows()
+        self._check_rows(bad_rows)
         self.text_fingerprint = None if self.windows is None else calibration.fingerprint(self.windows)
         self.identity: dict[str, Any] = {
             "format": FORMAT,
@@ -70,10 +96,75 @@ class Job:
             "backends": self.backends,
             "allow_nonfinite": options.allow_nonfinite,
             "batch": self.memory.batch,
-            "torch": torch.__version__,
-        }
+        } | environment(self.device)
         if distributed.world_size() > 1:  # sums over blocks of windows round otherwise than a sum over all
             self.identity["processes"] = distributed.world_size()
+        self.other_bits = self._compare_with_begun()
+
+    def _compare_with_begun(self) -> dict[str, str]:
+        """Go on under the identity that a resumed run began with; what of its environment cannot be had again.
+
+        InputError: something cannot, and --allow-other-bits is not given. Other settings are the writer's to refuse.
+        """
+        if not self.begun:
+            return {}
+        before = self.begun["identity"]
+        asked, other = split(changes(before, json.loads(json.dumps(self.identity))))
+        if asked or not other:
+            return {}
+        said = "; ".join(other.values())
+        if not self.options.allow_other_bits:
+            raise InputError(
+                f"{partial_of(self.options.output)}: cannot be finished to the same bits: {said}; resume it where it "
+                "began, or add --allow-other-bits"
+            )
+        self.identity = before
+        self.warnings.append(f"not to the bits of an undisturbed run: {said}")
+        return other
+
+    def _check_outside(self) -> list[int]:
+        """Look at the tensors outside the layers; which rows of untied embeddings are NaN or Inf. InputError: others"""
+        tensors = self.reader.read_outside()
+        where = str(self.reader.folder)
+        rows: list[int] = []
+        for name, tensor in tensors.items():
+            if name == self.reader.family.embeddings and not self.reader.tied:
+                rows = nonfinite_rows(tensor)
+            else:
+                check_finite({name: tensor}, where)
+        return rows
+
+    def _check_rows(self, rows: list[int]) -> None:
+        """Embeddings that are NaN or Inf are a warning as long as no text has their tokens."""
+        if not rows:
+            return
+        name, bad = self.reader.family.embeddings, torch.tensor(rows)
+        for windows in (self.windows, self.evaluation_windows):
+            used = bad[torch.isin(bad, windows)] if windows is not None else bad[:0]
+            if len(used):
+                raise InputError(
+                    f"{self.reader.folder}: tensor {name}: NaN or Inf weights in the rows of tokens that the text has: "
+                    f"{described_rows(used.tolist())}; check the checkpoint"
+                )
+        self.warnings.append(f"{name}: NaN or Inf in rows of tokens that no text has: {described_rows(rows)}")
+
+    def accepts(self, path: Path, metadata: dict[str, str]) -> bool:
+        """Whether a cache's file was made of this checkpoint; if so, each tensor is compared again as it is read."""
+        source = metadata_of(metadata, "source", path)
+        try:
+            files, digests = source["files"], source["digests"]
+            if files != self.source_files and self.reader.differing(digests) is not None:
+                self.warnings.append(f"{path.name} was made of other weights than the checkpoint has now; made anew")
+                return False
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: its source is not that of a cache ({error!r}); delete it") from error
+        self.reader.content.expect(digests, str(path))
+        return True
+
+    def source(self, digests: dict[str, str] | None = None) -> dict[str, str]:
+        """What a cache's file keeps of the checkpoint, for `accepts`; digests: all that were taken, unless given."""
+        document = {"files": self.source_files, "digests": digests or self.reader.content.digests}
+        return {"source": json.dumps(document, sort_keys=True)}
 
     def forward(self, samples: int | None = None) -> LayerForward:
         """Over all windows, or over the first `samples`; of several processes each has its block of them."""
@@ -107,8 +198,8 @@ class Job:
             distributed.world_size(),
         )
         # A resumed run has to go on with its batches: sums over others round otherwise.
-        begun = distributed.from_first(lambda: begun_identity(o.output)) if o.resume else {}
-        return plan_memory(sizes, distributed.smallest(min(budget, total)), begun.get("batch"))
+        batch = self.begun.get("identity", {}).get("batch")
+        return plan_memory(sizes, distributed.smallest(min(budget, total)), batch)
 
     def _recompute(self) -> bool:
         """Of a method that trains: whether activations are computed again going backward. InputError: it cannot."""
@@ -125,7 +216,10 @@ class Job:
 
         `operators`: those that they were computed by; `what`: everything else that they depend on.
         """
-        names = ("model", "calibration", "dtype", "device", "allow_nonfinite", "batch", "torch", "processes")
+        names = (
+            *("model", "calibration", "dtype", "device", "allow_nonfinite", "batch", "processes"),
+            *("torch", "transformers", "pyprune", "processor", "threads"),
+        )
         identity = {name: self.identity[name] for name in names if name in self.identity}
         identity |= {"backends": {name: self.backends[name] for name in (*operators, *FORWARD_OPERATORS)}} | what
         return self.cache / f"{kind}-{digest(identity)}.safetensors", identity
@@ -204,12 +298,17 @@ class Job:
             "windows": [samples, length, seed],
             "dtype": str(self.dtype),
             "device": self.device.type,
-            "versions": [torch.__version__, transformers.__version__],
+            "environment": environment(self.device),
         }
         path = self.cache / f"text-{digest(key)}.safetensors"
         with distributed.first_ahead():  # the other processes then find the file
             if path.is_file():
-                return load_windows(path)
+                tensors, metadata = load_cached(path, "sampled text", key)
+                if self.accepts(path, metadata):
+                    return checked_windows(path, tensors, samples, length, self.reader.config.vocab_size)
             windows = make()
-            save_windows(path, windows)
+            # The whole model was read for it, so its digests cost no disk.
+            digests = self.reader.all_digests()
+            self.reader.content.expect(digests, str(path))
+            save_cached({"windows": windows}, path, self.source(digests), key)
             return windows

@@ -38,6 +38,7 @@ class PruneOptions:
     dtype: str = "auto"
     cache: Path | None = None
     resume: bool = False
+    allow_other_bits: bool = False  # resume where threads, processor or versions differ from the run's beginning
     allow_nonfinite: bool = False
     trust_remote_code: bool = False
     evaluation: Evaluation | None = None

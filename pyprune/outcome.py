@@ -1,6 +1,5 @@
 """What a pruning decided: units removed by layer, channels that blocks select, or zeros; and what is written of it."""
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from .allocation import Choice, UnitScores
 from .architectures import ATTENTION, FFN, LayerShape
 from .checkpoint import CheckpointReader, CheckpointWriter
-from .checkpoint.reader import INDEX
+from .checkpoint.headers import INDEX
 from .export.verify import Change
+from .files import read_json
 from .learning.masked import hook_places, selection_masks
 from .modeling.config import registered_config
 from .modeling.selected import selected_config
@@ -140,5 +140,5 @@ class SelectionOutcome(Outcome):
             masks = selection_masks(reader.shapes[layer], selection, torch.device("cpu"), torch.float32)
             hook_places(block, family, lambda place, value: value * masks[place] if place in masks else value)
 
-        weight_map = json.loads((partial / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(partial / INDEX)["weight_map"]
         return reader.folder, change

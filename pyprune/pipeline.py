@@ -2,17 +2,22 @@
 
 import errno
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from . import distributed
 from .bystander import BystanderWriter
-from .checkpoint import JOURNAL, CheckpointWriter, check_free, check_space, differences
+from .checkpoint import JOURNAL, CheckpointWriter, changes, check_free, check_space, prove_files
 from .device import memory_limit, what_ran_out
-from .errors import InputError
+from .environment import split
+from .errors import InputError, VerificationError
 from .finish import finish
 from .job import Job
+from .learning.training import FILE as TRAINING
+from .methods import LearnedMethod
 from .options import Progress, PruneOptions, silent
 from .passes import make_passes
 from .plan import FILE, read_plan
@@ -23,63 +28,104 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
 
     Raises InputError for anything wrong with the arguments or the input; then nothing is left behind. A run
     that was killed, ran out of disk space or device memory, or met a file that could not be read leaves
-    `<output>.partial` with all finished layers, which `resume` finishes; all but the first are InputErrors too.
+    `<output>.partial` with all finished layers, which `resume` finishes; all but the first are InputErrors too. One
+    that ends before its first layer is finished leaves nothing.
 
     Within `distributed.process_group` every process calls it with the same options; the first one writes.
     """
     finished = options.resume and (options.output / FILE).is_file()
     if not finished:
         check_free(options.output)  # before the windows, which may cost a whole model's sampling
-    job = Job(options, progress)
-    if finished:
-        return _finished(job)
-    writer = _writer(job)
-    fresh = not writer.done
-    passes = make_passes(job, writer)
+    threads = torch.get_num_threads()
     try:
-        writer.begin()
-        try:
-            with memory_limit(job.device, options.device_memory):
-                outcome = passes.execute()
-            writer.flush()
-        except InputError:
-            if fresh:  # this model cannot be pruned so: nothing to resume
-                writer.discard()
-            raise
-        plan: dict[str, Any] = {}
-        with distributed.first_ahead():
-            if distributed.is_first():
-                plan = finish(job, writer, passes, outcome)
-        return distributed.from_first(lambda: plan)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
-                f"{writer.partial}: no space left on the device; free some and repeat with --resume"
-            ) from error
-        if error.filename is None:  # not a file's: a closed terminal, say
-            raise
-        raise InputError(
-            f"{error.filename}: {error.strerror}; {writer.partial} keeps the finished layers: repeat with --resume"
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"{job.device}: out of memory: {what_ran_out(error)}; {writer.partial} keeps the finished layers: free "
-            "some and repeat with --resume, or start anew with a smaller --device-memory"
-        ) from error
+        job = Job(options, progress)
+        return _finished(job) if finished else _run(job)
+    finally:
+        torch.set_num_threads(threads)  # a resumed run takes those that it began with
+
+
+def _run(job: Job) -> dict[str, Any]:
+    writer = _writer(job)
+    try:
+        with _explained(job, writer):
+            fresh = not writer.done
+            passes = make_passes(job, writer)
+            writer.begin()
+            try:
+                with memory_limit(job.device, job.options.device_memory):
+                    outcome = passes.execute()
+                writer.flush()
+            except InputError:
+                if fresh:  # this model cannot be pruned so: nothing to resume
+                    writer.discard()
+                raise
+            plan: dict[str, Any] = {}
+            with distributed.first_ahead():
+                if distributed.is_first():
+                    plan = finish(job, writer, passes, outcome)
+            return distributed.from_first(lambda: plan)
+    except BaseException:
+        if not _worth_resuming(writer):
+            writer.discard()
+        raise
     finally:
         writer.close()
 
 
-def _finished(job: Job) -> dict[str, Any]:
-    """The plan of an output that is already there, if it is what the job would make."""
-    output = job.options.output
+def _worth_resuming(writer: CheckpointWriter) -> bool:
+    """Whether a layer is finished, or masks are trained in part; the statistics of layers are in the cache."""
+    return any(1 <= shard < writer.shards - 1 for shard in writer.done) or (writer.partial / TRAINING).exists()
+
+
+@contextmanager
+def _explained(job: Job, writer: CheckpointWriter) -> Iterator[None]:
+    """What the system or the device lacks, as an InputError that says how to go on."""
     try:
-        plan = read_plan(output)
-        changed = differences(plan["identity"], json.loads(json.dumps(job.identity)))
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason, place = "no space left on the device", str(writer.partial)
+        elif error.filename is None:  # not a file's: a closed terminal, say
+            raise
+        else:
+            reason, place = str(error.strerror), str(error.filename)
+        raise InputError(f"{place}: {reason}; {_how_to_go_on(writer)}") from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{job.device}: out of memory: {what_ran_out(error)}; {_how_to_go_on(writer)}, or start anew with a "
+            "smaller --device-memory"
+        ) from error
+
+
+def _how_to_go_on(writer: CheckpointWriter) -> str:
+    if _worth_resuming(writer):
+        return f"{writer.partial} keeps the finished layers: free some or mend that, and repeat with --resume"
+    return "free some or mend that, and repeat"
+
+
+def _finished(job: Job) -> dict[str, Any]:
+    """The plan of an output that is already there, if it is whole and what the job would make."""
+    output = job.options.output
+    plan = read_plan(output)
+    try:
+        asked, _ = split(changes(plan["identity"], json.loads(json.dumps(job.identity))))
+        source, checksums = plan["source"], plan["checksums"]
+        moved = source["files"] != job.source_files
+        changed = job.reader.differing(source["digests"]) if moved else None
+        if not asked and changed is None:
+            prove_files(output, checksums)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{output / FILE}: not a plan of pyprune ({error!r}); name another output") from error
-    if changed:
-        raise InputError(f"{output}: finished already, with other settings: {changed}; name another output")
+    except VerificationError as error:
+        raise InputError(f"{output}: finished, but damaged since ({error}); delete it, and prune anew") from error
+    if asked:
+        said = "; ".join(asked.values())
+        raise InputError(f"{output}: finished already, with other settings: {said}; name another output")
+    if changed is not None:
+        raise InputError(
+            f"{job.reader.folder}: the checkpoint has changed since {output} was made of it (tensor {changed}); name "
+            "another output"
+        )
     if job.options.evaluation is not None and "evaluation" not in plan:
         raise InputError(f"{output}: finished already, without an evaluation; use `pyprune evaluate` on it")
     (output / JOURNAL).unlink(missing_ok=True)
@@ -88,15 +134,36 @@ def _finished(job: Job) -> dict[str, Any]:
 
 def _writer(job: Job) -> CheckpointWriter:
     """The writer of this process: of several the first one's writes, and the others know what was there before."""
-    output = job.options.output
+    output, reader = job.options.output, job.reader
     # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
-    shards = job.reader.layers + 2
+    shards = reader.layers + 2
     if not distributed.is_first():
         return BystanderWriter(output, shards, distributed.from_first(dict))
-    writer = CheckpointWriter(output, shards, job.identity, job.options.resume)
-    check_space(writer.output, _bytes_to_write(job, writer))
-    distributed.from_first(lambda: writer.done)
+    source: dict[str, Any] = {"files": job.source_files, "digests": {}}
+    if isinstance(job.method, LearnedMethod) and not job.begun:
+        source["digests"] = reader.all_digests()  # training sees the whole model, and its state may outlive a kill
+    writer = CheckpointWriter(output, shards, job.identity, job.options.resume, source)
+    try:
+        check_space(writer.output, _bytes_to_write(job, writer))
+        _compare_source(job, writer)
+        distributed.from_first(lambda: writer.done)
+    except BaseException:
+        writer.close()
+        raise
     return writer
+
+
+def _compare_source(job: Job, writer: CheckpointWriter) -> None:
+    """Refuse to go on with shards of another checkpoint: at once where its files are not those, else as it is read."""
+    sources, before = writer.sources(), writer.head["source"]
+    changed = job.reader.differing(sources) if before.get("files") != job.source_files else None
+    if changed is not None:
+        raise InputError(
+            f"{job.reader.folder}: the checkpoint has changed since {writer.partial} was begun (tensor {changed}); "
+            "delete that folder to start anew"
+        )
+    before["files"] = job.source_files
+    job.reader.content.expect(sources, str(writer.partial))
 
 
 def _bytes_to_write(job: Job, writer: CheckpointWriter) -> int:

@@ -11,6 +11,8 @@ import torch
 from .allocation import Choice, UnitScores
 from .architectures import ATTENTION, FFN, LayerShape
 from .checkpoint import CheckpointReader
+from .errors import InputError
+from .files import read_json
 from .selection import Selection
 
 FORMAT = "pyprune-plan-2"
@@ -101,4 +103,8 @@ def write_plan(plan: dict[str, Any], folder: Path) -> None:
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / FILE).read_text(encoding="utf-8"))
+    """The plan of an output. InputError: it cannot be read, or is no JSON object."""
+    plan = read_json(folder / FILE)
+    if not isinstance(plan, dict):
+        raise InputError(f"{folder / FILE}: not a plan of pyprune")
+    return plan

@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from . import calibration
-from .checkpoint import save_cached
 from .errors import InputError
 
 SELF = "self"
@@ -85,12 +82,21 @@ def check_length(sequence_length: int, config: Any) -> None:
         raise InputError(f"sequence length {sequence_length} exceeds the model's max_position_embeddings {limit}")
 
 
-def save_windows(path: Path, windows: Tensor) -> None:
-    save_cached({"windows": windows}, path, {})
+def checked_windows(
+    path: Path, tensors: dict[str, Tensor], samples: int | None, sequence_length: int, vocab_size: int
+) -> Tensor:
+    """The windows in a cache's file; samples None: of any number.
 
-
-def load_windows(path: Path) -> Tensor:
+    Raises:
+        InputError: naming the file, which holds other tensors, another number of windows, or no ids of the model.
+    """
+    windows = tensors.get("windows")
+    if windows is None or windows.dtype != torch.int64 or windows.dim() != 2 or len(windows) < 1:
+        raise InputError(f"{path}: damaged sampled text (no windows of token ids); delete it")
+    if windows.shape[1] != sequence_length or len(windows) != (samples or len(windows)):
+        raise InputError(f"{path}: damaged sampled text (windows of shape {list(windows.shape)}); delete it")
     try:
-        return load_file(path)["windows"]
-    except (SafetensorError, KeyError) as error:
+        calibration.check_vocabulary(windows, vocab_size)
+    except InputError as error:
         raise InputError(f"{path}: damaged sampled text ({error}); delete it") from error
+    return windows

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter, check_space, checkpoint_folder
-from pyprune.errors import InputError
+from pyprune.errors import InputError, VerificationError
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_missing_folder_and_config(folder: Path, tmp_path: Path) -> None:
 def test_broken_index(folder: Path) -> None:
     for text in ("[]", "{", '{"weight_map": 3}'):
         (folder / "model.safetensors.index.json").write_text(text)
-        refuse(folder, "not a safetensors index")
+        refuse(folder, "not a safetensors index|not valid JSON")
 
 
 @pytest.mark.parametrize(
@@ -211,18 +211,92 @@ def test_resume_keeps_what_is_done_and_drops_what_is_half_done(tmp_path: Path) -
     journal = w.partial / "journal.jsonl"
     with pytest.raises(InputError, match="an unfinished run; add --resume"):
         CheckpointWriter(tmp_path / "out", 2, IDENTITY, resume=False)
+    w.close()
     os.truncate(journal, journal.stat().st_size - 5)  # killed in the middle of the last line
     again = writer(tmp_path / "out", resume=True)
     assert again.done.keys() == {0}
     assert again.done[0]["record"] == {"kept": [1, 2]}
+    again.close()
     os.truncate(again.file(0), 10)  # and a shard whose bytes never reached the disk
-    assert writer(tmp_path / "out", resume=True).done == {}
-    journal.write_text("")
-    assert writer(tmp_path / "out", resume=True).done == {}
+    for text in (None, ""):
+        if text is not None:
+            journal.write_text(text)
+        once_more = writer(tmp_path / "out", resume=True)
+        assert once_more.done == {}
+        once_more.close()
+
+
+def test_a_shard_whose_bytes_changed_does_not_count(tmp_path: Path) -> None:
+    w = writer(tmp_path / "out")
+    w.write(0, {"a": torch.ones(300), "b": torch.ones(2, 0)})
+    w.write(1, {"c": torch.ones(3)})
+    w.flush()
+    w.close()
+    with w.file(0).open("r+b") as f:
+        f.seek(-5, os.SEEK_END)
+        f.write(b"x")
+    again = writer(tmp_path / "out", resume=True)
+    assert again.done.keys() == {1}
+    again.write(0, {"a": torch.ones(300), "b": torch.ones(2, 0)})
+    assert again.prove().keys() == {"a", "b", "c"}
+    with w.file(1).open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"x")
+    with pytest.raises(VerificationError, match="tensor c is not what was written"):
+        again.prove()
+
+
+def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    """Whoever comes second is told so and removes nothing; what came into being meanwhile is not replaced."""
+    first = writer(tmp_path / "out")
+    for resume in (True, False):
+        with pytest.raises(InputError, match="another run is at work there" if resume else "an unfinished run"):
+            CheckpointWriter(tmp_path / "out", 2, IDENTITY, resume)
+    late = CheckpointWriter(tmp_path / "other", 2, IDENTITY, resume=False)
+    other = writer(tmp_path / "other")
+    with pytest.raises(InputError, match="another run began there just now"):
+        late.begin()
+    late.discard()
+    assert other.partial.is_dir()
+    for shard in (0, 1):
+        first.write(shard, {str(shard): torch.ones(3)})
+    first.write_index()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(InputError, match="came into being meanwhile"):
+        first.finish()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+    first.close()
+    (tmp_path / "out" / "mine").unlink()
+    (tmp_path / "out").rmdir()
+    again = writer(tmp_path / "out", resume=True)
+    again.write_index()
+    again.finish()
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, fsync, synced = writer(tmp_path / "out"), os.fsync, []
+
+    def watched(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    for shard in (0, 1):
+        w.write(shard, {str(shard): torch.ones(3)})
+    w.write_index()
+    (w.partial / "additional").mkdir()
+    for name in ("config.json", "additional/template.jinja"):
+        (w.partial / name).write_text("{}")
+    monkeypatch.setattr(os, "fsync", watched)
+    w.finish()
+    inside = {str(w.partial / p.relative_to(w.output)) for p in w.output.rglob("*")} | {str(w.partial)}
+    assert inside <= set(synced)
+    assert synced[-1] == str(tmp_path)
 
 
 def test_resume_with_other_settings_says_which(tmp_path: Path) -> None:
-    writer(tmp_path / "out")
+    writer(tmp_path / "out").close()
     with pytest.raises(InputError, match=r"cannot resume with other settings: ratio \(was 0.3, now 0.5\)"):
         CheckpointWriter(tmp_path / "out", 2, IDENTITY | {"ratio": 0.5}, resume=True)
 
@@ -278,6 +352,9 @@ def test_a_full_disk_is_an_enospc_error_and_loses_nothing(tmp_path: Path) -> Non
             w.flush()
         assert full.value.errno == errno.ENOSPC
         assert full.value.filename == str(w.file(1).with_suffix(".tmp"))
-        assert writer(disk / "out", resume=True).done.keys() == {0}
+        w.close()
+        again = writer(disk / "out", resume=True)
+        assert again.done.keys() == {0}
+        again.close()
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyprune.checkpoint import CheckpointReader, LayerLoader
+from pyprune.checkpoint import CheckpointReader, LayerLoader, content
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 LAYERS = 4
@@ -27,9 +27,16 @@ def reader(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path],
     return CheckpointReader(shutil.copytree(folder, tmp_path / "model"))
 
 
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`loader_of` makes the pieces that digests are taken of smaller; after each test they are what they were."""
+    monkeypatch.setattr(content, "LEAF_BYTES", content.LEAF_BYTES)
+
+
 def loader_of(reader: CheckpointReader, path: str, threads: int = 3, chunk_bytes: int = 1000) -> LayerLoader:
     """`path`: "mapped", "copied" (the way of CUDA with a CPU as its device), or "cuda"."""
     device = torch.device("cuda" if path == "cuda" else "cpu")
+    content.LEAF_BYTES = 2  # which divides all chunks of these tests
     loader = LayerLoader(reader, device, threads=threads, chunk_bytes=chunk_bytes)
     loader._mapped = path == "mapped"
     return loader

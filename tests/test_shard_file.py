@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pyprune.checkpoint.content import digest_of
 from pyprune.checkpoint.shard_file import write_shard
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -59,7 +60,9 @@ def test_bytes_are_those_of_safetensors(
     expected = {name: t.cpu().contiguous() for name, t in tensors.items()}
     save_file({name: t.clone() for name, t in expected.items()}, tmp_path / "theirs", metadata={"format": "pt"})
     given = dict(tensors)
-    assert write_shard(tmp_path / "ours", given, side_stream(device)) == (tmp_path / "theirs").stat().st_size
+    size, digests = write_shard(tmp_path / "ours", given, side_stream(device))
+    assert size == (tmp_path / "theirs").stat().st_size
+    assert digests == {name: digest_of(t) for name, t in expected.items()}
     assert given == {}
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     read = load_file(tmp_path / "ours")

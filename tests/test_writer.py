@@ -1,7 +1,6 @@
 """Shards are written behind the caller's back: one at a time, in order, and no error is lost."""
 
 import errno
-import json
 import os
 import re
 import threading
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyprune.checkpoint import CheckpointWriter, shard_file, writer
+from pyprune.checkpoint.journal import read_journal
 
 IDENTITY = {"ratio": 0.3}
 
@@ -26,10 +26,10 @@ def begun(output: Path, shards: int = 3, resume: bool = False) -> CheckpointWrit
 
 def journal(w: CheckpointWriter) -> list[int]:
     """Shards in the journal, each line of which must be whole."""
-    lines = (w.partial / "journal.jsonl").read_text().splitlines(keepends=True)
-    assert all(line.endswith("\n") for line in lines)
-    assert json.loads(lines[0]) == {"identity": IDENTITY}
-    return [json.loads(line)["shard"] for line in lines[1:]]
+    assert (w.partial / "journal.jsonl").read_text().endswith("\n")
+    first, *entries = read_journal(w.partial / "journal.jsonl")
+    assert first == {"identity": IDENTITY, "source": {}}
+    return [entry["shard"] for entry in entries]
 
 
 class Gate:
@@ -39,14 +39,14 @@ class Gate:
         self.started, self.passes = threading.Semaphore(0), threading.Semaphore(0)
         self.at_once = self.most_at_once = 0
 
-        def gated(*arguments: Any) -> int:
+        def gated(*arguments: Any) -> Any:
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
             self.started.release()
             assert self.passes.acquire(timeout=60)
-            size = shard_file.write_shard(*arguments)
+            written = shard_file.write_shard(*arguments)
             self.at_once -= 1
-            return size
+            return written
 
         monkeypatch.setattr(writer, "write_shard", gated)
 
@@ -89,7 +89,7 @@ def test_what_is_handed_over_is_let_go_of(tmp_path: Path, monkeypatch: pytest.Mo
     w.flush()
     assert [reference() for reference in references] == [None, None]
     assert load_file(w.file(0)).keys() == {"a", "b"}
-    assert w.done[0]["tensors"] == ["a", "b"]
+    assert w.done[0]["checksums"].keys() == {"a", "b"}
 
 
 def test_the_line_comes_after_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
+from .content import leaf_digests
 from .host_buffer import HostBuffer
 
 
@@ -63,10 +64,11 @@ class ChunkReader:
         self.stream.wait_stream(owner)
         self._owner = owner
 
-    def read(self, chunks: list[Chunk]) -> list[Future[None]]:
+    def read(self, chunks: list[Chunk]) -> list[Future[bytes]]:
         """Start reading; a future is done when the bytes are read and, where there is a target, their copy is queued.
 
-        Its error is an OSError that names the file and the tensor. OSError at once if a file cannot be opened.
+        Its result is the digests of the chunk's pieces (`leaf_digests`), its error an OSError that names the file and
+        the tensor. OSError at once if a file cannot be opened.
         """
         descriptors = [self._open(chunk) for chunk in chunks]
         return [self._threads.submit(self._read, *each) for each in zip(descriptors, chunks, strict=True)]
@@ -86,7 +88,7 @@ class ChunkReader:
             self._descriptors[chunk.file] = os.open(chunk.file, os.O_RDONLY)
         return self._descriptors[chunk.file]
 
-    def _read(self, descriptor: int, chunk: Chunk) -> None:
+    def _read(self, descriptor: int, chunk: Chunk) -> bytes:
         buffer = self._buffers.get()
         try:
             buffer = buffer or HostBuffer(self.chunk_bytes, self.stream)
@@ -94,6 +96,7 @@ class ChunkReader:
             _read_exactly(descriptor, chunk, buffer.view)
             if chunk.target is not None:
                 buffer.copy(chunk.target, buffer.bytes[: chunk.size])
+            return leaf_digests(buffer.view[: chunk.size])  # while the copy is under way
         finally:
             self._buffers.put(buffer)
 

@@ -9,6 +9,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from . import content
 from .chunk_reader import Chunk, ChunkReader
 from .reader import CheckpointReader, StoredTensor
 
@@ -18,10 +19,15 @@ _PASSING_BYTES = 1 << 20
 
 @dataclass
 class _Ahead:
-    """A layer that is being read; `tensors`, where it is copied to, is None where it stays in mapped files."""
+    """A layer that is being read, in pieces by the full name of their tensor, in order within each.
+
+    `tensors`, where it is copied to, is None where it stays in mapped files.
+    """
 
     layer: int
-    reads: list[Future[None]]
+    reads: list[tuple[str, Future[bytes]]]
+    advice: list[Future[None]]
+    stored: dict[str, StoredTensor]
     tensors: dict[str, Tensor] | None
 
 
@@ -33,12 +39,16 @@ class LayerLoader:
     thread reads beforehand: this process's own memory does not grow, and a file that cannot be read is an error rather
     than the end of the process.
 
+    Every tensor's digest is entered in the reader's `content`. chunk_bytes: a multiple of content.LEAF_BYTES.
+
     `bytes_read` counts the bytes of the layers handed over, `wait_seconds` how long the caller waited for them.
     """
 
     def __init__(
         self, reader: CheckpointReader, device: torch.device, threads: int = 8, chunk_bytes: int = 16 << 20
     ) -> None:
+        if chunk_bytes % content.LEAF_BYTES:
+            raise ValueError(f"chunks of {chunk_bytes} bytes: a multiple of {content.LEAF_BYTES} is needed")
         self.reader, self.device = reader, device
         self.threads, self.chunk_bytes = threads, chunk_bytes
         self.bytes_read = 0
@@ -53,6 +63,7 @@ class LayerLoader:
         files, never for that stream.
 
         OSError, with the file and the tensor, if a file cannot be read or has become shorter since its header was read.
+        InputError: a tensor is another than when it was read before.
         """
         stop = self.reader.layers if stop is None else stop
         if not 0 <= first <= stop <= self.reader.layers:
@@ -77,16 +88,27 @@ class LayerLoader:
         stored = self.reader.layer_tensors(layer)
         if self._mapped:
             advice = chunks.advise(self._chunks(layer, stored, {}, sys.maxsize))
-            return _Ahead(layer, advice + chunks.read(self._chunks(layer, stored, {}, chunks.chunk_bytes)), None)
+            return _Ahead(layer, self._read(chunks, layer, stored, {}), advice, stored, None)
         tensors = {name: torch.empty(s.shape, dtype=s.dtype, device=self.device) for name, s in stored.items()}
         if chunks.stream is not None:
             chunks.own(torch.cuda.current_stream(self.device))
-        return _Ahead(layer, chunks.read(self._chunks(layer, stored, tensors, chunks.chunk_bytes)), tensors)
+        return _Ahead(layer, self._read(chunks, layer, stored, tensors), [], stored, tensors)
+
+    def _read(
+        self, chunks: ChunkReader, layer: int, stored: dict[str, StoredTensor], targets: dict[str, Tensor]
+    ) -> list[tuple[str, Future[bytes]]]:
+        pieces = self._chunks(layer, stored, targets, chunks.chunk_bytes)
+        return [(piece.name, read) for piece, read in zip(pieces, chunks.read(pieces), strict=True)]
 
     def _finish(self, chunks: ChunkReader, ahead: _Ahead) -> dict[str, Tensor]:
         """Wait for the files, and have the caller's stream wait for the copies."""
-        for read in ahead.reads:
-            read.result()
+        for advice in ahead.advice:
+            advice.result()
+        leaves: dict[str, list[bytes]] = {self.reader.layer_prefix(ahead.layer) + name: [] for name in ahead.stored}
+        for name, read in ahead.reads:
+            leaves[name].append(read.result())
+        for name, own in leaves.items():
+            self.reader.content.saw(name, content.joined(own))
         if ahead.tensors is None:
             return self.reader.read_layer(ahead.layer)
         if chunks.stream is not None:
@@ -101,7 +123,7 @@ class LayerLoader:
     ) -> list[Chunk]:
         """The layer in pieces, in the files' order."""
         prefix = self.reader.layer_prefix(layer)
-        chunks = []
+        chunks: list[Chunk] = []
         for name, place in sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset)):
             target = targets[name].view(-1).view(torch.uint8) if targets else None
             for begin in range(0, place.bytes, chunk_bytes):

@@ -26,6 +26,13 @@ def check_place(path: Path) -> None:
         raise InputError(f"{path.name[:40]}...: too long a name; file systems end at 255 bytes")
 
 
+def check_cache(cache: Path, output: Path) -> None:
+    """Refuse a cache within the output: the output is to be an empty folder when it is made."""
+    for folder in (output.resolve(), output.resolve().with_name(output.resolve().name + ".partial")):
+        if cache.resolve().is_relative_to(folder):
+            raise InputError(f"{cache}: the cache cannot lie in the output; name a folder beside {output}")
+
+
 def check_space(output: Path, needed: int) -> None:
     """Refuse a run whose output will not fit: better before the first layer than in the last."""
     parent = next(p for p in output.absolute().parents if p.exists())

@@ -1,11 +1,8 @@
-"""Reads a Hugging Face checkpoint folder one decoder layer at a time. Safetensors only; no pickle, no remote code."""
+"""Reads a Hugging Face checkpoint folder one decoder layer at a time."""
 
 import errno
 import hashlib
-import json
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +12,45 @@ from torch import Tensor
 
 from ..architectures import SELECTED_PREFIX, Family, LayerShape, family_of
 from ..errors import InputError
+from ..files import read_json, reason_of
+from .content import Content, Digests, FileStates, digest_of, digests_of_files, file_states
+from .headers import StoredTensor, explain, header_of, read_headers, weight_files
+from .names import assign_names, check_layer_count
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old Llama checkpoints saved; computed from the config today
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor is: `bytes` bytes of the file from byte `offset` on, row-major, little-endian."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-
-    @property
-    def bytes(self) -> int:
-        size = self.dtype.itemsize
-        for n in self.shape:
-            size *= n
-        return size
 
 
 class CheckpointReader:
     """A checkpoint folder: configuration, family, and tensors by name, read when asked for.
 
+    `tensors` go by the names of transformers' class, whatever the files call them; `unused` names those that it does
+    not use. A head that is stored beside tied embeddings and differs from them is the model's: then
+    `config.tie_word_embeddings` becomes False. `content` is what has been read.
+
     Raises InputError, naming file and tensor, if anything that the configuration calls for is missing, truncated,
-    of another shape, or stored in a type other than float32, bfloat16 or float16. Only headers are read for that.
+    of another shape, or stored in a type other than float32, bfloat16 or float16. Only headers are read for that,
+    and the head where it is stored beside tied embeddings.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config, self.family = _read_config(folder)
-        self.tensors = _read_headers(folder)
-        self.shapes: list[LayerShape] = self.family.shapes(self.config)
-        self._check()
+        fields = read_fields(folder)
+        self.family = _prunable_family(folder, fields)
+        stored = read_headers(weight_files(folder, fields))
+        check_layer_count(folder, fields, stored)
+        self.config = _checked_config(folder, self.family)
+        self.shapes: list[LayerShape]
+        try:
+            self.shapes = self.family.shapes(self.config)
+            expected = self._expected()
+        except Exception as error:
+            raise _refused(folder, error) from error
+        described = f"a {self.config.model_type} model as config.json describes it"
+        prefix = self.family.layers.partition(".")[0] + "."
+        self.tensors, self.unused = assign_names(stored, expected, prefix, described)
+        self._settle_head()
+        self._check(expected)
+        self.content = Content(folder)
 
     @property
     def layers(self) -> int:
@@ -97,9 +95,9 @@ class CheckpointReader:
         for file, inside in by_file.items():
             try:
                 with safe_open(file, framework="pt") as f:
-                    tensors |= {name: f.get_tensor(name) for name in inside}
+                    tensors |= {name: f.get_tensor(self.tensors[name].name) for name in inside}
             except SafetensorError as error:  # it was whole when this reader was made
-                raise OSError(errno.EIO, f"changed since it was opened: {_explain(file, error)}", str(file)) from error
+                raise OSError(errno.EIO, f"changed since it was opened: {explain(file, error)}", str(file)) from error
         return tensors
 
     def read_layer(self, layer: int) -> dict[str, Tensor]:
@@ -119,59 +117,99 @@ class CheckpointReader:
         table = self.read([self.family.embeddings])[self.family.embeddings]
         return table[ids]
 
+    def read_outside(self) -> dict[str, Tensor]:
+        """The tensors outside the layers, as `read`, entered in `content`."""
+        tensors = self.read(self.outside_layers())
+        for name, tensor in tensors.items():
+            self.content.saw(name, digest_of(tensor))
+        return tensors
+
+    def file_states(self) -> FileStates:
+        """Of the files with the weights: while they stay the same, so, we take it, do the weights."""
+        return file_states(tensor.file for tensor in self.tensors.values())
+
+    def differing(self, digests: Digests) -> str | None:
+        """The first tensor whose stored bytes have not this digest, or None. Reads them all."""
+        known = {name: self.tensors[name] for name in digests if name in self.tensors}
+        found = digests_of_files(known)
+        return next((name for name in digests if found.get(name) != digests[name]), None)
+
+    def all_digests(self) -> Digests:
+        """Digests of every tensor, which are read for it."""
+        return digests_of_files(self.tensors)
+
     def fingerprint(self) -> str:
         """sha256 over the configuration, every header, and samples of every tensor: 16 of 4 KiB spread over it.
 
-        So no tensor can be exchanged or trained unseen, and 70 B parameters cost 50 MB of reads.
+        So that a run's caches have names of their own for models that were trained differently: 70 B parameters cost
+        50 MB of reads. What tells one checkpoint from another for good are the digests of `content`.
         """
         result = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in sorted({t.file for t in self.tensors.values()}):
             result.update(f"{file.name}:{file.stat().st_size}".encode())
+            entries, start = header_of(file)
+            result.update(repr(sorted(entries.items())).encode())
             with file.open("rb") as f:
-                (length,) = struct.unpack("<Q", f.read(8))
-                header = f.read(length)
-                result.update(header)
-                for name, entry in sorted(json.loads(header).items()):
-                    if name == "__metadata__":
-                        continue
+                for _, entry in sorted(entries.items()):
                     begin, end = entry["data_offsets"]
                     for k in range(_SAMPLES):
-                        start = begin + (end - begin) * k // _SAMPLES
-                        f.seek(8 + length + start)
-                        result.update(f.read(min(_SAMPLE_BYTES, end - start)))
+                        first = begin + (end - begin) * k // _SAMPLES
+                        f.seek(start + first)
+                        result.update(f.read(min(_SAMPLE_BYTES, end - first)))
         return result.hexdigest()
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that the class may have, the head always among them."""
         vocabulary, hidden = self.config.vocab_size, self.config.hidden_size
-        outside = {
+        expected = {
             self.family.embeddings: (vocabulary, hidden),
             self.family.final_norm: (hidden,),
             self.family.head: (vocabulary, hidden),
         }
-        expected = {name: outside[name] for name in self.outside_layers()}
         for layer in range(self.layers):
             for name, shape in self.family.layer_state_shapes(self.config, layer).items():
                 expected[self.layer_prefix(layer) + name] = shape
         return expected
 
-    def _check(self) -> None:
-        expected = self._expected()
-        for name, shape in expected.items():
+    def _settle_head(self) -> None:
+        """What transformers makes of a tied model whose file has a head, or that alone."""
+        if not self.tied:
+            return
+        embeddings, head = (self.tensors.get(name) for name in (self.family.embeddings, self.family.head))
+        if embeddings is None and head is not None:
+            self.tensors[self.family.embeddings] = self.tensors.pop(self.family.head)
+        elif embeddings is not None and head is not None and not self._same_values(embeddings, head):
+            self.config.tie_word_embeddings = False
+        elif head is not None:
+            del self.tensors[self.family.head]
+
+    def _same_values(self, one: StoredTensor, other: StoredTensor) -> bool:
+        if one.shape != other.shape or not (one.readable and other.readable):
+            return False
+        pair = self.read([self.family.embeddings, self.family.head])
+        rows = zip(*(tensor.split(8192) for tensor in pair.values()), strict=True)
+        return all(bool(torch.equal(a.float(), b.float())) for a, b in rows)
+
+    def _check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        for name in expected:
+            if name == self.family.head and self.tied:
+                continue
             stored = self.tensors.get(name)
             if stored is None:
                 raise InputError(f"{self.folder}: tensor {name} is missing from the checkpoint")
-            if stored.shape != shape:
+            _check_type(stored)
+            if stored.shape != expected[name]:
                 raise InputError(
-                    f"{stored.file}: tensor {name} has shape {list(stored.shape)}, "
-                    f"but config.json calls for {list(shape)}"
+                    f"{stored.file}: tensor {stored.name} has shape {list(stored.shape)}, "
+                    f"but config.json calls for {list(expected[name])}"
                 )
-        spare = {self.family.head} if self.tied else set()
-        for name in self.tensors.keys() - expected.keys() - spare:
-            if not name.endswith(_IGNORED):
-                raise InputError(
-                    f"{self.tensors[name].file}: tensor {name} is not part of a {self.config.model_type} model as "
-                    "config.json describes it"
-                )
+
+
+def _check_type(stored: StoredTensor) -> None:
+    if not stored.readable or not stored.dtype.is_floating_point:
+        raise InputError(
+            f"{stored.file}: tensor {stored.name} is stored as {stored.kind}; float32, bfloat16 or float16 is needed"
+        )
 
 
 def stored_model(folder: Path) -> tuple[Any, torch.dtype]:
@@ -179,30 +217,40 @@ def stored_model(folder: Path) -> tuple[Any, torch.dtype]:
 
     InputError: as of CheckpointReader, for what can be told from config.json and the headers alone.
     """
-    model_type = read_fields(folder).get("model_type", "")
+    fields = read_fields(folder)
+    model_type = fields.get("model_type", "")
     if not model_type.startswith(SELECTED_PREFIX):
         reader = CheckpointReader(folder)
         return reader.config, reader.dtype
     family = _named_family(folder, model_type.removeprefix(SELECTED_PREFIX))
+    tensors = read_headers(weight_files(folder, fields))
+    check_layer_count(folder, fields, tensors)
     config = _transformers_config(folder)
-    tensors = _read_headers(folder, indices=True)
     query = f"{family.layers}.0.{family.query}.weight"
     if query not in tensors:
         raise InputError(f"{folder}: tensor {query} is missing from the checkpoint")
+    _check_type(tensors[query])
     return config, tensors[query].dtype
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
     """config.json as it is written; InputError where there is none or it is no model's."""
     path = folder / "config.json"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give a checkpoint folder or a hub id such as org/name")
-    if not path.is_file():
-        raise InputError(f"{folder}: no config.json there; a Hugging Face checkpoint folder is needed")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; give a checkpoint folder or a hub id such as org/name")
+        if not path.is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise InputError(
+                    f"{folder}: a LoRA adapter, no model; merge it into its base model first (peft: merge_and_unload), "
+                    "and save that"
+                )
+            raise InputError(f"{folder}: no config.json there; a Hugging Face checkpoint folder is needed")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: cannot be opened: {reason_of(error)}") from error
+    fields = read_json(path)
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type", ""), str):
         raise InputError(f"{path}: not a model's configuration: an object with a model_type is needed")
     return fields
@@ -220,8 +268,7 @@ def _transformers_config(folder: Path) -> Any:
 
 
 def _refused(folder: Path, error: Exception) -> InputError:
-    reason = " ".join((str(error) or repr(error)).split())
-    return InputError(f"{folder / 'config.json'}: transformers refuses this configuration: {reason}")
+    return InputError(f"{folder / 'config.json'}: transformers refuses this configuration: {reason_of(error)}")
 
 
 def _named_family(folder: Path, model_type: str | None) -> Family:
@@ -231,91 +278,33 @@ def _named_family(folder: Path, model_type: str | None) -> Family:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
 
 
-def _read_config(folder: Path) -> tuple[Any, Family]:
-    fields, path = read_fields(folder), folder / "config.json"
+def _prunable_family(folder: Path, fields: dict[str, Any]) -> Family:
     family = _named_family(folder, fields.get("model_type"))
     if fields.get("quantization_config"):
+        path = folder / "config.json"
         raise InputError(f"{path}: a quantised checkpoint cannot be pruned; prune first, quantise afterwards")
-    config = _transformers_config(folder)
+    return family
+
+
+def _checked_config(folder: Path, family: Family) -> Any:
+    config, path = _transformers_config(folder), folder / "config.json"
     try:
         if config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
         family.layer_state_shapes(config, 0)
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         family.check(config)
+        check_rotary(family, config)
     except InputError:
         raise
     except Exception as error:
         raise _refused(folder, error) from error
     if heads % groups:
         raise InputError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
-    return config, family
+    return config
 
 
-def _read_headers(folder: Path, indices: bool = False) -> dict[str, StoredTensor]:
-    """Where every tensor is; with `indices` those of selections, int32, are left out."""
-    tensors: dict[str, StoredTensor] = {}
-    for file in _files(folder):
-        if not file.is_file():
-            raise InputError(f"{file}: listed in {INDEX} but missing")
-        try:
-            with safe_open(file, framework="pt"):  # checks the header and the file's length against it
-                entries, start = _header(file)
-        except SafetensorError as error:
-            raise InputError(f"{file}: {_explain(file, error)}") from error
-        for name, entry in entries.items():
-            if indices and entry["dtype"] == "I32":
-                continue
-            if entry["dtype"] not in _DTYPES:
-                raise InputError(
-                    f"{file}: tensor {name} is stored as {entry['dtype']}; float32, bfloat16 or float16 is needed"
-                )
-            begin = start + entry["data_offsets"][0]
-            tensors[name] = StoredTensor(file, tuple(entry["shape"]), _DTYPES[entry["dtype"]], begin)
-    return tensors
-
-
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """The entries of a safetensors file by tensor, and the byte that their offsets count from.
-
-    The layout: 8 bytes of length, little-endian; so many bytes of JSON; the tensors.
-    """
-    with file.open("rb") as f:
-        (length,) = struct.unpack("<Q", f.read(8))
-        entries = json.loads(f.read(length))
-    entries.pop("__metadata__", None)
-    return entries, 8 + length
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index}: not a safetensors index ({error!r})") from error
-        return [folder / name for name in sorted(names)]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")) or any(folder.glob("*.pt")):
-        raise InputError(
-            f"{folder}: only pickled weights there, which are never loaded; convert them to safetensors first"
-        )
-    raise InputError(f"{folder}: neither {SINGLE} nor {INDEX} there")
-
-
-def _explain(file: Path, error: SafetensorError) -> str:
-    """Why safetensors refuses a file, with the first tensor that a truncation cuts off."""
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        start = f.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header = f.read(length) if length < size else b""
-    try:
-        entries = {k: v["data_offsets"] for k, v in json.loads(header).items() if k != "__metadata__"}
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return f"not a complete safetensors file ({error})"
-    for name, (_, end) in sorted(entries.items(), key=lambda item: item[1]):
-        if 8 + length + end > size:
-            return f"truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}"
-    return f"not a valid safetensors file ({error})"
+def check_rotary(family: Family, config: Any) -> None:
+    """Make the rotary embedding, on no device: what it refuses of the configuration it refuses now."""
+    with torch.device("meta"):
+        family.rotary_class(config)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .content import Digest, Digests, memory_of
 from .host_buffer import HostBuffer
 
 # safetensors' own order: wide types first, so that every tensor is aligned without gaps; then by name.
@@ -18,8 +19,10 @@ _RANK = {dtype: rank for rank, dtype in enumerate(STORED)}
 PIECE_BYTES = 16 << 20
 
 
-def write_shard(file: Path, tensors: dict[str, Tensor], stream: torch.cuda.Stream | None = None) -> int:
-    """Write tensors of the types in STORED, of any shape, strides and device; returns the file's bytes.
+def write_shard(file: Path, tensors: dict[str, Tensor], stream: torch.cuda.Stream | None = None) -> tuple[int, Digests]:
+    """Write tensors of the types in STORED, of any shape, strides and device.
+
+    Returns the file's bytes, and the digest of every tensor: of what was in memory when it was written.
 
     `tensors` is emptied as they are written. `stream` copies CUDA tensors of its device; it must have been told to wait
     for their values. The bytes, those that safetensors' save_file would write, have reached the disk on return.
@@ -28,12 +31,14 @@ def write_shard(file: Path, tensors: dict[str, Tensor], stream: torch.cuda.Strea
     is filled while the other is written. OSError, with the file's name, if the system refuses; then no half file stays.
     """
     order = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
+    digests = {name: Digest() for name in order}
     file.unlink(missing_ok=True)  # of a killed run: it may have other permissions
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             position = _write(descriptor, memoryview(_header(tensors, order)), 0)
-            for part in _host_bytes((tensors.pop(name).detach() for name in order), stream):
+            for name, part in _host_bytes(((name, tensors.pop(name).detach()) for name in order), stream):
+                digests[name].update(part)
                 position = _write(descriptor, part, position)
             os.fsync(descriptor)
         finally:
@@ -44,7 +49,7 @@ def write_shard(file: Path, tensors: dict[str, Tensor], stream: torch.cuda.Strea
     finally:
         if stream is not None:
             stream.synchronize()  # after an error a copy may still read a tensor, which is freed from here on
-    return position
+    return position, {name: digest.hex() for name, digest in digests.items()}
 
 
 def _header(tensors: dict[str, Tensor], order: list[str]) -> bytes:
@@ -60,20 +65,22 @@ def _header(tensors: dict[str, Tensor], order: list[str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _host_bytes(tensors: Iterator[Tensor], stream: torch.cuda.Stream | None) -> Iterator[memoryview]:
-    """The tensors' bytes in row-major order; each part is valid until the next is asked for."""
+def _host_bytes(
+    tensors: Iterator[tuple[str, Tensor]], stream: torch.cuda.Stream | None
+) -> Iterator[tuple[str, memoryview]]:
+    """The tensors' bytes in row-major order, with their tensor's name; each is valid until the next is asked for."""
     buffers: list[HostBuffer] = []
     # One part is on its way while the one before is written. It keeps its tensor, whose copy may not have begun.
-    pending: tuple[memoryview, HostBuffer | None, Tensor] | None = None
-    for tensor in tensors:
+    pending: tuple[str, tuple[memoryview, HostBuffer | None, Tensor]] | None = None
+    for name, tensor in tensors:
         direct = tensor.device.type == "cpu" and tensor.is_contiguous()
         for piece in [tensor] if direct else _pieces(tensor, PIECE_BYTES):
-            following = (_memory(piece), None, piece) if direct else _staged(piece, buffers, stream)
+            following = (memory_of(piece), None, piece) if direct else _staged(piece, buffers, stream)
             if pending is not None:
-                yield _arrived(pending)
-            pending = following
+                yield pending[0], _arrived(pending[1])
+            pending = name, following
     if pending is not None:
-        yield _arrived(pending)
+        yield pending[0], _arrived(pending[1])
 
 
 def _arrived(part: tuple[memoryview, HostBuffer | None, Tensor]) -> memoryview:
@@ -104,10 +111,6 @@ def _pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
     else:
         for row in tensor:
             yield from _pieces(row, limit)
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _write(descriptor: int, part: memoryview, position: int) -> int:

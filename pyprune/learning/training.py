@@ -8,10 +8,9 @@ from pathlib import Path
 from time import monotonic
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoint import save_cached
+from ..checkpoint import load_cached, metadata_of, save_cached
 from ..errors import InputError
 
 History = list[tuple[float, float]]  # by step: loss in nats a token, share of the decoder linears kept
@@ -75,12 +74,11 @@ def train(
 
 
 def _resume(learner: Learner, file: Path) -> History:
+    state, metadata = load_cached(file, "training state", finite=False)
     try:
-        with safe_open(file, framework="pt") as f:
-            state = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
-            history = [(float(loss), float(kept)) for loss, kept in json.loads(f.metadata()["history"])]
+        history = [(float(loss), float(kept)) for loss, kept in metadata_of(metadata, "history", file)]
         learner.restore(state)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{file}: a damaged training state ({error}); delete it") from error
     return history
 

@@ -13,6 +13,7 @@ from ..allocation import Kept, UnitScores
 from ..architectures import ATTENTION, FFN, MODULES, LayerShape
 from ..checkpoint import CheckpointWriter
 from ..device import Meter
+from ..finite import check_finite
 from ..forward import LayerForward
 from ..job import Job
 from ..learning.training import History
@@ -40,7 +41,10 @@ def stored_layers(job: Job, what: str, meter: Meter, first: int = 0) -> Iterator
     for layer in range(first, job.reader.layers):
         job.progress(what, layer, job.reader.layers)
         with meter.layer():
-            yield layer, next(stored)
+            tensors = next(stored)
+            check_finite(tensors, f"{job.reader.folder}: layer {layer}")
+            yield layer, tensors
+            del tensors  # the loader empties it, and what was taken out of it is its taker's
     job.progress(what, job.reader.layers, job.reader.layers)
 
 
@@ -57,7 +61,7 @@ class Passes(ABC):
         self.meters: dict[str, Meter] = {}
         self.cached = False
         self.nonfinite: dict[str, int] = {}
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(job.warnings)
         self.history: History = []
 
     @abstractmethod
@@ -108,14 +112,21 @@ class Passes(ABC):
         return forward.build(tensors.items(), layer, config)
 
     def write_layer(self, layer: int, tensors: dict[str, Tensor], record: Any) -> None:
+        check_finite({name: t for name, t in tensors.items() if t.is_floating_point()}, f"layer {layer} as pruned")
         prefix = self.reader.layer_prefix(layer)
-        self.writer.write(layer + 1, {prefix + name: t for name, t in tensors.items()}, record)
+        sources = [prefix + name for name in self.reader.layer_tensors(layer)]
+        self._write(layer + 1, {prefix + name: t for name, t in tensors.items()}, sources, record)
 
     def copy_embeddings(self) -> None:
-        if 0 not in self.writer.done:
-            self.writer.write(0, self.reader.read([self.reader.family.embeddings]))
+        self._copy(0, [self.reader.family.embeddings])
 
     def copy_head(self) -> None:
-        last = self.reader.layers + 1
-        if last not in self.writer.done:
-            self.writer.write(last, self.reader.read(self.reader.outside_layers()[1:]))
+        self._copy(self.reader.layers + 1, self.reader.outside_layers()[1:])
+
+    def _copy(self, shard: int, names: list[str]) -> None:
+        if shard not in self.writer.done:
+            self._write(shard, self.reader.read(names), names)
+
+    def _write(self, shard: int, tensors: dict[str, Tensor], sources: list[str], record: Any = None) -> None:
+        digests = self.reader.content.digests
+        self.writer.write(shard, tensors, record, {name: digests[name] for name in sources})

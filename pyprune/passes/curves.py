@@ -1,19 +1,16 @@
 """The survey of residual allocation: error curves of both drivers of every layer on the dense model; cached."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import distributed
 from ..architectures import FFN, MODULES, LayerShape
-from ..checkpoint import save_cached
+from ..checkpoint import load_cached, save_cached
 from ..curvature import Curvature, CurvatureObserver
 from ..device import Meter
 from ..errors import InputError
@@ -41,15 +38,15 @@ def cached_curves(job: Job, method: SecondOrderMethod, meter: Meter) -> tuple[li
     """
     deepest = deepest_cut(job.ratio)
     files = [curves_file(job, method, tenths) for tenths in range(deepest, 11)]
-    stored = distributed.from_first(lambda: first_curves([path for path, _ in files], job.reader.shapes, deepest))
+    stored = distributed.from_first(lambda: first_curves(job, files, deepest))
     if stored is not None:
         return stored, True
     path, identity = files[0]
-    with LayerLog(path, distributed.is_first()) as log:
+    with LayerLog(job, path, identity, distributed.is_first()) as log:
         curves = survey_curves(job, method, deepest, meter, log)
         if distributed.is_first():
             tensors = {f"{layer}.{module}": curve for layer, own in enumerate(curves) for module, curve in own.items()}
-            save_cached(tensors, path, {"identity": json.dumps(identity)})
+            save_cached(tensors, path, job.source(), identity)
     return curves, False
 
 
@@ -84,24 +81,34 @@ def cut(curves: ErrorCurves, shape: LayerShape, tenths: int) -> ErrorCurves:
     return result
 
 
-def first_curves(files: list[Path], shapes: list[LayerShape], tenths: int) -> list[ErrorCurves] | None:
-    """As a survey of so many tenths has them: from its own file, or one after it, of a survey that went deeper."""
-    for path in files:
-        if path.is_file():
-            layers = load_curves(path, len(shapes))
-            found = [cut(own, shape, tenths) for own, shape in zip(layers, shapes, strict=True)]
+def first_curves(job: Job, files: list[tuple[Path, dict[str, Any]]], tenths: int) -> list[ErrorCurves] | None:
+    """As a survey of so many tenths has them: from its own file, or one after it, of a survey that went deeper.
+
+    files: with the identity that each has to be of.
+    """
+    for path, identity in files:
+        layers = load_curves(job, path, identity) if path.is_file() else None
+        if layers is not None:
+            found = [cut(own, shape, tenths) for own, shape in zip(layers, job.reader.shapes, strict=True)]
             if all(len(curve) for own in found for curve in own.values()):
                 return found
     return None
 
 
-def load_curves(path: Path, layers: int) -> list[ErrorCurves]:
-    """What `cached_curves` kept; InputError if the file is damaged."""
+def load_curves(job: Job, path: Path, identity: dict[str, Any]) -> list[ErrorCurves] | None:
+    """What `cached_curves` kept; None if it was of other weights. InputError if the file is damaged."""
+    tensors, metadata = load_cached(path, "error curves", identity)
+    if not job.accepts(path, metadata):
+        return None
     try:
-        tensors = load_file(path)
-        return [{module: tensors[f"{layer}.{module}"] for module in MODULES} for layer in range(layers)]
-    except (SafetensorError, KeyError) as error:
+        curves = [{module: tensors[f"{layer}.{module}"] for module in MODULES} for layer in range(job.reader.layers)]
+    except KeyError as error:
         raise InputError(f"{path}: damaged error curves ({error}); delete it") from error
+    for own, shape in zip(curves, job.reader.shapes, strict=True):
+        for module, curve in own.items():
+            if curve.dim() != 1 or not 1 <= len(curve) <= shape.units(module):
+                raise InputError(f"{path}: damaged error curves (of shape {list(curve.shape)}); delete it")
+    return curves
 
 
 @torch.no_grad()

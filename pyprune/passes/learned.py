@@ -1,13 +1,15 @@
 """The passes of methods that train masks on the whole frozen model: train, then cut layer by layer."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..allocation import choose_globally, total_cost
 from ..checkpoint import CheckpointWriter
 from ..device import Meter
+from ..finite import check_finite
 from ..job import Job
 from ..learning.budget import select
 from ..learning.gates import GATES
@@ -35,7 +37,13 @@ def training_file(writer: CheckpointWriter) -> Path:
 def masked_model(job: Job) -> MaskedModel:
     """The whole model on the device, in the compute type, frozen."""
     model = load_model(job.reader.folder, job.device, job.dtype)
+    check_finite({name: p for name, p in model.named_parameters() if not _is_table(model, p)}, str(job.reader.folder))
     return MaskedModel(model, job.reader.family, job.recompute)
+
+
+def _is_table(model: Any, parameter: nn.Parameter) -> bool:
+    """Embeddings: rows that no text uses may be NaN, and those that one uses were looked at."""
+    return parameter is model.get_input_embeddings().weight
 
 
 def train_masks(passes: Passes, learner: Learner, method: LearnedMethod) -> None:
@@ -57,7 +65,7 @@ class SelectionPasses(Passes):
         with meter.layer():
             logits = self._trained()
         selections = select(self.reader.shapes, logits, self.job.ratio, self.method.round_to)
-        self._write(selections, logits)
+        self._write_selections(selections, logits)
         return SelectionOutcome(selections, logits)
 
     def _trained(self) -> list[dict[str, Tensor]]:
@@ -95,7 +103,7 @@ class SelectionPasses(Passes):
         )
         return prior_logits(shapes, importance, self.job.ratio, by_selection=kind == "moments")
 
-    def _write(self, selections: list[Selection], logits: list[dict[str, Tensor]]) -> None:
+    def _write_selections(self, selections: list[Selection], logits: list[dict[str, Tensor]]) -> None:
         """Each layer with what is not selected cut out, and the indices of its selections."""
         meter = self.meters["prune"] = Meter(self.device)
         family = self.reader.family

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from .. import distributed
 from ..architectures import MODULES
-from ..checkpoint import CheckpointReader, save_cached
+from ..checkpoint import CheckpointReader, load_cached, metadata_of, save_cached
 from ..device import Meter
 from ..errors import InputError
 from ..forward import LayerForward, layer_name
@@ -97,13 +95,13 @@ def survey_weights(
 def cached_survey(job: Job, by_window: bool, meter: Meter) -> tuple[list[LayerStatistics], bool]:
     """The survey of the job's model and text, and whether it was there already; a new one is kept."""
     path, identity = job.cache_file("survey", ("channel_moments",), by_window=by_window, format=FORMAT)
-    stored = distributed.from_first(lambda: load_survey(path, job.reader.layers) if path.is_file() else None)
+    stored = distributed.from_first(lambda: load_survey(job, path, identity) if path.is_file() else None)
     if stored is not None:
         return stored, True
-    with LayerLog(path, distributed.is_first()) as log:
+    with LayerLog(job, path, identity, distributed.is_first()) as log:
         survey = survey_model(job, by_window, meter, log)
         if distributed.is_first():
-            save_survey(path, survey, identity)
+            save_survey(path, survey, identity, job.source())
     return survey, False
 
 
@@ -123,22 +121,26 @@ def unpacked(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Laye
     return statistics
 
 
-def load_survey(path: Path, layers: int) -> list[LayerStatistics]:
-    """What `save_survey` wrote; InputError if the file is damaged."""
+def load_survey(job: Job, path: Path, identity: dict[str, Any]) -> list[LayerStatistics] | None:
+    """What `save_survey` wrote; None if it was of other weights. InputError if the file is damaged."""
+    stored, metadata = load_cached(path, "survey", identity)
+    if not job.accepts(path, metadata):
+        return None
+    counts, survey = metadata_of(metadata, "counts", path), []
     try:
-        stored = load_file(path)
-        with safe_open(path, framework="pt") as f:
-            counts = json.loads(f.metadata()["counts"])
-        survey = []
-        for layer in range(layers):
+        for layer, shape in enumerate(job.reader.shapes):
             own = {name.removeprefix(f"{layer}."): t for name, t in stored.items() if name.startswith(f"{layer}.")}
             survey.append(unpacked(own, {"counts": json.dumps(counts[layer])}))
-    except (SafetensorError, KeyError, IndexError, ValueError, TypeError) as error:
+            for module in MODULES:
+                channels = shape.units(module) * shape.unit_width(module)
+                if any(t.shape != (channels,) for t in survey[-1][module].tensors().values()):
+                    raise ValueError(f"layer {layer}: not {channels} channels of {module}")
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: a damaged survey ({error}); delete it") from error
     return survey
 
 
-def save_survey(path: Path, survey: list[LayerStatistics], identity: dict[str, Any]) -> None:
+def save_survey(path: Path, survey: list[LayerStatistics], identity: dict[str, Any], source: dict[str, str]) -> None:
     """Write the statistics so that another ratio needs no new forward."""
     tensors: dict[str, torch.Tensor] = {}
     counts = []
@@ -146,4 +148,4 @@ def save_survey(path: Path, survey: list[LayerStatistics], identity: dict[str, A
         own, metadata = packed(statistics)
         tensors |= {f"{layer}.{name}": t for name, t in own.items()}
         counts.append(json.loads(metadata["counts"]))
-    save_cached(tensors, path, {"identity": json.dumps(identity), "counts": json.dumps(counts)})
+    save_cached(tensors, path, {"counts": json.dumps(counts)} | source, identity)

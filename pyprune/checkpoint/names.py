@@ -1,0 +1,79 @@
+"""What tensors are called: the names of transformers' class, from those that training tools leave in files."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from ..errors import InputError
+from .headers import StoredTensor
+
+# What torch.compile, data parallelism, FSDP and activation checkpointing put into the path of a module.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Tensors that no decoder reads: caches of rotary embeddings, masks and positions that old classes saved, heads of
+# reward models, scales of key-value caches.
+_UNUSED = re.compile(
+    r"""(^|\.)(
+        rotary_emb\.(inv_freq|cos_cached|sin_cached)
+      | self_attn\.(bias|masked_bias|causal_mask|[kvq]_scale|kv_scale|prob_scale)
+      | (self_attn\.)?(attn|[kv]_proj)\.[kvq]_scale
+      | position_ids
+      | (v_head|value_head|score|reward_head)\..+
+    )$""",
+    re.VERBOSE,
+)
+_ADAPTER = re.compile(r"(^|\.)(lora_[A-Za-z_]+|base_layer|modules_to_save)\.|^base_model\.model\.")
+
+
+def unwrapped(name: str, expected: Collection[str], prefix: str) -> str:
+    """The name that the class has for a stored tensor; `prefix`, with its dot, is of the model inside it.
+
+    A model that was saved without its head has the names of that inner model.
+    """
+    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return prefix + plain if plain not in expected and prefix + plain in expected else plain
+
+
+def assign_names(
+    stored: dict[str, StoredTensor], expected: Collection[str], prefix: str, described: str
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The stored tensors by the names of the class, and the names, as stored, of those that it does not use.
+
+    described: the model in words, for errors.
+
+    Raises:
+        InputError: a LoRA adapter's tensors, two tensors of one name, or one that the class does not know.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    unused = []
+    for name, tensor in sorted(stored.items()):
+        plain = unwrapped(name, expected, prefix)
+        if plain in tensors:
+            raise InputError(f"{tensor.file}: {name} and {tensors[plain].name} are both {plain}; delete one of them")
+        if plain in expected:
+            tensors[plain] = tensor
+        elif _ADAPTER.search(name):
+            raise InputError(
+                f"{tensor.file}: tensor {name} is a LoRA adapter's; merge the adapter into its base model first "
+                "(peft: merge_and_unload), and save that"
+            )
+        elif _UNUSED.search(plain):
+            unused.append(name)
+        else:
+            raise InputError(f"{tensor.file}: tensor {name} is not part of {described}")
+    return tensors, unused
+
+
+def layer_count(names: Collection[str]) -> int:
+    """One more than the highest number of a decoder layer in the names; 0 where none has one."""
+    numbers = (re.search(r"(?:^|\.)layers\.(\d{1,9})\.", name) for name in names)
+    return max((int(number[1]) + 1 for number in numbers if number), default=0)
+
+
+def check_layer_count(folder: Path, fields: dict[str, object], stored: Collection[str]) -> None:
+    """Before a configuration with a billion layers is made: InputError where the tensors have fewer."""
+    asked, there = fields.get("num_hidden_layers"), layer_count(stored)
+    if isinstance(asked, int) and not isinstance(asked, bool) and asked > there:
+        raise InputError(
+            f"{folder / 'config.json'}: num_hidden_layers is {asked}, but tensor model.layers.{there}.* is missing: "
+            f"the checkpoint has tensors of {there} layers"
+        )

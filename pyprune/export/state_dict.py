@@ -1,0 +1,38 @@
+"""Whether the tensors that were written are those that the class of their config.json asks for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.headers import StoredTensor
+from ..errors import VerificationError
+
+
+def check_state_dict(folder: Path, written: Mapping[str, StoredTensor]) -> None:
+    """Compare names and shapes with those of the model's own state dict, which allocates nothing.
+
+    folder: with a config.json that transformers and pyprune's registered classes know.
+
+    Raises:
+        VerificationError: a tensor is missing, has another shape, or is not the class's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    tied = {name for name, parameter in every if first[id(parameter)] != name}
+    for name in sorted((shapes.keys() - tied) | written.keys()):
+        asked, found = shapes.get(name), written[name].shape if name in written else None
+        if asked != found:
+            raise VerificationError(
+                f"{folder}: tensor {name}: {_described(found)} was written, but {type(model).__name__} has "
+                f"{_described(asked)}; please report it"
+            )
+
+
+def _described(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else f"shape {list(shape)}"
