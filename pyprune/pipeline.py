@@ -46,9 +46,9 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
 
 def _run(job: Job) -> dict[str, Any]:
     writer = _writer(job)
+    fresh = not job.begun
     try:
         with _explained(job, writer):
-            fresh = not writer.done
             passes = make_passes(job, writer)
             writer.begin()
             try:
@@ -65,7 +65,7 @@ def _run(job: Job) -> dict[str, Any]:
                     plan = finish(job, writer, passes, outcome)
             return distributed.from_first(lambda: plan)
     except BaseException:
-        if not _worth_resuming(writer):
+        if fresh and not _worth_resuming(writer):
             writer.discard()
         raise
     finally:

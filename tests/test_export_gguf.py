@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bad_models import overflowing
+from bad_models import infinite
 from families import FAMILIES, family_checkpoint
 from gguf_models import change_config, pruned_copy, with_tokenizer
 from safetensors.torch import load_file, save_file
@@ -234,7 +234,7 @@ def test_nothing_is_left_behind(tiny_checkpoint: Callable[..., Path], tmp_path: 
     target.mkdir()
 
     with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight holds NaN or infinite weights"):
-        write_gguf(overflowing(source, tmp_path / "infinite"), target / "a" / "b" / "model.gguf")
+        write_gguf(infinite(source, tmp_path / "infinite", "model.layers.1.mlp.up_proj.weight"), target / "a" / "b" / "model.gguf")
 
     def stop(what: str, done: int, total: int) -> None:
         if done == 9:
