@@ -93,7 +93,10 @@ def solve_damped(
 def spd_inverse_reference(h: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """As spd_inverse, by the library's Cholesky factorisation and the inverse from it: 2⅓ d³ FLOP."""
     factor, info = torch.linalg.cholesky_ex(shifted(h, shift))
-    return torch.cholesky_inverse(factor).contiguous(), (info != 0).to(torch.int32)
+    failed = info != 0
+    # What is left of a failed factorisation may have a 0 on its diagonal, which LAPACK's inversion raises for.
+    factor.diagonal().masked_fill_(failed, 1)
+    return torch.cholesky_inverse(factor).contiguous(), failed.to(torch.int32)
 
 
 def shifted(h: Tensor, shift: float) -> Tensor:
