@@ -13,6 +13,7 @@ import torch
 from operator_calls import recorded_calls, strided
 from operator_cases import CASES, wave
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from pyprune import ops
 from pyprune.ops.checks import MOST_STEPS, check_apart, overlap, repeats
@@ -31,7 +32,10 @@ class Call:
 
     def with_(self, **replaced: Tensor) -> tuple[Tensor, ...]:
         """The results, what was changed included, of a call with other arguments here, which are not copied."""
-        own = {name: x.clone() if isinstance(x, Tensor) else x for name, x in self.arguments.items()} | replaced
+        own = {
+            name: replaced[name] if name in replaced else x.clone() if isinstance(x, Tensor) else x
+            for name, x in self.arguments.items()
+        }
         result = self.function(*own.values())
         returned = result if isinstance(result, tuple) else (result,)
         return (*(x for x in returned if isinstance(x, Tensor)), *(own[name] for name in sorted(self.changed)))
@@ -149,6 +153,21 @@ def test_on_another_device(name: str, argument: str) -> None:
     call = CALLS[name]
     if len(call.tensors()) > 1 or name == "refit":
         call.refused(argument, **{argument: call.arguments[argument].to("meta")})
+
+
+@pytest.mark.parametrize("name", [*(name for name in CALLS if name in dir(torch.ops.pyprune)), "add_split_product",
+                                  "lower_gram", "moments_reference"])  # fmt: skip
+def test_without_memory(name: str) -> None:
+    """On meta, and of fake tensors: shapes and types of the results, and nothing is taken for memory in common."""
+    call = CALLS[name]
+    real = call.with_()
+    for found in (call.with_(**{own: x.to("meta") for own, x in call.tensors().items()}), faked(call)):
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in real]
+
+
+def faked(call: Call) -> tuple[Tensor, ...]:
+    with FakeTensorMode() as mode:
+        return call.with_(**{own: mode.from_tensor(x) for own, x in call.tensors().items()})
 
 
 def odd_views(x: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,14 @@ def check_contiguous(operator: str, name: str, x: Tensor, hint: str = "") -> Non
 def check_apart(operator: str, changed: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]) -> None:
     """ValueError where an argument that is changed lies, by a single byte, on another one or on itself.
 
-    Of real memory only: not for a fake implementation, and nothing that is traced.
+    Of real memory only: nothing is asked of what is traced, of fake tensors and of those on meta.
     """
     if torch.compiler.is_compiling():
         return
-    arguments = [(name, x, *span_of(x)) for name, x in (*changed.items(), *read.items()) if x is not None]
+    given = [(name, x) for name, x in (*changed.items(), *read.items()) if x is not None]
+    if any(x.is_meta or isinstance(x, FakeTensor) for _, x in given):
+        return
+    arguments = [(name, x, *span_of(x)) for name, x in given]
     for place, (name, x, first, last) in enumerate(arguments):
         if name not in changed:
             return
