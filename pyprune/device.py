@@ -1,6 +1,7 @@
 """Where a run computes, in which type, and how much memory it takes there."""
 
 import ctypes
+import gc
 import os
 import resource
 import time
@@ -54,25 +55,55 @@ def free_memory(device: torch.device) -> int:
 
 
 def whole_memory(device: torch.device) -> int:
-    """Bytes that a run may take of the device: of a CPU's all, of a GPU's what is free."""
+    """Bytes that a run may take of the device: of a CPU's all, of a GPU's what is free beside what the caller holds."""
     if device.type == "cuda":
+        release_cache(device)
         return int(FREE_SHARE * free_memory(device))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def release_cache(device: torch.device) -> None:
+    """Give back what PyTorch holds of a CUDA device for tensors that are gone, those in cycles too.
+
+    The workspaces of cuBLAS stay: a CUDA graph of the caller may have their addresses.
+    """
+    gc.collect()
+    with torch.cuda.device(device):
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def memory_limit(device: torch.device, limit: int | None) -> Iterator[None]:
-    """Within it PyTorch gets no more than `limit` bytes of a CUDA device; None: no limit. OutOfMemoryError beyond."""
+    """Within it PyTorch gets no more than `limit` bytes of a CUDA device beyond those that the caller's tensors hold.
+
+    None: no limit. OutOfMemoryError beyond it, InputError where the caller's tensors leave no room for so much.
+    """
     if limit is None:
         yield
         return
-    torch.cuda.empty_cache()  # what is held from before counts
+    release_cache(device)
+    # PyTorch limits what the process holds, and whole segments: a small tensor of the caller's keeps 2 or 20 MiB.
+    held = torch.cuda.memory_reserved(device)
+    check_room(device, limit, held, free_memory(device))
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    own = torch.cuda.get_per_process_memory_fraction(device)
+    torch.cuda.set_per_process_memory_fraction(min(own, (held + limit) / total), device)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(own, device)
+
+
+def check_room(device: torch.device, limit: int, held: int, free: int) -> None:
+    """InputError where `limit` bytes would be free, were it not for the `held` ones of this process.
+
+    More than the device has at all is no more than all of it.
+    """
+    if free < limit <= free + held:
+        raise InputError(
+            f"{device}: {limit / 1e9:.1f} GB were asked for, and {free / 1e9:.1f} GB are free beside the "
+            f"{held / 1e9:.1f} GB that this process holds; free some of its tensors, or ask for less device memory"
+        )
 
 
 def what_ran_out(error: torch.OutOfMemoryError) -> str:

@@ -240,5 +240,6 @@ def plan_memory(sizes: Sizes, budget: int, batch: int | None = None) -> MemoryPl
     begun = "" if batch is None else f" with the batches of {batch} windows that the run began with"
     raise InputError(
         f"{budget / 1e9:.1f} GB of device memory are too few for this model and method: {least / 1e9:.1f} GB are needed"
-        f" with hidden states in host memory{begun or ' and the smallest batches'}; raise --device-memory"
+        f" with hidden states in host memory{begun or ' and the smallest batches'}; raise "
+        "--device-memory, or free memory of the device"
     )

@@ -226,3 +226,27 @@ def test_a_refused_resume_keeps_what_was_done(
     assert "ratio (was 0.3, now 0.4)" in other.err
     assert sorted(tmp_path.rglob("*")) == before
     assert run(capsys, *command, "--resume").status == 0
+
+
+@pytest.mark.parametrize(("method", "ratio"), [("obs", 0.3), ("slimgpt", 0.3), ("sparsegpt", 0.5)])
+@pytest.mark.parametrize("repeated", ["aaaa ", "a"])
+def test_no_damping_on_inputs_of_low_rank(
+    repeated: str,
+    method: str,
+    ratio: float,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The Hessians are singular: either more damping is enough, or one line says what would be."""
+    monkeypatch.setenv("PYPRUNE_VERIFY", "0")
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(repeated * 400)
+    outcome = run(
+        capsys, "prune", model, out, "--method", method, "--ratio", ratio, "--damping", 0, "--calibration", text, *SMALL
+    )
+    assert "Traceback" not in outcome.err
+    assert outcome.status in (0, 2), outcome.err
+    assert outcome.status == 0 or "damping" in outcome.err.splitlines()[-1]
+    assert not (tmp_path / "out.partial").exists()

@@ -1,7 +1,9 @@
 """The budget of a GPU: what runs how, what is refused, and predictions against runs that were measured."""
 
+import gc
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from command_line import run
 
 from pyprune.architectures import LayerShape
 from pyprune.checkpoint import CheckpointReader
+from pyprune.device import check_room, memory_limit
 from pyprune.errors import InputError
 from pyprune.estimate import estimate, pass_flops
 from pyprune.memory_plan import Sizes, plan_memory
@@ -131,10 +134,92 @@ def test_sizes_on_the_command_line(demo_model: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize("method", ["flap", "slimgpt", "obs"])
 def test_a_run_stays_in_its_budget(method: str, demo_model: Path, tmp_path: Path) -> None:
     """PyTorch is held to the budget meanwhile: one byte beyond it would end the run."""
-    text = tmp_path / "text.txt"
+    held = torch.cuda.memory_allocated()  # by other tests
+    plan = prune(limited(method, demo_model, tmp_path))
+    assert 0 < plan["peak_memory_bytes"] - held <= BUDGET
+
+
+BUDGET = 400 * 10**6
+
+
+def limited(method: str, model: Path, folder: Path, budget: int | None = BUDGET) -> PruneOptions:
+    text = folder / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4000)
-    options = PruneOptions(
-        str(demo_model), tmp_path / "out", method, 0.3, {}, str(text), 64, 256, device="cuda", device_memory=400 * 10**6
+    return PruneOptions(
+        str(model), folder / "out", method, 0.3, {}, str(text), 64, 256, device="cuda", device_memory=budget
     )
-    plan = prune(options)
-    assert 0 < plan["peak_memory_bytes"] <= 400 * 10**6
+
+
+class Cycle:
+    """A tensor that only the collector of cycles frees."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x, self.own = x, self
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["flap", "slimgpt", "obs"])
+def test_a_run_stays_in_its_budget_beside_tensors_of_the_caller(method: str, demo_model: Path, tmp_path: Path) -> None:
+    """He holds more than the budget, and pieces of a cache of several times as much; all of his tensors stay."""
+    large = torch.full((150, 10**6), 7.0, device="cuda")
+    pieces = [torch.full((sizes,), 3.0, device="cuda") for sizes in (1000, 400_000, 3_000_000) for _ in range(100)]
+    Cycle(torch.empty(10**9, dtype=torch.uint8, device="cuda"))
+    del pieces[::2]
+    fraction = torch.cuda.get_per_process_memory_fraction()
+    gc.collect()
+    torch.cuda.empty_cache()
+    held, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    Cycle(torch.empty(10**9, dtype=torch.uint8, device="cuda"))
+    torch.empty(2 * 10**9, dtype=torch.uint8, device="cuda")  # in the cache from here on
+    assert torch.cuda.memory_reserved() >= held + 2 * 10**9
+    plan = prune(limited(method, demo_model, tmp_path))
+    assert torch.cuda.max_memory_reserved() <= held + BUDGET  # since the last layer began
+    assert 0 < plan["peak_memory_bytes"] - allocated <= BUDGET
+    assert torch.cuda.get_per_process_memory_fraction() == fraction
+    assert (large == 7).all()
+    assert all((piece == 3).all() for piece in pieces)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [BUDGET, None])
+def test_a_run_that_does_not_fit_beside_tensors_of_the_caller(
+    budget: int | None, demo_model: Path, tmp_path: Path
+) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    held = torch.empty(torch.cuda.mem_get_info()[0] - (100 << 20), dtype=torch.uint8, device="cuda")
+    options = limited("obs", demo_model, tmp_path, budget)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match="free beside the .* GB that this process holds" if budget else "too few"):
+        prune(options)
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != ".pyprune-cache"] == before
+    del held
+    assert prune(options)["peak_memory_bytes"] > 0
+
+
+@pytest.mark.gpu
+def test_the_limit_is_what_the_run_gets() -> None:
+    """On top of what is held, to a segment; and the caller's own limit is back afterwards, after an error too."""
+    cuda = torch.device("cuda", 0)
+    kept = torch.ones(50 << 20, device=cuda)
+    own = torch.cuda.get_per_process_memory_fraction(cuda)
+    for size in (90, 110):
+        with memory_limit(cuda, 100 << 20):
+            if size < 100:
+                torch.empty(size << 20, dtype=torch.uint8, device=cuda)
+            else:
+                with pytest.raises(torch.OutOfMemoryError):
+                    torch.empty(size << 20, dtype=torch.uint8, device=cuda)
+        assert torch.cuda.get_per_process_memory_fraction(cuda) == own
+    assert kept.sum() == kept.numel()
+
+
+@pytest.mark.parametrize(
+    ("limit", "held", "free", "fits"),
+    [(4, 0, 8, True), (4, 70, 8, True), (8, 70, 8, True), (9, 70, 8, False), (78, 70, 8, False), (85, 70, 8, True),
+     (85, 0, 79, True)],
+)  # fmt: skip
+def test_what_is_asked_for_beside_what_is_held(limit: int, held: int, free: int, fits: bool) -> None:
+    """In GB. A limit above all that the device has is none; one that the caller's tensors stand in the way of fails."""
+    with nullcontext() if fits else pytest.raises(InputError, match=f"{limit}.0 GB.* {free}.0 GB.* {held}.0 GB that"):
+        check_room(torch.device("cuda", 0), limit * 10**9, held * 10**9, free * 10**9)

@@ -365,11 +365,16 @@ def test_rows_on_sixteen_bytes() -> None:
         (torch.zeros(2, 3), torch.zeros(3, 4), None, r"lower is torch.float32 \[3, 4\]; it must be square"),
         (torch.zeros(2, 3), torch.zeros(9), None, r"lower is torch.float32 \[9\]; it must be square"),
         (torch.zeros(2, 3), torch.zeros(3, 3).half(), None, "lower is torch.float16"),
-        (torch.zeros(2, 3), torch.zeros(3, 6)[:, ::2], None, "lower is not contiguous"),
+        (torch.zeros(2, 3), torch.zeros(3, 6)[:, ::2], None, r"lower has strides \[6, 2\]; it needs to be contiguous"),
         (torch.zeros(2, 3), torch.zeros(3, 3, device="meta"), None, "lower is on meta and x on cpu"),
         (torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(4), r"sums is torch.float32 \[4\]; lower \[3, 3\]"),
         (torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(3).half(), "sums is torch.float16"),
-        (torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(6)[::2], "sums is not contiguous"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(3, 3),
+            torch.zeros(6)[::2],
+            r"sums has strides \[2\]; it needs to be contiguous",
+        ),
         (torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(3, device="meta"), "sums is on meta and lower on cpu"),
     ],
 )

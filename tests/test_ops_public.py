@@ -8,9 +8,9 @@ from unittest import mock
 
 import pytest
 import torch
+from operator_calls import recorded_calls, strided
 from operator_cases import CASES, Case, Tensors, assert_exact, wave
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune import ops
 
@@ -39,28 +39,11 @@ def test_every_public_name_is_described_and_shown() -> None:
         assert name in results or any(re.search(rf"\b{name}\b", code) for code in EXAMPLES), name
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps every call of an operator of pyprune, its tensors as they were before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[Any, list[tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "pyprune":
-            copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
-            self.calls.setdefault(func, []).append((copies, dict(kwargs or {})))
-        return func(*args, **(kwargs or {}))
-
-
 def test_opcheck_of_every_operator() -> None:
-    with Recorder() as recorder:
-        for case in CASES.values():
-            case.run(*case.inputs())
+    recorded = recorded_calls()
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyprune::")}
-    assert {operator.overloadpacket._qualified_op_name.split("::")[1] for operator in recorder.calls} == names
-    for operator, calls in recorder.calls.items():
-        arguments, keywords = calls[0]
+    assert {operator.overloadpacket._qualified_op_name.split("::")[1] for operator in recorded} == names
+    for operator, (arguments, keywords) in recorded.items():
         torch.library.opcheck(operator, arguments, keywords)
 
 
@@ -85,15 +68,6 @@ def test_compiles_with_inductor() -> None:
     torch.compiler.reset()
     arguments = [torch.randn(5, 16), torch.randn(5, 16), torch.randn(16)]
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(*arguments), step(*arguments))
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same values, every other element of memory that is NaN elsewhere, or another index."""
-    between = torch.nan if x.is_floating_point() else 1 << 20
-    memory = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 3), between, dtype=x.dtype)
-    view = memory[..., 1 : 1 + 2 * x.shape[-1] : 2]
-    view.copy_(x)
-    return view
 
 
 # Arguments that have to be contiguous, or their rows: others are refused by name.

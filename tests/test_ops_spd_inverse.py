@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyprune.errors import InputError
 from pyprune.ops import sweep as module
-from pyprune.ops.spd_inverse import damped_inverse, spd_inverse, spd_inverse_reference
+from pyprune.ops.inverse_factor import inverse_factor, spd_inverse_factor
+from pyprune.ops.spd_inverse import FIRST_DAMPING, damped_inverse, spd_inverse, spd_inverse_reference
 from pyprune.ops.split_tf32 import split_factors, split_panel
 from pyprune.ops.sweep import BLOCKING, Blocking, inverse_
 
@@ -273,6 +274,38 @@ def test_info_is_the_failing_block(device: str, monkeypatch: pytest.MonkeyPatch)
         assert info.dtype == torch.int32
         assert info.device == h.device
         assert spd_inverse(h, 2.0)[1].item() == 0
+
+
+def singular(channels: int, place: int, dtype: torch.dtype) -> Tensor:
+    """L D Lᵀ, L of ones on two diagonals, D of ones but for a zero. Small integers, so that a pivot is exactly 0."""
+    lower = torch.eye(channels, dtype=dtype) + torch.diag(torch.ones(channels - 1, dtype=dtype), -1)
+    d = torch.ones(channels, dtype=dtype)
+    d[place] = 0
+    return lower * d @ lower.T
+
+
+@each_device
+@each_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("channels", "place"), [(2, 1), (20, 1), (20, 15), (20, 16), (70, 35), (70, 69), (8, None)])
+def test_a_pivot_of_zero_is_info_and_more_damping(
+    channels: int, place: int | None, dtype: torch.dtype, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Singular to the last bit, of ones alone too: every inverse says so, and what is damped is still inverted."""
+    h = torch.ones(channels, channels, dtype=dtype) if place is None else singular(channels, place, dtype)
+    h = h.to(device)
+    assert torch.linalg.eigvalsh(h.double())[0].abs() < 1e-10
+    assert spd_inverse(h, 0.0)[1].item() > 0
+    assert spd_inverse_factor(h, 0.0)[1].item() > 0
+    inverse, factor = damped_inverse(h, 0.0), inverse_factor(h, 0.0)
+    assert "the Hessian with damping 0 is not positive definite; trying 0.001" in caplog.text
+    for found, damping in ((inverse.inverse, inverse.damping), (factor.factor.mT @ factor.factor, factor.damping)):
+        assert damping == FIRST_DAMPING
+        shift = damping * h.diagonal().double().mean() * torch.eye(channels, dtype=torch.float64, device=device)
+        exact = torch.linalg.inv(h.double() + shift)
+        unit = torch.finfo(dtype).eps / 2
+        # As for damping that is raised; U is backward stable too, and UᵀU takes d more roundings.
+        assert relative_error(found, exact) <= (channels + 1) * unit * torch.linalg.cond(h.double() + shift).item()
 
 
 @each_device

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyprune.curvature import Curvature
 from pyprune.errors import InputError
-from pyprune.methods import make_method
+from pyprune.methods import make_method, second_order
 from pyprune.methods.slimgpt import SlimGpt, dynamic_groups
+from pyprune.ops import DampedInverse
 
 
 def problem(channels: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -50,6 +52,18 @@ def test_removal_follows_algorithm_1(width: int, count: int) -> None:
     chosen, refitted = SlimGpt().remove(torch.linalg.inv(hessian).contiguous(), weight.clone(), count, width)
     assert set(chosen.tolist()) == removed
     assert (refitted - expected).abs().max() <= 1e-8 * expected.abs().max()
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_what_goes_and_is_singular_is_refused_by_name(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inverse whose blocks are of rank one, as rounding makes them where inputs are nearly the same."""
+    inverse, weight = torch.ones(8, 8), torch.ones(3, 8)
+    _, refitted = SlimGpt().remove(inverse.clone(), weight.clone(), 3, width)
+    assert not refitted.isfinite().any()
+    found = DampedInverse(inverse, 0.0, torch.zeros(8, dtype=torch.bool))
+    monkeypatch.setattr(second_order, "damped_inverse", lambda *_: found)
+    with pytest.raises(InputError, match=r"layers\.3 o_proj: .*raise --damping"):
+        SlimGpt().reconstruct(Curvature(inverse, 9), weight, 3, width, "layers.3 o_proj")
 
 
 def test_dynamic_groups_are_the_authors() -> None:

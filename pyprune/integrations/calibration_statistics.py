@@ -11,6 +11,7 @@ A Hessian takes 4·in_features² bytes of float32 on the device that the layer r
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -43,13 +44,15 @@ class LinearStatistics:
     @property
     def rows(self) -> int:
         """Rows read; 0 for a layer that was never called."""
-        sums = self._accumulators[self._name].sums
-        return 0 if sums is None else sums.count
+        with self._accumulators.lock:
+            sums = self._accumulators[self._name].sums
+            return 0 if sums is None else sums.count
 
     @property
     def shared_with(self) -> frozenset[str]:
         """The other layers that have read the very same tensors, and whose statistics these are as well."""
-        return frozenset(self._accumulators[self._name].members - {self._name})
+        with self._accumulators.lock:
+            return frozenset(self._accumulators[self._name].members - {self._name})
 
     @property
     def moments(self) -> ChannelMoments:
@@ -61,10 +64,13 @@ class LinearStatistics:
 
     def hessian(self) -> Tensor:
         """H = Σ x xᵀ in full, float32 [in_features, in_features]: the state itself, which more rows change."""
-        hessian = self._sums().hessian
-        if hessian is None:
-            raise ValueError(f"{self._name}: Hessians were not asked for; use CalibrationStatistics(..., hessian=True)")
-        return hessian.finish()
+        with self._accumulators.lock:  # no rows are added while it is completed
+            hessian = self._sums().hessian
+            if hessian is None:
+                raise ValueError(
+                    f"{self._name}: Hessians were not asked for; use CalibrationStatistics(..., hessian=True)"
+                )
+            return hessian.finish()
 
     def inverse_factor(self, damping: float = 0.01) -> InverseFactor:
         """U upper triangular, UᵀU = (H + damping·mean(diag H)·I)^-1, as pyprune.ops.inverse_factor makes it."""
@@ -90,6 +96,8 @@ class CalibrationStatistics(Mapping[str, LinearStatistics]):
     gets its own, with a warning (shared_inputs.py). Inputs in inference mode cannot be told apart from changed ones
     and are not shared: use torch.no_grad().
 
+    Forwards may run in several threads. Layers share where the first forward is through before a second one begins.
+
     On leaving, also by an exception, the hooks are gone; what was read stays. Entering again goes on with it.
     Raises InputError for names of no linear layer, and where no layer is chosen.
     """
@@ -109,8 +117,10 @@ class CalibrationStatistics(Mapping[str, LinearStatistics]):
         widths = {name: layer.in_features for name, layer in self._layers.items()}
         self._accumulators = Accumulators(widths, hessian, moments)
         self._share_inputs = share_inputs
-        self._kept: Tensor | None = None
-        self._mask_size = 0
+        # Indices of the rows that count, of how many: of threads that have called keep_rows, and of all others.
+        self._own_rows = threading.local()
+        self._rows: tuple[Tensor | None, int] = (None, 0)
+        self._maker = threading.get_ident()
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> CalibrationStatistics:
@@ -130,12 +140,16 @@ class CalibrationStatistics(Mapping[str, LinearStatistics]):
     def keep_rows(self, mask: Tensor | None) -> None:
         """Count only these rows of the inputs from now on; None: all of them.
 
+        Called by the thread that made the statistics, in every thread that has not called it; else in this thread.
         mask: [batch, sequence] bool or int as a tokeniser's attention mask, 0 for padding. A layer that reads another
         number of rows than the mask has elements (as an expert does) is then a ValueError. The host waits for the
         mask's device.
         """
-        self._kept = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
-        self._mask_size = 0 if mask is None else mask.numel()
+        rows = (None, 0) if mask is None else (mask.reshape(-1).nonzero().squeeze(1), mask.numel())
+        if threading.get_ident() == self._maker:
+            self._rows = rows
+        else:
+            self._own_rows.value = rows
 
     def __getitem__(self, name: str) -> LinearStatistics:
         if name not in self._layers:
@@ -156,12 +170,13 @@ class CalibrationStatistics(Mapping[str, LinearStatistics]):
                 raise ValueError(
                     f"{name}: reads {x.dtype} {list(x.shape)}; it needs {layer.in_features} channels of 16 bits or more"
                 )
-            if self._kept is not None and row_count(x) != self._mask_size:
-                raise ValueError(f"{name}: reads {row_count(x)} rows, and the mask has {self._mask_size} elements")
+            kept, mask_size = getattr(self._own_rows, "value", self._rows)
+            if kept is not None and row_count(x) != mask_size:
+                raise ValueError(f"{name}: reads {row_count(x)} rows, and the mask has {mask_size} elements")
             if self._share_inputs and not x.is_inference():
-                self._accumulators.read_shared(name, x, self._kept)
+                self._accumulators.read_shared(name, x, kept)
             else:
-                self._accumulators.read_alone(name, x, self._kept)
+                self._accumulators.read_alone(name, x, kept)
 
         return read
 

@@ -62,7 +62,7 @@ class FactorisingLinalg:
         if check_errors:
             raise TypeError("use cholesky to have errors checked")
         factor, failed = checked_factor(h)
-        self._calls.inverse_factors += 1
+        self._calls.count(inverse_factors=1)
         return PendingFactor(factor), failed.to(torch.int32)
 
 

@@ -15,6 +15,7 @@ own (GPTAQ, FOEM) are left to the tool, and so is a batch whose sum finds no GPU
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -92,8 +93,10 @@ class Kernels:
         self.original_add_batch, self.original_materialize = add_batch, materialize
         self.original_hessian_inverse, self._process_batch = hessian_inverse, process_batch
         self.hessian_inverse = with_names(hessian_inverse, torch=FactorisingTorch(calls))
-        # The GPTQ objects with partial sums that lack their upper triangle.
+        # The GPTQ objects with partial sums that lack their upper triangle. GPTQModel works on several at once, in
+        # threads, and each has a lock of its own only.
         self._open: WeakSet[Any] = WeakSet()
+        self._open_lock = threading.Lock()
 
     def replacements(self) -> list[Any]:
         # A class binds functions to its objects, and nothing else.
@@ -140,27 +143,33 @@ class Kernels:
         else:
             task._wait_partial_ready(device)
             hessian_update(x, partial, None)
-        self._open.add(task)
-        self._calls.hessian_updates += 1
+        with self._open_lock:
+            self._open.add(task)
+        self._calls.count(hessian_updates=1)
 
     def materialize(self, task: Any, target_device: torch.device | None) -> None:
         with task.lock:
             self.original_materialize(task, target_device)
-            if task in self._open and not task._device_hessian_partials:
+            with self._open_lock:
+                completes = task in self._open and not task._device_hessian_partials
+                if completes:
+                    self._open.discard(task)
+            if completes:
                 hessian_finish(task.H, None, 0, 1.0)
                 task._record_hessian_ready(task.H.device)
-                self._open.discard(task)
 
     def complete_all(self) -> None:
         """For the end of the block: what is still alive may be read by the tool's own functions."""
         # Calibration may have run in inference mode, whose tensors change in it only; in it, every tensor may.
-        for task in list(self._open):
+        with self._open_lock:
+            tasks = list(self._open)
+            self._open.clear()
+        for task in tasks:
             with task.lock, torch.inference_mode():
                 for device, partial in task._device_hessian_partials.items():
                     task._wait_partial_ready(device)
                     hessian_finish(partial, None, 0, 1.0)
                     task._record_partial_ready(device)
-        self._open.clear()
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ class GptqKernels(Kernels):
             diagonal.masked_fill_(dead, 1)
             diagonal.add_(percdamp * diagonal.mean())
             factor, failed = checked_factor(hessian)
-            self._calls.inverse_factors += 1
+            self._calls.count(inverse_factors=1)
             # The identity where it failed, without waiting for the device to say so.
             hessian.copy_(factor.masked_fill_(failed, 0))
             diagonal.masked_fill_(failed, 1)

@@ -40,6 +40,8 @@ AGREEMENT = 1e-3
 # Held by the block that replaces functions of the tool: a second block would take the first one's for the originals.
 BLOCKS = {tool: threading.Lock() for tool in SUPPORTED}
 
+COUNTING = threading.Lock()
+
 
 @dataclass
 class Calls:
@@ -47,6 +49,12 @@ class Calls:
 
     hessian_updates: int = 0
     inverse_factors: int = 0
+
+    def count(self, hessian_updates: int = 0, inverse_factors: int = 0) -> None:
+        """More of them; tools work in several threads."""
+        with COUNTING:
+            self.hessian_updates += hessian_updates
+            self.inverse_factors += inverse_factors
 
 
 @dataclass(frozen=True)

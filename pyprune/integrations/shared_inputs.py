@@ -5,6 +5,9 @@ input is held until every member has read it, unchanged, and is added once. Wher
 reads twice, the accumulator is split: the members that have read the held input get a copy of the sums with it added,
 the others keep the sums without it. So each layer's statistics are over its own inputs, whatever happens.
 
+Forwards may run in several threads. Each thread's inputs are held by themselves, and sums and memberships change in one
+thread at a time. Layers join where the first forward is through before a second one begins; else they stay apart.
+
 The same tensor: the same Python object at the same version, so not one that was changed in place in between.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +36,11 @@ class Reading:
     x: Tensor
     kept: Tensor | None
     version: int
+    stream: torch.cuda.Stream | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, kept: Tensor | None) -> Reading:
+        return cls(x, kept, x._version, torch.cuda.current_stream(x.device) if x.is_cuda else None)
 
     def same_as(self, other: Reading) -> bool:
         return self.x is other.x and self.kept is other.kept and self.version == other.version
@@ -40,7 +49,18 @@ class Reading:
         return self.x._version == self.version
 
     def rows(self) -> Tensor:
+        """For the current stream, where another thread may have its own."""
+        if self.stream is not None and self.stream != wait_for(self.stream, self.x.device):
+            self.x.record_stream(torch.cuda.current_stream(self.x.device))
         return kept_rows(self.x, self.kept)
+
+
+def wait_for(stream: torch.cuda.Stream, device: torch.device) -> torch.cuda.Stream:
+    """The current stream of the device, after what `stream` has been given so far."""
+    current = torch.cuda.current_stream(device)
+    if current != stream:
+        current.wait_stream(stream)
+    return current
 
 
 def kept_rows(x: Tensor, kept: Tensor | None) -> Tensor:
@@ -50,11 +70,15 @@ def kept_rows(x: Tensor, kept: Tensor | None) -> Tensor:
 
 @dataclass
 class Sums:
-    """What is accumulated: each statistic, or None where it is not wanted, and the rows in it."""
+    """What is accumulated: each statistic, or None where it is not wanted, and the rows in it.
+
+    stream: that of the last update, on a GPU.
+    """
 
     hessian: Hessian | None
     moments: ChannelMoments | None
     count: int = 0
+    stream: torch.cuda.Stream | None = None
 
     @classmethod
     def zeros(cls, channels: int, device: torch.device, hessian: bool, moments: bool) -> Sums:
@@ -65,11 +89,33 @@ class Sums:
                 ChannelMoments.zeros(channels, device) if moments else None,
             )
 
+    def copy(self) -> Sums:
+        """The same in memory of its own."""
+        self.follow()
+        with torch.inference_mode(False):  # as in zeros
+            return Sums(copy.deepcopy(self.hessian), copy.deepcopy(self.moments), self.count, self.stream)
+
+    def follow(self) -> None:
+        """What comes next on the current stream comes after all updates."""
+        if self.stream is not None:
+            self.stream = wait_for(self.stream, self.stream.device)
+
     def update(self, x: Tensor) -> None:
+        if x.is_cuda and self.stream is None:
+            self.stream = torch.cuda.current_stream(x.device)
+        self.follow()
         for statistic in (self.hessian, self.moments):
             if statistic is not None:
                 statistic.update(x)
         self.count += row_count(x)
+
+
+@dataclass(frozen=True)
+class Held:
+    """An input that not all members have read yet, and those who have not."""
+
+    reading: Reading
+    awaited: set[str]
 
 
 @dataclass
@@ -77,7 +123,7 @@ class Accumulator:
     """The sums over the rows that each of its members (names of layers) has read; None before the first input.
 
     channels, hessian, moments: what to start the sums with. incomplete: an input was changed in place before it could
-    be added, so rows are missing.
+    be added, so rows are missing. held: by thread (threading.get_ident).
     """
 
     members: set[str]
@@ -88,8 +134,7 @@ class Accumulator:
     incomplete: bool = False
     inputs: int = 0
     first: tuple[weakref.ref[Tensor], Tensor | None, int] | None = None
-    held: Reading | None = None
-    awaited: set[str] = field(default_factory=set)
+    held: dict[int, Held] = field(default_factory=dict)
 
     def add(self, x: Tensor) -> None:
         if self.sums is None:
@@ -99,33 +144,37 @@ class Accumulator:
 
     def began_with(self, reading: Reading) -> bool:
         """Whether this is the only input so far."""
-        if self.inputs != 1 or self.held is not None or self.first is None:
+        if self.inputs != 1 or self.held or self.first is None:
             return False
         x, kept, version = self.first
         return x() is reading.x and kept is reading.kept and version == reading.version
 
     def expects(self, member: str, reading: Reading) -> bool:
-        """Whether it can take this now: nothing is held, or this is held and the member has not read it yet."""
-        return self.held is None or (member in self.awaited and self.held.same_as(reading))
+        """Whether it can take this now: this thread holds nothing, or this, and the member has not read it yet."""
+        own = self.held.get(threading.get_ident())
+        return own is None or (member in own.awaited and own.reading.same_as(reading))
 
     def take(self, member: str, reading: Reading) -> None:
         """Add what is expected, once the last member reads it."""
-        if self.held is None:
-            self.held, self.awaited = reading, set(self.members)
-        self.awaited.discard(member)
-        if self.awaited:
+        thread = threading.get_ident()
+        own = self.held.setdefault(thread, Held(reading, set(self.members)))
+        own.awaited.discard(member)
+        if own.awaited:
             return
+        del self.held[thread]
         if self.inputs == 0:
             self.first = (weakref.ref(reading.x), reading.kept, reading.version)
         self.add(reading.rows())
-        self.held = None
 
-    def copy_for(self, members: set[str]) -> Accumulator:
-        """The same sums in memory of their own for these members, who leave."""
+    def split(self, members: set[str]) -> Accumulator:
+        """The same sums in memory of their own for these members, who leave; each side goes on with what it holds."""
         self.members -= members
-        with torch.inference_mode(False):  # as in Sums.zeros
-            sums = copy.deepcopy(self.sums)
+        sums = None if self.sums is None else self.sums.copy()
         apart = Accumulator(members, self.channels, self.hessian, self.moments, sums, self.incomplete, self.inputs)
+        held, self.held = self.held, {}
+        for thread, own in held.items():
+            for side in (self, apart):
+                side.go_on_with(thread, own)
         logger.warning(
             "%s and %s do not share their inputs any more; statistics are kept apart from here on",
             ", ".join(sorted(members)),
@@ -133,59 +182,75 @@ class Accumulator:
         )
         return apart
 
-    def split(self) -> Accumulator:
-        """A copy for the members that have read what is held, with it added; without it, this is for the others."""
-        held, self.held = self.held, None
-        assert held is not None
-        apart = self.copy_for(self.members - self.awaited)
-        if held.unchanged():
-            apart.add(held.rows())
-        else:
-            apart.incomplete = True
-        self.awaited = set()
-        return apart
+    def go_on_with(self, thread: int, held: Held) -> None:
+        """Hold what some of its members have read; add what all have, and forget what none has."""
+        awaited = held.awaited & self.members
+        if awaited and awaited != self.members:
+            self.held[thread] = Held(held.reading, awaited)
+        elif not awaited and held.reading.unchanged():
+            self.add(held.reading.rows())
+        elif not awaited:
+            self.incomplete = True
 
 
 class Accumulators:
-    """The accumulator of each layer. channels: of each layer's inputs; the rest as in Accumulator."""
+    """The accumulator of each layer. channels: of each layer's inputs; the rest as in Accumulator.
+
+    lock: held by whoever reads or changes them. Products of one thread keep all cores or the GPU busy as it is.
+    """
 
     def __init__(self, channels: Mapping[str, int], hessian: bool, moments: bool) -> None:
         self._of = {name: Accumulator({name}, width, hessian, moments) for name, width in channels.items()}
+        self.lock = threading.RLock()
 
     def __getitem__(self, name: str) -> Accumulator:
         """The layer's, with all that it has read in it."""
-        self._settle(self._of[name])
-        return self._of[name]
+        with self.lock:
+            self._settle(self._of[name])
+            own = self._of[name]
+            if own.sums is not None:
+                own.sums.follow()
+            return own
 
     def read_alone(self, name: str, x: Tensor, kept: Tensor | None) -> None:
         """The layer reads x, and no other layer is asked whether it does."""
-        own = self[name]
-        if len(own.members) > 1:
-            own = self._place(own.copy_for({name}))
-        own.add(kept_rows(x, kept))
+        with self.lock:
+            own = self[name]
+            if len(own.members) > 1:
+                own = self._place(own.split({name}))
+            own.add(kept_rows(x, kept))
 
     def read_shared(self, name: str, x: Tensor, kept: Tensor | None) -> None:
         """The layer reads x, which is added once for all that read it."""
-        reading = Reading(x, kept, x._version)
-        own = self._of[name]
-        if own.inputs == 0 and own.held is None:
-            joined = next((other for other in self._of.values() if other.began_with(reading)), None)
-            if joined is not None:
-                joined.members.add(name)
-                self._of[name] = joined
-                return
-        if not own.expects(name, reading):
-            self._settle(own)
-        self._of[name].take(name, reading)
+        reading = Reading.of(x, kept)
+        with self.lock:
+            own = self._of[name]
+            if own.inputs == 0 and not own.held:
+                joined = next((other for other in self._of.values() if other.began_with(reading)), None)
+                if joined is not None:
+                    joined.members.add(name)
+                    self._of[name] = joined
+                    return
+            if not own.expects(name, reading):
+                self._settle_thread(own, threading.get_ident())
+            self._of[name].take(name, reading)
 
     def settle(self) -> None:
         """Nothing is held any more."""
-        for accumulator in list(self._of.values()):
-            self._settle(accumulator)
+        with self.lock:
+            for accumulator in list(self._of.values()):
+                self._settle(accumulator)
 
     def _settle(self, accumulator: Accumulator) -> None:
-        if accumulator.held is not None:
-            self._place(accumulator.split())
+        for name in list(accumulator.members):
+            while held := self._of[name].held:
+                self._settle_thread(self._of[name], next(iter(held)))
+
+    def _settle_thread(self, accumulator: Accumulator, thread: int) -> None:
+        """What the thread holds is added for those who have read it, who leave."""
+        held = accumulator.held.get(thread)
+        if held is not None:
+            self._place(accumulator.split(accumulator.members - held.awaited))
 
     def _place(self, accumulator: Accumulator) -> Accumulator:
         for member in accumulator.members:

@@ -123,7 +123,10 @@ class SecondOrderMethod(Method):
         else:
             removed, refitted = torch.empty(0, dtype=torch.int64), target
         if not refitted.isfinite().all():
-            raise InputError(f"{where}: the refit overflows float32; raise --damping, or give more calibration text")
+            raise InputError(
+                f"{where}: the refit overflows float32, or columns that go depend on each other; raise --damping, or "
+                "give more calibration text"
+            )
         mask = torch.ones(units, dtype=torch.bool)
         mask[removed.cpu()] = False
         kept = mask.nonzero().flatten()

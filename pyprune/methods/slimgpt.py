@@ -87,10 +87,11 @@ def remove_columns(inverse: Tensor, weight: Tensor, columns: Tensor) -> None:
     """W ← W − W_S A_SS⁻¹ A_S: and A ← A − A_:S A_SS⁻¹ A_S:, in place; columns S become zero, up to rounding.
 
     The same as inverting the damped Hessian of the columns that are left, as the paper does, at a rank-|S| update's
-    cost.
+    cost. NaN everywhere where A_SS is not positive definite in float32: the refit is then refused as a whole.
     """
     rows = inverse[columns]  # [S, in]
-    lower = torch.linalg.cholesky(rows[:, columns])
+    lower, failed = torch.linalg.cholesky_ex(rows[:, columns])
+    lower.masked_fill_(failed != 0, torch.nan)
     half = torch.linalg.solve_triangular(lower, rows, upper=False)  # L⁻¹ A_S:
     own = torch.linalg.solve_triangular(lower, weight[:, columns].T, upper=False)  # L⁻¹ W_Sᵀ
     weight.addmm_(own.T, half, alpha=-1)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import WIDE, check_apart, check_contiguous, check_kind, check_square
 from .grouped_cholesky import grouped_cholesky_errors
 from .moments import multiprocessors_of
 from .precision import exact_float32, tf32_products
@@ -108,6 +109,7 @@ def refit(weight: Tensor, elimination: Elimination) -> Tensor:
         raise ValueError("refit: the elimination kept no factor; call eliminate with keep_factor=True")
     if weight.dim() != 2 or weight.shape[1] != len(factor):
         raise ValueError(f"refit: the weight is {list(weight.shape)}; the elimination had {len(factor)} channels")
+    check_kind("refit", "the weight", weight, WIDE)
     if weight.dtype != factor.dtype or weight.device != factor.device:
         raise ValueError(
             f"refit: the weight is {weight.dtype} on {weight.device}; the factor {factor.dtype} on {factor.device}"
@@ -317,20 +319,16 @@ def eliminate_units(a: Tensor, g: Tensor, count: int, width: int, keep_factor: b
 
 def check_tensors(a: Tensor, g: Tensor, count: int, width: int) -> None:
     """ValueError unless `count` units of `width` channels can be removed from (a, g)."""
-    if a.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"eliminate: a is {a.dtype}; use float32 or float64")
-    if a.dim() != 2 or a.shape[0] != a.shape[1]:
-        raise ValueError(f"eliminate: a is {list(a.shape)}; it needs [channels, channels]")
+    for name, matrix in (("a", a), ("g", g)):
+        check_kind(OPERATOR, name, matrix, WIDE)
+    check_square(OPERATOR, "a", a)
     if g.dtype != a.dtype or g.shape != a.shape or g.device != a.device:
         raise ValueError(
             f"eliminate: g is {g.dtype} {list(g.shape)} on {g.device}; a is {a.dtype} {list(a.shape)} on {a.device}"
         )
     for name, matrix in (("a", a), ("g", g)):
-        if not matrix.is_contiguous():
-            raise ValueError(
-                f"eliminate: {name} has strides {list(matrix.stride())}; it needs to be contiguous (a matrix stored by "
-                f"columns, of which both triangles are valid, can be given as {name}.T)"
-            )
+        hint = f" (a matrix stored by columns, of which both triangles are valid, can be given as {name}.T)"
+        check_contiguous(OPERATOR, name, matrix, hint)
     if width < 1 or a.shape[0] % width != 0:
         raise ValueError(f"eliminate: {a.shape[0]} channels are not units of {width} channels")
     if not 0 <= count < max(a.shape[0] // width, 1):
@@ -351,8 +349,7 @@ def eliminate_operator(
     wider units, of which there are few, through library products and the operator grouped_cholesky_errors.
     """
     check_tensors(a, g, count, width)
-    if count and a.data_ptr() == g.data_ptr():
-        raise ValueError("eliminate: a and g are the same memory; each is changed in its own way")
+    check_apart(OPERATOR, {"a": a, "g": g}, {})
     with exact_float32():
         if width > 1:
             return eliminate_units(a, g, count, width, keep_factor)

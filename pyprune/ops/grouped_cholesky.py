@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import WIDE, check_device, check_kind, check_square
 from .precision import exact_float32
 
 OPERATOR = "grouped_cholesky_errors"
+NAME = "grouped Cholesky"  # in messages
 
 
 def diagonal_blocks(x: Tensor, width: int) -> Tensor:
@@ -29,6 +31,9 @@ def grouped_cholesky_errors_reference(a: Tensor, g: Tensor, width: int, diagonal
     one triangular solve, A_SS^-1 = MᵀM by one product: on a GPU faster than two solves against G. Temporaries have the
     size of the diagonal blocks, d·width.
     """
+    check_tensors(a, g, width)
+    if len(a) == 0:
+        return a.new_empty(0)
     factors, failed = torch.linalg.cholesky_ex(diagonal_blocks(a, width))  # [units, w, w], [units]
     g_blocks = diagonal_blocks(g, width)
     if diagonal:
@@ -46,18 +51,20 @@ def grouped_cholesky_errors_reference(a: Tensor, g: Tensor, width: int, diagonal
 
 def check_tensors(a: Tensor, g: Tensor, width: int) -> None:
     """ValueError unless a and g are matrices of one size that `width` divides."""
-    if a.dim() != 2 or a.shape[0] != a.shape[1]:
-        raise ValueError(f"grouped Cholesky: a is {list(a.shape)}; it needs to be a square matrix")
-    if a.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"grouped Cholesky: a is {a.dtype}; use float32 or float64")
+    check_square(NAME, "a", a)
+    for name, x in (("a", a), ("g", g)):
+        check_kind(NAME, name, x, WIDE)
     if g.dtype != a.dtype or g.shape != a.shape:
         raise ValueError(
             f"grouped Cholesky: g is {g.dtype} {list(g.shape)}; a needs {a.dtype} {list(a.shape)}",
         )
-    if g.device != a.device:
-        raise ValueError(f"grouped Cholesky: g is on {g.device} and a on {a.device}")
+    check_device(NAME, "g", g, "a", a)
     if width < 1 or a.shape[0] % width != 0:
         raise ValueError(f"grouped Cholesky: {a.shape[0]} channels do not divide into units of {width}")
+
+
+def check_strides(a: Tensor, g: Tensor) -> None:
+    """ValueError unless the kernels can read the rows of a and g as they lie."""
     for name, x in (("a", a), ("g", g)):
         if x.shape[0] > 1 and (x.stride(1) != 1 or x.stride(0) < x.shape[1]):
             raise ValueError(f"grouped Cholesky: {name} has strides {list(x.stride())}; its rows must be contiguous")
@@ -82,6 +89,7 @@ def grouped_cholesky_errors(a: Tensor, g: Tensor, width: int, diagonal: bool = F
     for the device. Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
     """
     check_tensors(a, g, width)
+    check_strides(a, g)
     units = a.shape[0] // width
     if units == 0:
         return a.new_empty(0)
@@ -93,6 +101,7 @@ def grouped_cholesky_errors(a: Tensor, g: Tensor, width: int, diagonal: bool = F
 def _(a: Tensor, g: Tensor, width: int, diagonal: bool = False) -> Tensor:
     """[units]; what does not fit fails while it is traced."""
     check_tensors(a, g, width)
+    check_strides(a, g)
     return a.new_empty(a.shape[0] // width)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import FLOATS, SINGLE, check_apart, check_contiguous, check_device, check_kind, check_matrix, check_rows
 from .moments import as_rows, multiprocessors_of, row_count
 from .split_tf32 import has_fast_tf32, split_gram
 
@@ -73,6 +74,8 @@ class Hessian:
 
 def lower_gram(weight: Tensor) -> Tensor:
     """WᵀW [in, in] of weight [out, in] in float32, only its lower triangle; of a float64 weight in float64, whole."""
+    check_kind("lower gram", "weight", weight, FLOATS)
+    check_matrix("lower gram", "weight", weight)
     if weight.dtype == torch.float64:
         return weight.T @ weight
     if weight.shape[1] >= SPLIT_FROM and has_fast_tf32(weight):
@@ -128,37 +131,33 @@ def hessian_finish_reference(lower: Tensor, sums: Tensor | None, count: int, sca
 
 def check_state(lower: Tensor, sums: Tensor | None) -> None:
     """ValueError unless (lower, sums) is the state of a Hessian."""
-    if lower.dtype != torch.float32 or lower.dim() != 2 or lower.shape[0] != lower.shape[1]:
+    check_kind(OPERATOR, "lower", lower, SINGLE)
+    if lower.dim() != 2 or lower.shape[0] != lower.shape[1]:
         raise ValueError(f"hessian: lower is {lower.dtype} {list(lower.shape)}; it must be square torch.float32")
-    if not lower.is_contiguous():
-        raise ValueError("hessian: lower is not contiguous")
+    check_contiguous(OPERATOR, "lower", lower)
     if sums is None:
         return
-    if sums.dtype != torch.float32 or sums.shape != lower.shape[1:]:
+    check_kind(OPERATOR, "sums", sums, SINGLE)
+    if sums.shape != lower.shape[1:]:
         raise ValueError(
             f"hessian: sums is {sums.dtype} {list(sums.shape)}; "
             f"lower {list(lower.shape)} needs torch.float32 {list(lower.shape[1:])}"
         )
-    if not sums.is_contiguous():
-        raise ValueError("hessian: sums is not contiguous")
-    if sums.device != lower.device:
-        raise ValueError(f"hessian: sums is on {sums.device} and lower on {lower.device}")
+    check_contiguous(OPERATOR, "sums", sums)
+    check_device(OPERATOR, "sums", sums, "lower", lower)
 
 
 def check_tensors(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
     """ValueError unless (lower, sums) is a state that the rows of x can be added to."""
-    if x.dim() == 0:
-        raise ValueError("hessian: x is a scalar; it needs a last dimension of channels")
-    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
-        raise ValueError(f"hessian: x is {x.dtype}; use bfloat16, float16, float32 or float64")
+    check_rows(OPERATOR, "x", x)
+    check_kind(OPERATOR, "x", x, FLOATS)
     check_state(lower, sums)
     if lower.shape[1:] != x.shape[-1:]:
         channels = x.shape[-1]
         raise ValueError(
             f"hessian: lower is {list(lower.shape)}; x {list(x.shape)} needs torch.float32 {[channels, channels]}"
         )
-    if lower.device != x.device:
-        raise ValueError(f"hessian: lower is on {lower.device} and x on {x.device}")
+    check_device(OPERATOR, "lower", lower, "x", x)
 
 
 @torch.library.custom_op(
@@ -176,6 +175,7 @@ def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
     """
     check_tensors(x, lower, sums)
+    check_apart(OPERATOR, {"lower": lower, "sums": sums}, {"x": x})
     if lower.is_cuda and lower.data_ptr() % 16 != 0:
         raise ValueError("hessian: lower does not start on a multiple of 16 bytes; it is a view into other memory")
     if x.numel() == 0:
@@ -203,6 +203,7 @@ def hessian_finish(lower: Tensor, sums: Tensor | None, count: int, scale: float 
     Plain PyTorch on every device: it moves each element once, once a matrix.
     """
     check_state(lower, sums)
+    check_apart(OPERATOR, {"lower": lower}, {"sums": sums})
     if count < 0:
         raise ValueError(f"hessian: count is {count}; it is the number of rows in the state")
     hessian_finish_reference(lower, sums, count, scale)

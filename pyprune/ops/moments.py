@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import FLOATS, SINGLE, check_alike, check_apart, check_contiguous, check_device, check_kind, check_rows
 
 OPERATOR = "channel_moments"
+NAME = "channel moments"  # in messages
 
 # The reference converts this many elements at a time, 64 MiB in float32: a large input has no full copy.
 REFERENCE_CHUNK_ELEMENTS = 1 << 24
@@ -50,6 +52,8 @@ class ChannelMoments:
         """Add the rows that `other` has seen (Chan, Golub & LeVeque 1983)."""
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"cannot merge {len(other.mean)} channels into {len(self.mean)}")
+        for name, own, others in (("mean", self.mean, other.mean), ("m2", self.m2, other.m2)):
+            check_alike(NAME, f"the other {name}", others, name, own)
         if other.count == 0:
             return
         mean, m2 = merge_moments(self.count, self.mean, self.m2, other.count, other.mean, other.m2)
@@ -92,6 +96,8 @@ def channel_moments_update_reference(x: Tensor, count: int, mean: Tensor, m2: Te
     Chunks of rows are converted to float32 (float64 stays), centred on their own mean by torch.var_mean and
     merged in their order: an offset or an outlier costs no accuracy, the same input gives the same bits.
     """
+    check_tensors(x, mean, m2)
+    check_apart(NAME, {"mean": mean, "m2": m2}, {"x": x})
     rows = as_rows(x)  # [T, C]
     if rows.numel() == 0:
         return
@@ -125,20 +131,22 @@ def as_rows(x: Tensor) -> Tensor:
 
 def check_tensors(x: Tensor, mean: Tensor, m2: Tensor) -> None:
     """ValueError unless (mean, m2) is a state that the rows of x can be merged into."""
-    if x.dim() == 0:
-        raise ValueError("channel moments: x is a scalar; it needs a last dimension of channels")
-    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
-        raise ValueError(f"channel moments: x is {x.dtype}; use bfloat16, float16, float32 or float64")
+    check_rows(NAME, "x", x)
+    check_kind(NAME, "x", x, FLOATS)
     for name, state in (("mean", mean), ("m2", m2)):
-        if state.dtype != torch.float32 or state.shape != x.shape[-1:]:
+        check_kind(NAME, name, state, SINGLE)
+        if state.shape != x.shape[-1:]:
             raise ValueError(
                 f"channel moments: {name} is {state.dtype} {list(state.shape)}; "
                 f"x {list(x.shape)} needs torch.float32 {list(x.shape[-1:])}"
             )
-        if not state.is_contiguous():
-            raise ValueError(f"channel moments: {name} is not contiguous")
-        if state.device != x.device:
-            raise ValueError(f"channel moments: {name} is on {state.device} and x on {x.device}")
+        check_device(NAME, name, state, "x", x)
+
+
+def check_strides(mean: Tensor, m2: Tensor) -> None:
+    """ValueError unless the kernels can write the state as it lies."""
+    check_contiguous(NAME, "mean", mean)
+    check_contiguous(NAME, "m2", m2)
 
 
 @torch.library.custom_op(
@@ -156,6 +164,8 @@ def channel_moments_update(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> N
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
     """
     check_tensors(x, mean, m2)
+    check_strides(mean, m2)
+    check_apart(NAME, {"mean": mean, "m2": m2}, {"x": x})
     if count < 0:
         raise ValueError(f"channel moments: count is {count}; it is the number of rows already in the state")
     if x.numel() == 0:
@@ -168,6 +178,7 @@ def channel_moments_update(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> N
 def _(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
     """Nothing is returned: the schema says what changes. What does not fit fails while it is traced."""
     check_tensors(x, mean, m2)
+    check_strides(mean, m2)
 
 
 def core_arguments(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> tuple[int | str, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import FLOATS, check_device, check_kind
 
 OPERATOR = "rms_norm"
 
@@ -47,10 +48,12 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
 
 
-def check_tensors(x: Tensor, weight: Tensor) -> None:
+def check_tensors(x: Tensor, weight: Tensor, name: str = "x") -> None:
+    """`name`: what the operator calls x."""
     if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms norm: the weight is {list(weight.shape)}; x {list(x.shape)} needs one of its last size")
-    if not x.dtype.is_floating_point or not weight.dtype.is_floating_point:
-        raise ValueError(f"rms norm: x is {x.dtype} and the weight {weight.dtype}; both need a floating type")
-    if x.device != weight.device:
-        raise ValueError(f"rms norm: x is on {x.device} and the weight on {weight.device}")
+        raise ValueError(
+            f"rms norm: the weight is {list(weight.shape)}; {name} {list(x.shape)} needs one of its last size"
+        )
+    check_kind("rms norm", name, x, FLOATS)
+    check_kind("rms norm", "the weight", weight, FLOATS)
+    check_device("rms norm", name, x, "the weight", weight)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import FLOATS, check_alike, check_apart, check_kind
 
 OPERATOR = "rotary"
 
@@ -31,6 +32,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
     """
     check_tensors(x, cos, sin)
+    check_apart(OPERATOR, {"x": x}, {"cos": cos, "sin": sin})
     if x.numel() == 0:
         return
     if x.stride(-1) == 1 and backends.choose_backend(OPERATOR, x) == "triton":
@@ -51,11 +53,11 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 def check_tensors(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"rotary: x is {list(x.shape)}; it needs [batch, heads, tokens, an even head_dim]")
+    check_kind(OPERATOR, "x", x, FLOATS)
     batch, _, tokens, head_dim = x.shape
-    for angles in (cos, sin):
+    for name, angles in (("cos", cos), ("sin", sin)):
         if tuple(angles.shape) not in ((1, tokens, head_dim), (batch, tokens, head_dim)):  # sizes may be symbolic
-            raise ValueError(f"rotary: cos or sin is {list(angles.shape)}; x {list(x.shape)} needs one row a token")
-        if angles.dtype != x.dtype or angles.device != x.device:
-            raise ValueError(f"rotary: x is {x.dtype} on {x.device}, cos or sin {angles.dtype} on {angles.device}")
+            raise ValueError(f"rotary: {name} is {list(angles.shape)}; x {list(x.shape)} needs one row a token")
+        check_alike(OPERATOR, name, angles, "x", x)
     if cos.shape != sin.shape:
         raise ValueError(f"rotary: cos is {list(cos.shape)}, sin {list(sin.shape)}")

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import FLOATS, INDICES, check_apart, check_device, check_kind
 from .rms_norm import check_tensors, rms_norm_reference
+
+NAME = "selection"  # in messages
 
 
 def rms_norm_gather_reference(x: Tensor, weight: Tensor, eps: float, index: Tensor) -> Tensor:
@@ -115,6 +118,7 @@ def scatter_add_(residual: Tensor, update: Tensor, index: Tensor) -> None:
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
     """
     check_update(residual, update, index)
+    check_apart(NAME, {"residual": residual}, {"update": update, "index": index})
     if residual.numel() == 0:
         return
     if residual.is_contiguous() and backends.choose_backend("scatter_add", residual) == "triton":
@@ -148,9 +152,9 @@ def scatter_add_rms_norm_gather_(
     Arguments, result and errors as theirs; the sums are rounded to residual's type before the norm reads them. The two
     selections are independent of each other. No gradients. Nothing waits for a GPU.
     """
-    check_update(residual, update, update_index)
-    check_tensors(residual, weight)
-    check_index(residual, index)
+    check_both(residual, update, update_index, weight, index)
+    others = {"update": update, "update_index": update_index, "weight": weight, "index": index}
+    check_apart(NAME, {"residual": residual}, others)
     if residual.numel() == 0:
         return empty_selection(residual, weight, index)
     if residual.is_contiguous() and backends.choose_backend("scatter_add_rms_norm_gather", residual) == "triton":
@@ -167,9 +171,7 @@ def scatter_add_rms_norm_gather_(
 
 @scatter_add_rms_norm_gather_.register_fake
 def _(residual: Tensor, update: Tensor, update_index: Tensor, weight: Tensor, eps: float, index: Tensor) -> Tensor:
-    check_update(residual, update, update_index)
-    check_tensors(residual, weight)
-    check_index(residual, index)
+    check_both(residual, update, update_index, weight, index)
     return empty_selection(residual, weight, index)
 
 
@@ -178,33 +180,40 @@ def empty_selection(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], index.shape[0]), dtype=dtype)
 
 
-def check_index(x: Tensor, index: Tensor) -> None:
-    """Against x, which has a last dimension."""
-    if index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"selection: the index is {index.dtype}; it needs int32 or int64")
+def check_index(x: Tensor, index: Tensor, name: str = "index", of: str = "x") -> None:
+    """Against x, which has a last dimension. `name`, `of`: what the operator calls index and x."""
+    check_kind(NAME, f"the {name}", index, INDICES)
     if index.dim() != 1 or not 1 <= index.shape[0] <= x.shape[-1]:
         raise ValueError(
-            f"selection: the index is {list(index.shape)}; of {x.shape[-1]} channels it needs one dimension, "
+            f"selection: the {name} is {list(index.shape)}; of {x.shape[-1]} channels it needs one dimension, "
             "of 1 to all of them"
         )
-    if index.device != x.device:
-        raise ValueError(f"selection: the index is on {index.device}, its channels on {x.device}")
+    check_device(NAME, f"the {name}", index, of, x)
 
 
-def check_update(residual: Tensor, update: Tensor, index: Tensor) -> None:
-    if residual.dim() == 0 or not residual.dtype.is_floating_point:
+def check_both(residual: Tensor, update: Tensor, update_index: Tensor, weight: Tensor, index: Tensor) -> None:
+    check_update(residual, update, update_index, "update_index")
+    check_tensors(residual, weight, "residual")
+    check_index(residual, index, of="residual")
+
+
+def check_update(residual: Tensor, update: Tensor, index: Tensor, name: str = "index") -> None:
+    """`name`: what the operator calls the update's index."""
+    if residual.dim() == 0 or residual.dtype not in FLOATS.dtypes:
         raise ValueError(
             f"selection: the residual stream is {residual.dtype} {list(residual.shape)}; "
             "it needs a floating type and a dimension of channels"
         )
-    check_index(residual, index)
+    check_index(residual, index, name, "residual")
     if update.shape != (*residual.shape[:-1], index.shape[0]):
         raise ValueError(
-            f"selection: the update is {list(update.shape)}; {index.shape[0]} channels of the residual stream "
-            f"{list(residual.shape)} need one value each"
+            f"selection: the update is {list(update.shape)}; the {index.shape[0]} channels of the residual stream "
+            f"{list(residual.shape)} in {name} need one value each"
         )
     if update.dtype != residual.dtype or update.device != residual.device:
         raise ValueError(
             f"selection: the residual stream is {residual.dtype} on {residual.device}, "
             f"the update {update.dtype} on {update.device}"
         )
+    check_kind(NAME, "residual", residual, FLOATS)
+    check_kind(NAME, "update", update, FLOATS)

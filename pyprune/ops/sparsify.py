@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import WIDE, check_apart, check_kind
 from .moments import as_rows
 from .precision import exact_float32
-from .split_tf32 import add_split_product
+from .split_tf32 import add_product
 
 OPERATOR = "sparsify"
 
@@ -75,6 +76,8 @@ def check_tensors(weight: Tensor, factor: Tensor, zeros: int, group: int, ratio:
     """ValueError for arguments of sparsify_ that do not fit each other."""
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"sparsify: weight is {weight.dtype} {list(weight.shape)}; use a float32 or float64 matrix")
+    check_kind(OPERATOR, "weight", weight, WIDE)
+    check_kind(OPERATOR, "factor", factor, WIDE)
     channels = weight.shape[1]
     if factor.shape != (channels, channels) or factor.dtype != weight.dtype or factor.device != weight.device:
         raise ValueError(
@@ -113,6 +116,7 @@ def sparsify_(
     """
     parts = parts or []
     check_tensors(weight, factor, zeros, group, ratio, parts)
+    check_apart(OPERATOR, {"weight": weight}, {"factor": factor})
     if weight.numel() == 0:
         return weight.new_zeros(len(weight))
     walk = WALKS[backends.choose_backend(OPERATOR, weight, (len(weight), block_columns(group)))]
@@ -145,7 +149,7 @@ def walk_blocks(
             mask = block_mask(block, diagonal_block.diagonal(), ratio, parts or [len(weight)])
         errors, own_losses = walk(block, diagonal_block, mask, zeros, group)
         losses += own_losses
-        add_split_product(weight[:, behind], errors, factor[own, behind].mT, -1.0)
+        add_product(weight[:, behind], errors, factor[own, behind].mT, -1.0)
     return losses
 
 

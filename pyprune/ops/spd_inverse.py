@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .checks import WIDE, check_kind, check_square
 from .precision import exact_float32
 from .sweep import blocking_for, inverse_, mirror_lower, swept
 
@@ -93,7 +94,10 @@ def solve_damped(
 def spd_inverse_reference(h: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """As spd_inverse, by the library's Cholesky factorisation and the inverse from it: 2⅓ d³ FLOP."""
     factor, info = torch.linalg.cholesky_ex(shifted(h, shift))
-    return torch.cholesky_inverse(factor).contiguous(), (info != 0).to(torch.int32)
+    failed = info != 0
+    # What is left of a failed factorisation may have a 0 on its diagonal, which LAPACK's inversion raises for.
+    factor.diagonal().masked_fill_(failed, 1)
+    return torch.cholesky_inverse(factor).contiguous(), failed.to(torch.int32)
 
 
 def shifted(h: Tensor, shift: float) -> Tensor:
@@ -106,10 +110,8 @@ def shifted(h: Tensor, shift: float) -> Tensor:
 
 
 def check_tensor(h: Tensor) -> None:
-    if h.dim() != 2 or h.shape[0] != h.shape[1]:
-        raise ValueError(f"inverse: h is {list(h.shape)}; it needs to be a square matrix")
-    if h.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"inverse: h is {h.dtype}; use float32 or float64")
+    check_square("inverse", "h", h)
+    check_kind("inverse", "h", h, WIDE)
 
 
 @torch.library.custom_op(

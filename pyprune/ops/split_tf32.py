@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .checks import WIDE, check_alike, check_apart, check_kind, check_matrix
 from .precision import exact_float32, tf32_products
 
 # Compute capabilities whose TF32 has several times the rate of float32; elsewhere at most twice, and three products
@@ -98,8 +99,32 @@ def split_gram(weight: Tensor, width: int) -> Tensor:
 def add_split_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """total [m, n] += alpha · left rightᵀ, left [m, k], right [n, k], of one type; float32 is as good as exact float32.
 
-    On tensor cores where TF32 is fast, COLUMNS of k at a time (see split_panel).
+    On tensor cores where TF32 is fast, COLUMNS of k at a time (see split_panel). Raises ValueError for arguments that
+    do not fit each other.
     """
+    check_product(total, left, right)
+    add_product(total, left, right, alpha)
+
+
+def check_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    operator = "add_split_product"
+    for name, x in (("total", total), ("left", left), ("right", right)):
+        check_kind(operator, name, x, WIDE)
+        check_matrix(operator, name, x)
+    check_alike(operator, "left", left, "total", total)
+    check_alike(operator, "right", right, "total", total)
+    for name, x, rows in (("left", left, total.shape[0]), ("right", right, total.shape[1])):
+        if x.shape[0] != rows:
+            raise ValueError(
+                f"{operator}: {name} is {list(x.shape)}; total {list(total.shape)} needs {rows} rows of it"
+            )
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(f"{operator}: left is {list(left.shape)} and right {list(right.shape)}; rows need one length")
+    check_apart(operator, {"total": total}, {"left": left, "right": right})
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """add_split_product of arguments that fit."""
     if not has_fast_tf32(left):
         with exact_float32():
             total.addmm_(left, right.mT, alpha=alpha)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import FLOATS, check_apart, check_kind
 
 OPERATOR = "swiglu"
 
@@ -27,6 +28,7 @@ def swiglu_(gate: Tensor, up: Tensor) -> None:
     Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
     """
     check_tensors(gate, up)
+    check_apart(OPERATOR, {"gate": gate}, {"up": up})
     if gate.numel() == 0:
         return
     together = gate.is_contiguous() and up.is_contiguous()
@@ -51,5 +53,5 @@ def check_tensors(gate: Tensor, up: Tensor) -> None:
             f"swiglu: gate is {gate.dtype} {list(gate.shape)} on {gate.device}, "
             f"up {up.dtype} {list(up.shape)} on {up.device}; they need to be alike"
         )
-    if not gate.dtype.is_floating_point:
-        raise ValueError(f"swiglu: gate is {gate.dtype}; it needs a floating type")
+    check_kind(OPERATOR, "gate", gate, FLOATS)
+    check_kind(OPERATOR, "up", up, FLOATS)
