@@ -212,7 +212,9 @@ def test_a_refused_resume_keeps_what_was_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "write", killed)
-        assert run(capsys, *command).status == 1
+        interrupted = run(capsys, *command)
+    assert interrupted.status == 130
+    assert interrupted.err.endswith(f"{tmp_path / 'out.partial'} keeps what is finished: repeat with --resume\n")
     before = sorted(tmp_path.rglob("*"))
     assert (tmp_path / "out.partial" / "journal.jsonl").exists()
     with monkeypatch.context() as patch:

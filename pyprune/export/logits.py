@@ -15,10 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 PARENT = "PYPRUNE_VERIFY_PARENT"  # environment: the process that waits for this one
 
 
@@ -31,6 +27,14 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != int(parent):  # it ended before we asked
         os._exit(1)
+
+
+if __name__ == "__main__":
+    end_with_parent()  # before the seconds that the next imports take
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 
 def logits_transformers(model: str, ids: Tensor, trust_remote_code: bool) -> Tensor:
@@ -66,7 +70,6 @@ def logits(loader: str, model: str, ids: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    end_with_parent()
     _, given_loader, given_model, given_ids, target = sys.argv
     result = logits(given_loader, given_model, load_file(given_ids)["ids"])
     save_file({"logits": result.float().contiguous()}, target)
