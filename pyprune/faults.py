@@ -86,6 +86,8 @@ def _system(error: BaseException) -> tuple[str, int]:
 def _library(error: BaseException) -> tuple[str, int] | None:
     """Errors of libraries, which have one class for everything: by their words."""
     said = str(error).lower()
+    if "symlink loop" in said:  # pathlib's, with the path
+        return reason_of(error), 2
     for words, number in _WORDS:
         if any(word in said for word in words):
             return _system(OSError(number, ""))

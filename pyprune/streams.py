@@ -145,9 +145,10 @@ def reserve_descriptors() -> None:
 
     Else a shard would be stdout to a library that prints. Writing to them still fails.
     """
-    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
+    with suppress(OSError):  # none to be had: then none of the three is free either
+        while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
+            os.set_inheritable(descriptor, True)
+        os.close(descriptor)
 
 
 def _send_nowhere(stream: Any) -> None:

@@ -202,7 +202,8 @@ def test_a_refused_resume_keeps_what_was_done(
 ) -> None:
     from pyprune.checkpoint import CheckpointWriter
 
-    command = ("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *SMALL, "--device", "cpu")
+    rest = ("--calibration", text, *SMALL, "--device", "cpu")
+    command = ("prune", model, tmp_path / "out", "--ratio", 0.3, *rest)
     write = CheckpointWriter.write
 
     def killed(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
@@ -223,7 +224,7 @@ def test_a_refused_resume_keeps_what_was_done(
         assert outcome.status == 2
         assert "cannot resume with other settings: backends (was {'channel_moments': 'cpu'," in outcome.err
         assert "now {'channel_moments': 'reference'," in outcome.err
-    other = run(capsys, *command, "--resume", "--ratio", 0.4)
+    other = run(capsys, "prune", model, tmp_path / "out", "--ratio", 0.4, *rest, "--resume")
     assert "ratio (was 0.3, now 0.4)" in other.err
     assert sorted(tmp_path.rglob("*")) == before
     assert run(capsys, *command, "--resume").status == 0

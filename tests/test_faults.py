@@ -2,15 +2,18 @@
 
 import errno
 import os
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import torch
 from command_line import run as run_here
 from forked import run
+from gguf_models import with_tokenizer
 from safetensors import SafetensorError
 
 from pyprune import faults, program
@@ -19,11 +22,18 @@ from pyprune.errors import InputError, VerificationError
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint(layers=2)
+    return tiny_checkpoint(vocab_size=97, layers=2)
 
 
-def limited(kind: int, value: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+def few_files() -> None:
+    """Room for one more than are open."""
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, free + 1))
+
+
+def small_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 @pytest.mark.parametrize(
@@ -82,30 +92,52 @@ def test_an_error_of_ours_keeps_its_traceback(error: Exception, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("kind", "value", "words"),
-    [
-        (resource.RLIMIT_FSIZE, 20_000, "larger than a file may be (ulimit -f is 20,000 here): raise the limit"),
-        (resource.RLIMIT_NOFILE, 8, "too many open files (ulimit -n is 8 here): raise the limit"),
-    ],
+    "allocate", [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50), lambda: bytearray(1 << 60)]
 )
-def test_limits_of_the_machine(model: Path, tmp_path: Path, kind: int, value: int, words: str) -> None:
-    pytest.importorskip("gguf")
-    command = ("prune", model, tmp_path / "out", "--method", "magnitude", "--ratio", 0.3, "--no-verify")
-    ended = run(tmp_path, *command, first=limited(kind, value))
+def test_memory(allocate: Callable[[], object]) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        allocate()
+    found = faults.explain(caught.value)
+    assert found is not None
+    assert found[0].startswith("out of memory") or ": out of memory" in found[0]
+    assert found[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [(small_files, r"[Ff]ile too large|larger than a file may be"), (few_files, "oo many open files")],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prune", "--method", "magnitude", "--ratio", "0.3"),
+        ("export", "--format", "stock"),
+        ("export", "--format", "gguf"),
+    ],
+    ids=["prune", "export", "gguf"],
+)
+def test_limits_of_the_machine(
+    model: Path, tmp_path: Path, command: tuple[str, ...], limit: Callable[[], None], words: str
+) -> None:
+    if "gguf" in command:
+        pytest.importorskip("gguf")
+        model = with_tokenizer(model, tmp_path / "model")
+    ended = run(tmp_path, command[0], model, tmp_path / "out.gguf", *command[1:], "--no-verify", first=limit)
     assert ended.status == 2, ended.err.read_text()
-    assert len(ended.lines) == 1
+    (line,) = ended.lines
+    assert re.search(words, line)
 
 
 def unusable(folder: Path) -> dict[str, str]:
-    loop = folder / "loop"
+    loop = folder / "loop.gguf"
     loop.symlink_to(loop)
     return {
-        "too long": str(folder / ("x" * 300)),
-        "a path too long": "/".join(["x" * 200] * 30),
+        "too long": str(folder / ("x" * 300 + ".gguf")),
+        "a path too long": "/".join(["x" * 200] * 30) + ".gguf",
         "a loop": str(loop),
-        "below a loop": str(loop / "x"),
-        "no text": os.fsdecode(b"a\xff"),
-        "a null character": "a\0b",
+        "below a loop": str(loop / "x.gguf"),
+        "no text": os.fsdecode(b"a\xff.gguf"),
+        "a null character": "a\0b.gguf",
     }
 
 
@@ -133,7 +165,7 @@ def test_unusable_paths(what: str, model: Path, tmp_path: Path, capsys: pytest.C
     assert run_here(capsys, "evaluate", model, "--text", path).status == 2
     assert run_here(capsys, "export", path, tmp_path / "out", "--format", "padded").status == 2
     for layout in ("padded", "gguf"):
-        assert run_here(capsys, "export", model, f"{path}.gguf", "--format", layout).status == 2
+        assert run_here(capsys, "export", model, path, "--format", layout).status == 2
 
 
 def test_an_option_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
