@@ -9,8 +9,16 @@ installed there is nothing to register with, and `pyprune.ops` works as well.
 import importlib.util
 import os
 
-from .errors import InputError
+from . import stopping
 
+if stopping.is_program():  # importing the libraries takes seconds, in which Ctrl-C should be no traceback
+    stopping.guard_start()
+
+from .errors import InputError
+from .streams import reserve_descriptors
+
+if stopping.is_program():
+    reserve_descriptors()
 if os.environ.get("PYPRUNE_REGISTER", "1") != "0" and importlib.util.find_spec("transformers") is not None:
     from . import modeling as modeling
 

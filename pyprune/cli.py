@@ -1,23 +1,25 @@
 """The command line. stdout carries results, stderr progress and logs; status 2 is a wrong argument or input."""
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import transformers
 
-from . import distributed
+from . import program
 from .benchmark.command import benchmark, tune
-from .command_options import SETTINGS, MemorySize, device_options, method_options, names, options_given
+from .command_options import SETTINGS, Group, MemorySize, device_options, method_options, names, options_given
 from .console import Console
 from .device import tune_allocators
-from .errors import InputError, VerificationError
+from .errors import InputError
 from .methods import METHODS
+from .stopping import Stopped
 from .time_model import KNOWN
 
 
-@click.group(context_settings=SETTINGS)
+@click.group(cls=Group, context_settings=SETTINGS)
 @click.version_option(package_name="pyprune")
 def cli() -> None:
     """Structured pruning of large language models: whole attention heads and FFN channels, no retraining.
@@ -72,12 +74,27 @@ def prune(model: str, output: Path, **options: Any) -> None:
         )
     }
     console = Console(options["as_json"])
-    with console.progress() as progress:
+    with console.progress() as progress, _resumable(output):
         plan = run_pruning(
             PruneOptions(model, output, method_options=options_given(options), evaluation=evaluation, **shared),
             progress,
         )
     console.pruned(plan, output)
+
+
+@contextmanager
+def _resumable(output: Path) -> Iterator[None]:
+    """A run that is stopped within it says how to go on, once there is something to go on with."""
+    from .checkpoint import JOURNAL
+    from .checkpoint.writer import partial_of
+
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt) as stop:
+        partial = partial_of(output)
+        if (partial / JOURNAL).is_file():
+            stop.add_note(f"{partial} keeps what is finished: repeat with --resume")
+        raise
 
 
 @cli.command(context_settings=SETTINGS)
@@ -240,43 +257,12 @@ cli.add_command(tune)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line (sys.argv unless given); one line on stderr and status 2 for what the user can mend."""
+    """Run the command line (sys.argv unless given) and exit; one line on stderr says what went wrong."""
     tune_allocators()
     # transformers' notes on reading a pruned configuration's global sizes, and its own bars, say nothing to our user.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with distributed.process_group():
-        _run(arguments)
-
-
-def _run(arguments: list[str] | None) -> None:
-    try:
-        status = cli.main(arguments, standalone_mode=False)
-    except InputError as error:
-        _fail(str(error), 2)
-    except VerificationError as error:
-        _fail(str(error), 1)
-    except click.exceptions.NoArgsIsHelpError as error:
-        if distributed.may_report(2):
-            click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "pyprune"
-        _fail(f"{error.format_message()} (see {command} --help)", 2)
-    except click.ClickException as error:
-        _fail(error.format_message(), 2)
-    except OSError as error:
-        _fail(f"{error.filename or 'operating system'}: {error.strerror or error}", 1)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; --resume goes on where a pruning or a benchmark stopped", 1)
-    sys.exit(status if isinstance(status, int) else 0)
-
-
-def _fail(message: str, status: int) -> None:
-    """Exit with the status; of several processes the first one that fails says why, in a line."""
-    if distributed.may_report(status):
-        click.echo("pyprune: " + " ".join(message.split()), err=True)
-    sys.exit(status)
+    program.run(cli, arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Options that several commands share, and those of the methods."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -73,6 +74,38 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
 def names(text: str | None) -> list[str]:
     """Those of an option such as NAME,NAME."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+class Command(click.Command):
+    """A command whose options are given once: click would take the last value of several without a word."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for argument in args:
+            check_text(argument)
+        if args and not ctx.resilient_parsing:
+            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            for option, times in Counter(each for each in order if isinstance(each, click.Option)).items():
+                if times > 1 and not (option.multiple or option.is_flag or option.count):
+                    raise click.UsageError(f"{option.opts[0]} is given {times} times; it takes one value", ctx)
+        return super().parse_args(ctx, args)
+
+
+class Group(click.Group):
+    """The commands of the program."""
+
+    command_class = Command
+
+
+def check_text(argument: str) -> None:
+    """UsageError for what is no text, and so the name of no file that other programs could open."""
+    if "\0" in argument:
+        raise click.UsageError(f"{argument!r} holds a null character")
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise click.UsageError(
+            f"{argument!r} is not UTF-8: rename that file or folder, or name a link to it"
+        ) from error
 
 
 class MemorySize(click.ParamType):

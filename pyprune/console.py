@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from . import distributed
+from . import distributed, streams
 from .methods import Method
 from .ops.backends import BackendRow
 from .options import Progress as Advance
@@ -66,6 +66,11 @@ class Console:
             table.add_row(name, Text(value, overflow="fold"))
         self.out.print(table)
 
+    def _summary(self, rows: list[tuple[str, str]]) -> None:
+        """Of work whose result is on the disk by now."""
+        streams.forgive()
+        self._rows(rows)
+
     def pruned(self, plan: dict[str, Any], output: Path) -> None:
         ratio = plan["ratio"]
         if self.as_json:
@@ -104,7 +109,7 @@ class Console:
         if "evaluation" in plan:
             before, after = (plan["evaluation"][k]["perplexity"] for k in ("dense", "pruned"))
             rows.insert(-1, ("perplexity", f"{before:.2f} → {after:.2f} ({plan['evaluation']['text']})"))
-        self._rows(rows)
+        self._summary(rows)
 
     def evaluated(self, result: dict[str, Any]) -> None:
         if self.as_json:
@@ -171,7 +176,7 @@ class Console:
             ("size", f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB"),
         ]
         rows += [("note", note) for note in result["notes"]]
-        self._rows([*rows, _proof(result["verification"])])
+        self._summary([*rows, _proof(result["verification"])])
 
     def backends(self, rows: list[BackendRow], installation: dict[str, str]) -> None:
         if self.as_json:

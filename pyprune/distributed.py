@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .device import select_device
 from .errors import InputError
+from .stopping import Stopped
 
 T = TypeVar("T")
 
@@ -101,19 +102,23 @@ def process_group() -> Iterator[None]:
     """Within it, the processes that torchrun started work together; without torchrun it does nothing.
 
     All but the first have no stdout and log errors only. An exception that leaves it becomes SystemExit with the
-    status of the process that failed first (1 unless that one left by SystemExit); only there is it printed.
+    status of the process that failed first (1 unless that one left by SystemExit); only there is it printed. Stopped
+    leaves it as it is, in a process that has to end then.
     """
     global _group
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
-    _group = _Group()
+    _group, stopped = _Group(), False
     try:
         with ExitStack() as quiet:
             if not is_first():
                 quiet.enter_context(redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
                 logging.getLogger(__package__).setLevel(logging.ERROR)
             yield
+    except Stopped:
+        stopped = True
+        raise
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -125,8 +130,10 @@ def process_group() -> Iterator[None]:
             sys.stderr.flush()
         raise SystemExit(status) from error
     finally:
-        _group.close()
-        _group = None
+        # The others got the signal too, or the store went with the process that had it: nobody to take leave of.
+        if not stopped:
+            _group.close()
+            _group = None
 
 
 def may_report(status: int) -> bool:

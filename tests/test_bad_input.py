@@ -203,7 +203,8 @@ def test_a_refused_resume_keeps_what_was_done(
 ) -> None:
     from pyprune.checkpoint import CheckpointWriter
 
-    command = ("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *SMALL, "--device", "cpu")
+    rest = ("--calibration", text, *SMALL, "--device", "cpu")
+    command = ("prune", model, tmp_path / "out", "--ratio", 0.3, *rest)
     write = CheckpointWriter.write
 
     def killed(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
@@ -213,7 +214,9 @@ def test_a_refused_resume_keeps_what_was_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "write", killed)
-        assert run(capsys, *command).status == 1
+        interrupted = run(capsys, *command)
+    assert interrupted.status == 130
+    assert interrupted.err.endswith(f"{tmp_path / 'out.partial'} keeps what is finished: repeat with --resume\n")
     before = sorted(tmp_path.rglob("*"))
     assert (tmp_path / "out.partial" / "journal.jsonl").exists()
     with monkeypatch.context() as patch:
@@ -222,7 +225,7 @@ def test_a_refused_resume_keeps_what_was_done(
         assert outcome.status == 2
         assert "cannot resume with other settings: backends (was {'channel_moments': 'cpu'," in outcome.err
         assert "now {'channel_moments': 'reference'," in outcome.err
-    other = run(capsys, *command, "--resume", "--ratio", 0.4)
+    other = run(capsys, "prune", model, tmp_path / "out", "--ratio", 0.4, *rest, "--resume")
     assert "ratio (was 0.3, now 0.4)" in other.err
     assert sorted(tmp_path.rglob("*")) == before
     assert run(capsys, *command, "--resume").status == 0

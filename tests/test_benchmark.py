@@ -165,8 +165,10 @@ def test_an_interrupted_run_goes_on(
     file = tmp_path / "results.json"
     monkeypatch.setattr(Runner, "row", interrupted)
     outcome = benchmark(capsys, "--row", NORM, "--row", MOMENTS, "--output", file)
-    assert outcome.status == 1
-    assert "interrupted" in outcome.err
+    assert outcome.status == 130
+    assert outcome.err.endswith(
+        f"pyprune: interrupted; {file} keeps the rows that are finished: repeat with --resume\n"
+    )
     (kept,) = json.loads(file.read_text())["rows"]
     assert NORM in file.with_suffix(".html").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.html", "results.json"]

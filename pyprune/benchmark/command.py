@@ -11,12 +11,14 @@ from typing import Any
 
 import click
 
-from ..command_options import SETTINGS, names
+from .. import streams
+from ..command_options import SETTINGS, Command, names
 from ..console import Console
 from ..errors import InputError, VerificationError
+from ..stopping import Stopped
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--operators", metavar="NAME,NAME", help="Only these.  [default: all]")
@@ -69,6 +71,7 @@ def make_page(files: tuple[Path, ...], output: Path | None) -> None:
     if not documents:
         raise InputError(f"{', '.join(map(str, files))}: no results there")
     write_page(documents, output)
+    streams.forgive()
     print(output)
 
 
@@ -96,11 +99,17 @@ def choose(device: Any, options: dict[str, Any]) -> list[Any]:
 def measure(device: Any, cases: list[Any], files: tuple[Path, ...], options: dict[str, Any]) -> None:
     from .run import Run
 
-    show = line_printer(options["as_json"])
     run = Run(device, options, files)
+    if run.output is not None and not options["as_json"]:
+        streams.forgive()  # every line is in OUTPUT too
+    show = line_printer(options["as_json"])
     try:
         with Console(options["as_json"]).progress() as progress:
             faults = run.measure(cases, show, progress)
+    except (Stopped, KeyboardInterrupt) as stop:
+        if run.output is not None and run.document is not None:
+            stop.add_note(f"{run.output} keeps the rows that are finished: repeat with --resume")
+        raise
     finally:
         page = run.write_page()
     if options["as_json"]:
@@ -112,14 +121,24 @@ def measure(device: Any, cases: list[Any], files: tuple[Path, ...], options: dic
 
 
 def line_printer(silent: bool) -> Callable[[str], None]:
-    """Prints a line on stdout. The progress bars put their own stream in its place, which leads to a terminal."""
+    """Prints a line on stdout; where nobody will read it, the work ends.
+
+    The progress bars put their own stream in the place of stdout, which leads to a terminal.
+    """
     if silent:
         return lambda line: None
     stream = sys.stdout
-    return print if stream.isatty() else functools.partial(print, file=stream, flush=True)
+    put = print if stream.isatty() else functools.partial(print, file=stream, flush=True)
+
+    def show(line: str) -> None:
+        put(line)
+        if streams.is_lost():
+            raise SystemExit(0)  # the program finds out why, and says so
+
+    return show
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=Command, context_settings=SETTINGS)
 @click.option("--device", default="auto", help="auto, cuda or cuda:N.")
 @click.option("--operators", metavar="NAME,NAME", help="channel_moments, hessian.  [default: both]")
 @click.option("--quick", is_flag=True, help="One shape and few candidates of each.")
@@ -133,6 +152,8 @@ def tune(**options: Any) -> None:
     from .tune import tune_operators, what_to_tune
 
     chosen = what_to_tune(options["device"], names(options["operators"]))
+    if not options["as_json"]:
+        streams.forgive()  # what counts is the table on the disk
     show = line_printer(options["as_json"])
     with Console(options["as_json"]).progress() as progress:
         report = tune_operators(*chosen, options["quick"], show, progress)

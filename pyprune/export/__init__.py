@@ -1,5 +1,6 @@
 """`pyprune export`: a checkpoint in the layouts that other programs load, each proved by loading it."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,18 @@ def export(
     writer = CheckpointWriter(output, reader.layers + 2, {"source": str(source), "format": format}, resume=False)
     try:
         writer.begin()
+    except InputError:  # another process has begun it: that folder is not ours
+        writer.close()
+        raise
+    except BaseException:
+        writer.discard()
+        raise
+    try:
         _write(reader, layout, writer, progress)
         verification = {"verified": False, "reason": "--no-verify"}
         if verified:
             verification = verify_roundtrip(source, partial, loader, progress)
-        writer.finish()
+        _finish(writer)
     except BaseException:  # an interruption as well: there is nothing to go on with
         writer.discard()
         raise
@@ -76,6 +84,16 @@ def export(
         "notes": list(layout.notes),
         "verification": verification,
     }
+
+
+def _finish(writer: CheckpointWriter) -> None:
+    """Make the partial folder the output. InputError: another process made one there meanwhile."""
+    try:
+        writer.finish()
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise InputError(f"{writer.output}: exists; name another output") from error
 
 
 def _write(reader: CheckpointReader, layout: Layout, writer: CheckpointWriter, progress: Progress) -> None:

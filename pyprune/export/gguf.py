@@ -3,7 +3,10 @@
 import errno
 import math
 import os
+import resource
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointReader, check_place, check_space
 from ..errors import InputError
 from ..options import Progress, silent
+from .exclusive import exclusive_file, refuse_existing
 from .extra import import_extra
 from .gguf_architecture import (
     Architecture,
@@ -56,12 +60,24 @@ def write_gguf(source: Path, output: Path, dtype: str = "f16", progress: Progres
     InputError: the file exists already; the checkpoint or its tokenizer is damaged, or nothing that llama.cpp can run
     (gguf_architecture.py); a weight is not finite, or too large for float16.
     """
-    gguf = import_extra("gguf")
+    check_target(output, dtype)
+    with exclusive_file(output) as partial:
+        written = fill_gguf(source, partial, dtype, progress)
+    return {"output": str(output), **written}
+
+
+def check_target(output: Path, dtype: str) -> None:
+    """InputError unless such a file can be written there."""
+    import_extra("gguf")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if output.exists():
-        raise InputError(f"{output}: exists; name another output")
+    refuse_existing(output)
     check_place(output)
+
+
+def fill_gguf(source: Path, file: Path, dtype: str, progress: Progress) -> dict[str, Any]:
+    """Write the checkpoint into a file that is the caller's; as `write_gguf` otherwise, whose result lacks `output`."""
+    gguf = import_extra("gguf")
     reader = CheckpointReader(source)
     if reader.config.hidden_act not in ("silu", "swish"):
         raise InputError(f"{source}: hidden_act {reader.config.hidden_act}: llama.cpp has silu in these architectures")
@@ -83,7 +99,7 @@ def write_gguf(source: Path, output: Path, dtype: str = "f16", progress: Progres
     entries = list(_entries(reader, architecture, scaling))
     types = [_type(entry.shape, dtype) for entry in entries]
     fallback = [e.name for e, kind in zip(entries, types, strict=True) if dtype == "q8_0" and kind == "f16"]
-    _write(writer, output, entries, types, progress)
+    _write(writer, file, entries, types, progress)
 
     warnings = list(vocabulary.warnings)
     if window is not None:
@@ -96,11 +112,10 @@ def write_gguf(source: Path, output: Path, dtype: str = "f16", progress: Progres
             f"{len(fallback)} matrices are f16, their rows being no multiples of 32 ({fallback[0]} is the first)"
         )
     return {
-        "output": str(output),
         "architecture": architecture.name,
         "dtype": dtype,
         "tensors": len(entries),
-        "bytes": output.stat().st_size,
+        "bytes": file.stat().st_size,
         "pre_tokenizer": vocabulary.pre,
         "fallback": fallback,
         "warnings": warnings,
@@ -169,8 +184,8 @@ def _ggml_type(dtype: str) -> Any:
     return import_extra("gguf").GGMLQuantizationType[dtype.upper()]
 
 
-def _write(writer: Any, output: Path, entries: list[_Entry], types: list[str], progress: Progress) -> None:
-    """Header, metadata and tensor infos, then tensor by tensor, into a file beside `output`; then the rename."""
+def _write(writer: Any, file: Path, entries: list[_Entry], types: list[str], progress: Progress) -> None:
+    """Header, metadata and tensor infos, then tensor by tensor, down to the disk."""
     sizes = import_extra("gguf").GGML_QUANT_SIZES
     total = 0
     for entry, kind in zip(entries, types, strict=True):
@@ -178,12 +193,9 @@ def _write(writer: Any, output: Path, entries: list[_Entry], types: list[str], p
         nbytes = math.prod(entry.shape) // block * size
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), nbytes, _ggml_type(kind))
         total += nbytes
-    check_space(output, total)
-    made = [parent for parent in output.absolute().parents if not parent.exists()]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
+    check_space(file, total)
     try:
-        writer.write_header_to_file(partial)
+        writer.write_header_to_file(file)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, (entry, kind) in enumerate(zip(entries, types, strict=True)):
@@ -192,16 +204,23 @@ def _write(writer: Any, output: Path, entries: list[_Entry], types: list[str], p
         progress("export", len(entries), len(entries))
         writer.flush()
         os.fsync(writer.fout[0].fileno())
-        partial.rename(output)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        for parent in made:
-            parent.rmdir()
-        if isinstance(error, OSError) and error.errno is None:  # numpy says how much it wrote, not why no more
-            raise OSError(errno.EIO, f"cannot be written whole ({error})", str(partial)) from error
-        raise
+    except OSError as error:
+        raise _named(error, file) from error
     finally:
-        writer.close()
+        with suppress(OSError):  # after an error it says it once more
+            writer.close()
+
+
+def _named(error: OSError, file: Path) -> OSError:
+    """The error with the file in it. numpy says how much it wrote, not why no more: the disk or the limit says that."""
+    if error.errno is not None:
+        return OSError(error.errno, error.strerror, error.filename or str(file))
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and file.stat().st_size >= limit:
+        return OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(file))
+    if shutil.disk_usage(file).free < 1 << 20:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+    return OSError(errno.EIO, f"cannot be written whole ({error})", str(file))
 
 
 def encode(tensor: Tensor, dtype: str, name: str) -> np.ndarray:

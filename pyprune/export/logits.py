@@ -7,14 +7,34 @@ LOADER is transformers, remote-code (transformers with trust_remote_code), pypru
 vocabulary], computed in float32 on the CPU. The first two must work without pyprune, so nothing here imports it.
 """
 
+import ctypes
 import importlib
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+PARENT = "PYPRUNE_VERIFY_PARENT"  # environment: the process that waits for this one
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process once the one that started it is gone, however that ended. Elsewhere nothing."""
+    parent = os.environ.get(PARENT)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(parent):  # it ended before we asked
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    end_with_parent()  # before the seconds that the next imports take
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 
 def logits_transformers(model: str, ids: Tensor, trust_remote_code: bool) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointReader
 from ..errors import InputError
 from ..options import Progress
+from .exclusive import exclusive_file
 from .verify import TOKENS, Rounding, verify_roundtrip
 
 
@@ -41,32 +42,20 @@ def export_gguf(
     reader: CheckpointReader, output: Path, dtype: str | None, progress: Progress, verified: bool
 ) -> dict[str, Any]:
     """Write the checkpoint as the file `output`; as `pyprune.export.export`. dtype None: f16."""
-    from .gguf import write_gguf
+    from .gguf import check_target, fill_gguf
     from .gguf_architecture import context_length
 
     if output.suffix != ".gguf":
         raise InputError(f"{output}: a file that ends in .gguf is needed; llama.cpp and Ollama look for that")
-    if output.exists():
-        raise InputError(f"{output}: exists; name another output")
     dtype = dtype or "f16"
-    unverified = output.with_name(output.name + ".unverified")
-    unverified.unlink(missing_ok=True)  # of a killed run
-    try:
-        written = write_gguf(reader.folder, unverified, dtype, progress)
+    check_target(output, dtype)
+    with exclusive_file(output) as unverified:
+        written = fill_gguf(reader.folder, unverified, dtype, progress)
         verification = {"verified": False, "reason": "--no-verify"}
         if verified:
             length, _ = context_length(reader.family, reader.config)
-            verification = verify_roundtrip(
-                reader.folder,
-                unverified,
-                "gguf",
-                progress,
-                ROUNDINGS[dtype],
-                min(TOKENS, length),
-            )
-        unverified.rename(output)
-    finally:
-        unverified.unlink(missing_ok=True)
+            tokens = min(TOKENS, length)
+            verification = verify_roundtrip(reader.folder, unverified, "gguf", progress, ROUNDINGS[dtype], tokens)
     return {
         "output": str(output),
         "format": "gguf",

@@ -21,6 +21,7 @@ from ..device import free_memory
 from ..errors import InputError, VerificationError
 from ..forward import LayerForward
 from ..options import Progress, silent
+from .logits import PARENT
 
 TOKENS = 64
 _CPU, _FLOAT32 = torch.device("cpu"), torch.float32
@@ -151,9 +152,11 @@ def fresh_logits(model: Path, ids: Tensor, loader: str) -> Tensor:
         if loader in ("pyprune", "gguf"):
             path = [str(_WORKER.parents[2]), os.environ.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+        environment[PARENT] = str(os.getpid())
         # -P: the folder of the script has modules whose names others' packages have too.
         command = [sys.executable, "-P", str(_WORKER), loader, str(model), str(given), str(target)]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        # Whatever is raised meanwhile, a signal's Stopped as well, first kills the process and waits for its end.
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
         if process.returncode == -signal.SIGKILL:
             raise MemoryError
         if process.returncode:
