@@ -1,37 +1,40 @@
 """From what the user names as a text (.txt, .jsonl, `self`) to the token windows of a model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import calibration
 from .checkpoint import save_cached
 from .errors import InputError
+from .files import reason_of
+from .loading import vocabulary_size
 
 SELF = "self"
+_IDENTITY = "identity"
 Tokens = Callable[[int, int], None]  # tokens sampled, tokens in all
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder. InputError: there is none, or it does not load."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer libraries raise bare Exceptions for broken files
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}: no tokenizer can be loaded from there ({reason})") from error
+        raise InputError(f"{folder}: no tokenizer can be loaded from there ({reason_of(error)})") from error
 
 
 def text_tokens(source: str, folder: Path, config: Any, trust_remote_code: bool = False) -> Tensor:
     """Token ids of a whole text by the tokenizer of the checkpoint folder, int64 [tokens]."""
     text = calibration.read_text(source)
     tokens = calibration.tokenize(text, load_tokenizer(folder, trust_remote_code))
-    calibration.check_vocabulary(tokens, config.vocab_size)
+    calibration.check_vocabulary(tokens, vocabulary_size(config))
     return tokens
 
 
@@ -48,9 +51,11 @@ def calibration_windows(
     progress: Tokens | None = None,
 ) -> Tensor:
     """Windows to calibrate on, int64 [samples, sequence_length]: spread over a text, or sampled."""
-    check_length(sequence_length, config)
+    fit_length(sequence_length, True, config)
     if source == SELF:
-        return calibration.sample_from_model(folder, samples, sequence_length, seed, device, dtype, progress)
+        return calibration.sample_from_model(
+            folder, samples, sequence_length, seed, device, dtype, progress, trust_remote_code
+        )
     tokens = text_tokens(source, folder, config, trust_remote_code)
     return calibration.spread_windows(tokens, samples, sequence_length, seed)
 
@@ -71,26 +76,59 @@ def evaluation_windows(
 
     `self` samples from the model in `folder`; 64 windows unless told otherwise.
     """
-    check_length(sequence_length, config)
+    fit_length(sequence_length, True, config)
     if source == SELF:
         samples = 64 if max_windows is None else max_windows
-        return calibration.sample_from_model(folder, samples, sequence_length, seed, device, dtype, progress)
+        return calibration.sample_from_model(
+            folder, samples, sequence_length, seed, device, dtype, progress, trust_remote_code
+        )
     tokens = text_tokens(source, folder, config, trust_remote_code)
     return calibration.consecutive_windows(tokens, sequence_length, max_windows)
 
 
-def check_length(sequence_length: int, config: Any) -> None:
-    limit = config.max_position_embeddings
-    if sequence_length > limit:
+def fit_length(sequence_length: int, typed: bool, config: Any) -> tuple[int, str | None]:
+    """A window's length within the positions of a model, and a note where it was cut: only a default is.
+
+    A model that names no number of positions has no limit. InputError: a `typed` length is beyond it.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or sequence_length <= limit:
+        return sequence_length, None
+    if typed or limit < 2:
         raise InputError(f"sequence length {sequence_length} exceeds the model's max_position_embeddings {limit}")
+    return limit, f"windows of {limit} tokens, not {sequence_length}: the model has no more positions"
 
 
-def save_windows(path: Path, windows: Tensor) -> None:
-    save_cached({"windows": windows}, path, {})
+def save_windows(path: Path, windows: Tensor, identity: dict[str, Any]) -> None:
+    """Keep sampled windows; `identity` is everything that they follow from."""
+    save_cached({"windows": windows}, path, {_IDENTITY: _identity_text(identity)})
 
 
-def load_windows(path: Path) -> Tensor:
+def load_windows(
+    path: Path, identity: dict[str, Any], vocab_size: int, samples: int | None, sequence_length: int
+) -> Tensor:
+    """Windows that `save_windows` kept, int64 [samples, sequence_length]; samples None: any number.
+
+    InputError: the file is damaged, or what is in it is not what was asked for.
+    """
     try:
-        return load_file(path)["windows"]
-    except (SafetensorError, KeyError) as error:
+        with safe_open(path, framework="pt") as file:
+            stored = (file.metadata() or {}).get(_IDENTITY)
+            windows = file.get_tensor("windows")
+    except (SafetensorError, OSError, MemoryError) as error:
+        raise InputError(f"{path}: damaged sampled text ({reason_of(error)}); delete it") from error
+    if stored != _identity_text(identity):
+        raise InputError(f"{path}: sampled text that does not belong to this model and these options; delete it")
+    if windows.dtype != torch.int64 or windows.dim() != 2 or windows.shape[1] != sequence_length:
+        raise InputError(f"{path}: damaged sampled text ({windows.dtype} {list(windows.shape)}); delete it")
+    if len(windows) < 1 or samples not in (None, len(windows)):
+        raise InputError(f"{path}: damaged sampled text ({len(windows)} windows, not {samples or 1}); delete it")
+    try:
+        calibration.check_vocabulary(windows, vocab_size)
+    except InputError as error:
         raise InputError(f"{path}: damaged sampled text ({error}); delete it") from error
+    return windows
+
+
+def _identity_text(identity: dict[str, Any]) -> str:
+    return json.dumps(identity, sort_keys=True)

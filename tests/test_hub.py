@@ -1,15 +1,14 @@
 """What is fetched from the hub, against a stand-in for it; what is taken for a folder instead."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pyprune import InputError
 from pyprune.checkpoint import checkpoint_folder
+from pyprune.checkpoint.companions import companions
 from pyprune.checkpoint.hub import wanted_files
 from pyprune.checkpoint.links import stays_inside
 
@@ -47,48 +46,59 @@ def repository(names: set[str]) -> dict[str, bytes]:
     return {name: CONTENTS.get(name, f"contents of {name}").encode() for name in names}
 
 
-def fetch(address: str, cache: Path, model: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the hub's library reads its settings once."""
-    code = f"from pyprune.checkpoint import checkpoint_folder; print(checkpoint_folder({model!r}))"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": str(int(offline))}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=cache, capture_output=True, text=True, timeout=300
-    )
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Makes the hub's library ask an address, or be told to be offline; its cache is a folder of the test."""
+
+    def at(address: str, offline: bool = False) -> None:
+        constants = "huggingface_hub.constants"
+        monkeypatch.setattr(f"{constants}.ENDPOINT", address)
+        monkeypatch.setattr(
+            f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", offline)
+        monkeypatch.chdir(tmp_path)
+
+    return at
 
 
 @pytest.mark.parametrize("single", [True, False])
-def test_what_is_fetched_and_what_is_left(single: bool, tmp_path: Path) -> None:
+def test_what_is_fetched_and_what_is_left(single: bool, at: Callable[..., None]) -> None:
     # With model.safetensors the shards are a second copy of the weights: transformers loads the one file.
     weights = {"model.safetensors"} if single else {INDEX, *SHARDS}
-    with hub("org/name", repository(ALWAYS | NEVER | weights | ({INDEX, *SHARDS} if single else set()))) as server:
-        address, fetched = server
-        result = fetch(address, tmp_path, "org/name")
-        assert result.returncode == 0, result.stderr
-        folder = Path(result.stdout.strip().splitlines()[-1])
+    with hub("org/name", repository(ALWAYS | NEVER | weights | {INDEX, *SHARDS})) as (address, fetched):
+        at(address)
+        folder = checkpoint_folder("org/name")
         assert folder.name == COMMIT
-        assert set(fetched) == ALWAYS | weights
-        assert len(fetched) == len(set(fetched))  # each once
+        assert sorted(fetched) == sorted(ALWAYS | weights)  # each once
         assert {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} == ALWAYS | weights
         assert all(stays_inside(folder, folder / name) for name in fetched)
-    # Told to be offline in one case, and in the other no hub that answers: what was fetched will do.
-    assert fetch(address, tmp_path, "org/name", offline=single).stdout == result.stdout
+        assert companions(folder) == ALWAYS - {"config.json"}
+        assert checkpoint_folder("org/name") == folder
+        assert len(fetched) == len(set(fetched))
+    assert checkpoint_folder("org/name") == folder  # no hub that answers: what was fetched will do
+    at(address, offline=True)
+    assert checkpoint_folder("org/name") == folder
 
 
-def test_what_the_hub_does_not_have_is_one_line(tmp_path: Path) -> None:
+def test_what_the_hub_does_not_have_is_one_line(at: Callable[..., None]) -> None:
     with hub("org/pickles", repository({"config.json", "pytorch_model.bin"})) as (address, fetched):
-        result = fetch(address, tmp_path, "org/pickles")
-        assert "InputError: org/pickles: the hub has neither model.safetensors nor" in result.stderr
-        result = fetch(address, tmp_path, "org/nothing")
-        assert "InputError: org/nothing: neither a folder here nor to be had from the hub" in result.stderr
+        at(address)
+        with pytest.raises(InputError, match=r"^org/pickles: the hub has neither model.safetensors nor"):
+            checkpoint_folder("org/pickles")
+        with pytest.raises(InputError, match=r"^org/nothing: neither a folder here nor to be had from the hub"):
+            checkpoint_folder("org/nothing")
         assert not fetched
+    with pytest.raises(InputError, match=r"^org/pickles: neither a folder here nor to be had from the hub"):
+        checkpoint_folder("org/pickles")
 
 
-def test_patterns_in_names_are_names(tmp_path: Path) -> None:
-    files = {"config.json", "model.safetensors", "vocab[1].txt", "vocab1.txt", "LICENSE*"}
+def test_patterns_in_names_are_names(at: Callable[..., None]) -> None:
+    files = {"config.json", "model.safetensors", "vocab[1].txt", "LICENSE*"}
     with hub("org/name", repository(files | {"LICENSE-x.bin"})) as (address, fetched):
-        result = fetch(address, tmp_path, "org/name")
-        assert result.returncode == 0, result.stderr
+        at(address)
+        checkpoint_folder("org/name")
         assert set(fetched) == files
 
 
@@ -105,7 +115,7 @@ def test_a_typo_below_a_folder_that_is_here_does_not_ask_the_hub(
     def asked(*_: object, **__: object) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", asked)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
     monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
     (tmp_path / "models" / "llama-6m").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "models")

@@ -73,7 +73,7 @@ def _downloaded(model: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        names = HfApi().list_repo_files(model)
+        names = {file.rfilename for file in HfApi().model_info(model).siblings or ()}
     except (RepositoryNotFoundError, GatedRepoError) as error:
         raise _not_to_be_had(model, error) from error
     except Exception as first:  # no network, whose errors are of many libraries: what was fetched before will do
@@ -81,7 +81,7 @@ def _downloaded(model: str) -> Path:
             return Path(snapshot_download(model, allow_patterns=["config.json"], local_files_only=True))
         except Exception:
             raise _not_to_be_had(model, first) from first
-    if not {_SINGLE, _INDEX} & set(names):
+    if not {_SINGLE, _INDEX} & names:
         raise InputError(f"{model}: the hub has neither {_SINGLE} nor {_INDEX} of it; other weights are never loaded")
     wanted = wanted_files(names, None)
     while True:
