@@ -129,7 +129,11 @@ def test_a_tokenizer_with_code_of_its_own_is_whole(source: Path, target: Path) -
     tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=True)
     assert (type(tokenizer).__name__, tokenizer.prefix) == ("OwnTokenizer", "p")
     assert (check_tokenizer(source, target, True) or "").endswith("2 chat templates")
-    assert "not compared" in (check_tokenizer(source, target, False) or "")
+    # Without leave to run code transformers reads tokenizer.json alone.
+    assert (check_tokenizer(source, target, False) or "").endswith("2 chat templates")
+    shutil.copytree(source, target.parent / "broken")
+    (target.parent / "broken" / "tokenizer.json").write_text("{")
+    assert "not compared" in (check_tokenizer(target.parent / "broken", target, False) or "")
 
     (target / "additional_chat_templates" / "loud.jinja").write_text("{{ messages[0].content }}")
     with pytest.raises(VerificationError, match="chat template loud renders"):
