@@ -1,7 +1,6 @@
 """Text → windows of token ids, to calibrate on (spread over the text) or to evaluate on (consecutive windows)."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,25 +10,37 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import BaseStreamer
 
 from .errors import InputError
+from .files import parse_json, reason_of
 from .loading import load_model
+
+# Of a longer text a part does: its tokens would take a hundred times the memory of its bytes.
+_MOST_BYTES = 1 << 30
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a .txt file (UTF-8, as it is) or the `text` fields of a .jsonl, joined by blank lines.
+    """The text of a .txt file (UTF-8) or the `text` fields of a .jsonl, joined by blank lines. Lines end in LF.
 
-    InputError: another suffix, no such file, not UTF-8, no text, or (with the line's number) a line that is
-    not a JSON object with a string `text`.
+    What is no file (a pipe, /dev/stdin) may have any name: it is read to its end, as a .txt unless it says .jsonl.
+    InputError: another suffix, no such file, not UTF-8, no text, too much of it, or (with the line's number) a line
+    that is not a JSON object with a string `text`.
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise InputError(f"{path}: a text is a .txt file, or a .jsonl file with a `text` field per line")
+    suffix = path.suffix.lower()
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # -sig: without the byte order mark some editors write
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        if suffix not in (".txt", ".jsonl") and not _is_stream(path):
+            raise InputError(f"{path}: a text is a .txt file, or a .jsonl file with a `text` field per line")
+        data = _read_bytes(path)
+        text = data.decode("utf-8-sig")  # -sig: without the byte order mark some editors write
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}): convert it to UTF-8") from error
-    if path.suffix == ".jsonl":
+    except MemoryError as error:
+        raise InputError(f"{path}: too large for the memory here: a part of it will do") from error
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(f"{path}: cannot be read: {reason_of(error)}") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if suffix == ".jsonl":
         # Not splitlines(): JSON strings may hold the other line separators of Unicode (U+2028, U+0085).
         lines = enumerate(text.split("\n"), start=1)
         text = "\n\n".join(_jsonl_text(line, f"{path}, line {n}") for n, line in lines if line.strip())
@@ -38,11 +49,27 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def _is_stream(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _read_bytes(path: Path) -> bytes:
+    """All of it, in parts: a device may have no end, and what is no text shows early."""
+    parts, size = [], 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            zero = part.find(b"\0")
+            if zero >= 0:
+                raise InputError(f"{path}: not a text: byte {size + zero} is zero, as in binary files and in UTF-16")
+            parts.append(part)
+            size += len(part)
+            if size > _MOST_BYTES:
+                raise InputError(f"{path}: more than {_MOST_BYTES >> 20} MiB of text: a part of it will do")
+    return b"".join(parts)
+
+
 def _jsonl_text(line: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not JSON: {error}") from error
+    record = parse_json(line, place)
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{place}: no `text` field with a string; a line is {{"text": "..."}}')
@@ -154,6 +181,7 @@ def sample_from_model(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> torch.Tensor:
     """Windows that the model itself writes: int64 [samples, sequence_length] on the CPU.
 
@@ -164,7 +192,7 @@ def sample_from_model(
     written, tokens in all). InputError: the model has neither BOS nor EOS.
     """
     _check_sizes(samples, sequence_length)
-    model = load_model(model_folder, device, dtype)
+    model = load_model(model_folder, device, dtype, trust_remote_code)
     eos = model.generation_config.eos_token_id
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
     first = model.generation_config.bos_token_id
@@ -207,7 +235,10 @@ def _sampling_batch(model: PreTrainedModel, first: int, sequence_length: int) ->
     """
     prompt = torch.full((1, 1), first, device=model.device)
     cache = model(prompt, use_cache=True).past_key_values
-    bytes_per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    try:
+        bytes_per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    except (AttributeError, TypeError):  # a state of another kind, or none: of unknown size
+        return 1
     share = 4 << 30
     if model.device.type == "cuda":
         share = torch.cuda.get_device_properties(model.device).total_memory // 4

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 import transformers
+from click.core import ParameterSource
 
 from . import program
 from .benchmark.command import benchmark, tune
@@ -65,7 +66,8 @@ def prune(model: str, output: Path, **options: Any) -> None:
 
     evaluation = None
     if options["text"]:
-        evaluation = Evaluation(options["text"], options["evaluation_length"], options["max_windows"])
+        fits = _is_default("evaluation_length")
+        evaluation = Evaluation(options["text"], options["evaluation_length"], options["max_windows"], fits)
     shared = {
         name: options[name]
         for name in (
@@ -76,7 +78,14 @@ def prune(model: str, output: Path, **options: Any) -> None:
     console = Console(options["as_json"])
     with console.progress() as progress, _resumable(output):
         plan = run_pruning(
-            PruneOptions(model, output, method_options=options_given(options), evaluation=evaluation, **shared),
+            PruneOptions(
+                model,
+                output,
+                method_options=options_given(options),
+                fits=_is_default("sequence_length"),
+                evaluation=evaluation,
+                **shared,
+            ),
             progress,
         )
     console.pruned(plan, output)
@@ -115,8 +124,9 @@ def evaluate(model: str, **options: Any) -> None:
     Perplexity is exp of the mean over windows of each window's mean cross-entropy. `self` samples the text from DENSE
     if it is given, else from MODEL.
     """
-    from .checkpoint import checkpoint_folder, stored_model
+    from .checkpoint import checkpoint_folder
     from .device import select_device, select_dtype
+    from .loading import evaluation_model
 
     if options["text"] is None and options["tasks"] is None:
         raise InputError("there is nothing to evaluate on: give --text TEXT, --tasks NAME,NAME or both")
@@ -124,9 +134,9 @@ def evaluate(model: str, **options: Any) -> None:
     folder = checkpoint_folder(model)
     reference = checkpoint_folder(options["reference"]) if options["reference"] else None
     if reference is not None:
-        stored_model(reference)  # says what is wrong with it in our words
+        evaluation_model(reference, options["trust_remote_code"])  # says what is wrong with it in our words
     device = select_device(options["device"])
-    config, stored = stored_model(folder)
+    config, stored = evaluation_model(folder, options["trust_remote_code"])
     dtype = select_dtype(options["dtype"], stored, device)
     result: dict[str, Any] = {}
     if options["tasks"] is not None:
@@ -134,6 +144,20 @@ def evaluate(model: str, **options: Any) -> None:
     if options["text"] is not None:
         result = _evaluate_on_text(folder, reference, config, device, dtype, options, console) | result
     console.evaluated(result)
+
+
+def _is_default(option: str) -> bool:
+    return click.get_current_context().get_parameter_source(option) is ParameterSource.DEFAULT
+
+
+def _fitted(length: int, config: Any, console: Console) -> int:
+    """The command's --sequence-length, a default cut to the model's positions, which is said."""
+    from .windows import fit_length
+
+    length, note = fit_length(length, not _is_default("sequence_length"), config)
+    if note is not None:
+        console.note(note)
+    return length
 
 
 def _evaluate_on_text(
@@ -153,7 +177,7 @@ def _evaluate_on_text(
             options["text"],
             reference or folder,
             config,
-            options["sequence_length"],
+            _fitted(options["sequence_length"], config, console),
             options["max_windows"],
             options["seed"] + 1,  # sampled text must not be what a pruning with this seed was calibrated on
             device,
@@ -167,6 +191,7 @@ def _evaluate_on_text(
             reference_folder=reference,
             device=device,
             dtype=dtype,
+            trust_remote_code=options["trust_remote_code"],
             progress=lambda done, total: progress("evaluate", done, total),
         )
 
@@ -204,9 +229,13 @@ def plan(model: str, **options: Any) -> None:
     dtype = (
         reader.dtype if named and options["dtype"] == "auto" else select_dtype(options["dtype"], reader.dtype, device)
     )
-    sizes = (resolved_ratio(method, options["ratio"]), options["samples"], options["sequence_length"])
+    console = Console(options["as_json"])
+    length = options["sequence_length"]
+    if method.needs_text:
+        length = _fitted(length, reader.config, console)
+    sizes = (resolved_ratio(method, options["ratio"]), options["samples"], length)
     result = estimate(reader, method, *sizes, device, dtype, options["device_memory"], named)
-    Console(options["as_json"]).estimated(result)
+    console.estimated(result)
 
 
 @cli.command(context_settings=SETTINGS)

@@ -128,7 +128,7 @@ class MemorySize(click.ParamType):
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-        click.option("--trust-remote-code", is_flag=True, help="Run a tokenizer's own Python code."),
+        click.option("--trust-remote-code", is_flag=True, help="Run a tokenizer's or model's own Python code."),
         click.option("--dtype", default="auto", help="Compute type: auto, float32, bfloat16, float16."),
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option(

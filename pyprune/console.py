@@ -56,6 +56,10 @@ class Console:
 
             yield advance
 
+    def note(self, message: str) -> None:
+        """What the user should know beside the result: on stderr."""
+        self.err.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+
     def _json(self, document: Any) -> None:
         print(json.dumps(document, indent=1))
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from .calibration import check_vocabulary
 from .errors import InputError
-from .loading import load_model
+from .loading import load_model, vocabulary_size
+from .predictor import Predictor
 
 # Rows of a forward pass. On a GPU enough to keep its matrix products busy, while the widest activations of a 70B
 # model (28672 channels in bf16, three of them alive) stay near 1.4 GB; on a CPU few, whose temporaries stay in its
@@ -56,6 +57,7 @@ def evaluate(
     dtype: torch.dtype,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the model in a folder on `windows` [windows, sequence_length] (int64).
 
@@ -66,11 +68,11 @@ def evaluate(
 
     InputError: as `perplexity` and `load_model`, or vocabularies of different sizes.
     """
-    model = load_model(model_folder, device, dtype)
+    model = load_model(model_folder, device, dtype, trust_remote_code)
     reference = None
     if reference_folder is not None:
-        reference = load_model(reference_folder, device, dtype)
-        sizes = model.config.vocab_size, reference.config.vocab_size
+        reference = load_model(reference_folder, device, dtype, trust_remote_code)
+        sizes = vocabulary_size(model.config), vocabulary_size(reference.config)
         if sizes[0] != sizes[1]:
             raise InputError(
                 f"{model_folder} has a vocabulary of {sizes[0]} and the reference {reference_folder} of "
@@ -122,67 +124,46 @@ def _score(
     """Each window's sums, in order."""
     if windows.shape[0] < 1 or windows.shape[1] < 2:
         raise InputError(f"windows of shape {list(windows.shape)}: at least 1 window of 2 tokens is needed")
-    check_vocabulary(windows, model.config.vocab_size)
-    for each in (model, reference):
-        if each is not None:
-            _check_head(each, windows)
+    check_vocabulary(windows, vocabulary_size(model.config))
+    scored = Predictor(model, windows)
+    compared = None if reference is None else Predictor(reference, windows)
     if batch_size is None:
         batch_size = max(1, _TOKENS_PER_BATCH[model.device.type] // windows.shape[1])
+        if not (scored.by_slices and (compared is None or compared.by_slices)):
+            batch_size = 1  # whole logits of more windows would take more memory than the model
     for batch in windows.split(batch_size):
         ids = batch.to(model.device)  # [B, L]
-        hidden = _hidden_states(model, ids)  # [B, L, hidden]
-        reference_hidden = None if reference is None else _hidden_states(reference, ids)
+        outputs = scored.outputs(ids)
+        reference_outputs = None if compared is None else compared.outputs(ids)
         for row in range(len(batch)):
             yield _score_window(
-                model,
-                hidden[row],
-                reference,
-                None if reference_hidden is None else reference_hidden[row],
+                scored,
+                outputs[row],
+                compared,
+                None if reference_outputs is None else reference_outputs[row],
                 ids[row],
             )
 
 
-def _hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """What the model's head reads: [B, L] → [B, L, hidden]."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-
-
-def _check_head(model: PreTrainedModel, windows: torch.Tensor) -> None:
-    """The logits must be the head's output and nothing more, since slices of them are computed with it alone.
-
-    Some families scale or cap their logits afterwards.
-    """
-    ids = windows[:1, :2].to(model.device)
-    whole = model(input_ids=ids, use_cache=False).logits
-    sliced = model.get_output_embeddings()(_hidden_states(model, ids))
-    if not torch.allclose(whole, sliced, rtol=1e-2, atol=1e-2, equal_nan=True):
-        raise InputError(f"{type(model).__name__} changes its logits after the head: not supported")
-
-
 def _score_window(
-    model: PreTrainedModel,
-    hidden: torch.Tensor,  # [L, hidden]
-    reference: PreTrainedModel | None,
-    reference_hidden: torch.Tensor | None,  # [L, hidden of the reference]
+    model: Predictor,
+    outputs: torch.Tensor,  # [L, ...]
+    reference: Predictor | None,
+    reference_outputs: torch.Tensor | None,
     ids: torch.Tensor,  # [L]
 ) -> _Window:
     predictions = len(ids) - 1
-    rows = max(1, _LOGITS_SLICE_BYTES[ids.device.type] // (4 * model.config.vocab_size))
+    rows = max(1, _LOGITS_SLICE_BYTES[ids.device.type] // (4 * model.vocab_size))
     sums = torch.zeros(4, dtype=torch.float64, device=ids.device)  # stays there: one transfer a window
     for start in range(0, predictions, rows):
         part = slice(start, min(start + rows, predictions))
         targets = ids[1:][part]  # [rows]
-        log_p = _log_softmax(model, hidden[part])  # [rows, vocabulary]
+        log_p = model.log_softmax(outputs[part])  # [rows, vocabulary]
         sums[0] += F.nll_loss(log_p, targets, reduction="none").double().sum()
-        if reference is not None and reference_hidden is not None:
-            log_r = _log_softmax(reference, reference_hidden[part])
+        if reference is not None and reference_outputs is not None:
+            log_r = reference.log_softmax(reference_outputs[part])
             sums[1] += F.nll_loss(log_r, targets, reduction="none").double().sum()
             sums[3] += (log_p.argmax(-1) == log_r.argmax(-1)).sum()
             # KL(r‖p) = Σ r·(log r − log p), in place of log_p, whose slice may be large
             sums[2] += log_p.neg_().add_(log_r).mul_(log_r.exp_()).sum(dtype=torch.float64)
     return _Window(*sums.tolist())
-
-
-def _log_softmax(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """float32 log-probabilities of the next token: [rows, hidden] → [rows, vocabulary]."""
-    return torch.log_softmax(model.get_output_embeddings()(hidden), dim=-1, dtype=torch.float32)

@@ -29,6 +29,7 @@ from .plan import (
     versions,
     write_plan,
 )
+from .tokenizer_check import check_tokenizer
 
 # Above, a pruning does not by itself load what it wrote: on a CPU that takes minutes.
 VERIFIED_BYTES = 8 << 30
@@ -43,9 +44,10 @@ def finish(
     """Complete the partial folder, whose shards are all written, and make it the output. Returns the plan."""
     partial = writer.partial
     outcome.write_config(job.reader, writer, job.biases)
-    copy_companions(job.reader.folder, partial)
+    passes.warnings += copy_companions(job.reader.folder, partial)
     writer.write_index()
     check_state_dict(partial, writer.prove())
+    tokenizer = check_tokenizer(job.reader.folder, partial, job.options.trust_remote_code)
     plan = _plan(job, outcome) | {
         "bytes": [job.reader.bytes, writer.tensor_bytes],
         "passes": {
@@ -55,6 +57,7 @@ def finish(
         "peak_memory_bytes": max(meter.peak_memory_bytes for meter in passes.meters.values()),
         "nonfinite": passes.nonfinite,
         "warnings": passes.warnings,
+        "tokenizer": tokenizer,
         "unused_tensors": job.reader.unused,
         "source": {"files": job.source_files, "digests": job.reader.content.digests},
         "checksums": writer.checksums(),

@@ -1,5 +1,6 @@
 """What a pruning works on: every argument and input checked, before anything is written."""
 
+import dataclasses
 import json
 from pathlib import Path
 from time import perf_counter
@@ -22,8 +23,9 @@ from .checkpoint import (
     metadata_of,
     save_cached,
 )
+from .checkpoint.special_ids import check_generation_config, check_special_ids, generation_fields
 from .checkpoint.writer import partial_of
-from .device import select_dtype, whole_memory
+from .device import free_memory, release_cache, select_dtype, whole_memory
 from .environment import environment, split, take_threads
 from .errors import InputError
 from .finite import check_finite, described_rows, nonfinite_rows
@@ -36,7 +38,7 @@ from .ops import backends
 from .options import Progress, PruneOptions
 from .plan import FORMAT
 from .tuning import operator_fingerprint
-from .windows import SELF, calibration_windows, checked_windows, evaluation_windows
+from .windows import SELF, calibration_windows, checked_windows, evaluation_windows, fit_length
 
 # Operators that read activations, in the compute type; the others work on float32 statistics.
 ACTIVATION_OPERATORS = ("channel_moments", "hessian", *FORWARD_OPERATORS)
@@ -53,13 +55,16 @@ class Job:
         self.start = perf_counter()
         self.method: Method = make_method(options.method, options.method_options)
         self.ratio = resolved_ratio(self.method, options.ratio)
-        self.options, self.progress = options, progress
+        self.progress = progress
         self.warnings: list[str] = []
         # Before anything is computed, since a resumed run goes on as it began.
         self.begun = distributed.from_first(lambda: begun(options.output)) if options.resume else {}
         take_threads(self.begun.get("identity", {}).get("threads"))
         self.device = distributed.own_device(options.device)
         self.reader = CheckpointReader(checkpoint_folder(options.model))
+        check_generation_config(self.reader.folder)
+        check_special_ids(self.reader.config, generation_fields(self.reader.folder), self.reader.folder)
+        self.options = options = self._fitted(options)
         if self.reader.unused:
             more = f" and {len(self.reader.unused) - 1} more" if len(self.reader.unused) > 1 else ""
             self.warnings.append(f"left out, since the model does not use it: {self.reader.unused[0]}{more}")
@@ -100,6 +105,23 @@ class Job:
         if distributed.world_size() > 1:  # sums over blocks of windows round otherwise than a sum over all
             self.identity["processes"] = distributed.world_size()
         self.other_bits = self._compare_with_begun()
+
+    def _fitted(self, options: PruneOptions) -> PruneOptions:
+        """The options, with windows that the model has positions for. InputError: asked-for ones are too long."""
+        evaluation = options.evaluation
+        if evaluation is not None:
+            length = self._length(evaluation.sequence_length, not evaluation.fits)
+            evaluation = dataclasses.replace(evaluation, sequence_length=length)
+        if not self.method.needs_text:
+            return dataclasses.replace(options, evaluation=evaluation)
+        length = self._length(options.sequence_length, not options.fits)
+        return dataclasses.replace(options, evaluation=evaluation, sequence_length=length)
+
+    def _length(self, length: int, typed: bool) -> int:
+        length, note = fit_length(length, typed, self.reader.config)
+        if note is not None:
+            self.warnings.append(note)
+        return length
 
     def _compare_with_begun(self) -> dict[str, str]:
         """Go on under the identity that a resumed run began with; what of its environment cannot be had again.
@@ -187,6 +209,9 @@ class Job:
         total = torch.cuda.get_device_properties(self.device).total_memory
         if budget is None:
             budget = whole_memory(self.device)
+        else:
+            release_cache(self.device)
+            budget = min(budget, free_memory(self.device))
         sizes = Sizes(
             self.reader.shapes,
             self.method,

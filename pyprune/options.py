@@ -19,6 +19,7 @@ class Evaluation:
     text: str
     sequence_length: int = 1024
     max_windows: int | None = None
+    fits: bool = False  # cut the windows to the model's positions where those are fewer, with a warning
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class PruneOptions:
     calibration: str | None = None
     samples: int = 128
     sequence_length: int = 2048
+    fits: bool = False  # cut the windows to the model's positions where those are fewer, with a warning
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"

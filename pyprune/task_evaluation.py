@@ -70,7 +70,7 @@ def evaluate_tasks(
             count = few_shot
         task.set_config(key="num_fewshot", value=count or 0)
         task.set_fewshot_seed(seed=_FEW_SHOT_SEED)
-    model = load_model(folder, device, dtype)
+    model = load_model(folder, device, dtype, trust_remote_code)
     with _without_note_on_loaded_models():
         harness = HFLM(
             pretrained=model, tokenizer=load_tokenizer(folder, trust_remote_code), batch_size=batch_size, device=None

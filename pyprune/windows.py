@@ -9,26 +9,27 @@ from torch import Tensor
 
 from . import calibration
 from .errors import InputError
+from .loading import vocabulary_size
 
 SELF = "self"
 Tokens = Callable[[int, int], None]  # tokens sampled, tokens in all
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder. InputError: there is none, or it does not load."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer libraries raise bare Exceptions for broken files
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}: no tokenizer can be loaded from there ({reason})") from error
+        raise InputError(f"{folder}: no tokenizer can be loaded from there ({reason_of(error)})") from error
 
 
 def text_tokens(source: str, folder: Path, config: Any, trust_remote_code: bool = False) -> Tensor:
     """Token ids of a whole text by the tokenizer of the checkpoint folder, int64 [tokens]."""
     text = calibration.read_text(source)
     tokens = calibration.tokenize(text, load_tokenizer(folder, trust_remote_code))
-    calibration.check_vocabulary(tokens, config.vocab_size)
+    calibration.check_vocabulary(tokens, vocabulary_size(config))
     return tokens
 
 
@@ -45,9 +46,11 @@ def calibration_windows(
     progress: Tokens | None = None,
 ) -> Tensor:
     """Windows to calibrate on, int64 [samples, sequence_length]: spread over a text, or sampled."""
-    check_length(sequence_length, config)
+    fit_length(sequence_length, True, config)
     if source == SELF:
-        return calibration.sample_from_model(folder, samples, sequence_length, seed, device, dtype, progress)
+        return calibration.sample_from_model(
+            folder, samples, sequence_length, seed, device, dtype, progress, trust_remote_code
+        )
     tokens = text_tokens(source, folder, config, trust_remote_code)
     return calibration.spread_windows(tokens, samples, sequence_length, seed)
 
@@ -68,18 +71,27 @@ def evaluation_windows(
 
     `self` samples from the model in `folder`; 64 windows unless told otherwise.
     """
-    check_length(sequence_length, config)
+    fit_length(sequence_length, True, config)
     if source == SELF:
         samples = 64 if max_windows is None else max_windows
-        return calibration.sample_from_model(folder, samples, sequence_length, seed, device, dtype, progress)
+        return calibration.sample_from_model(
+            folder, samples, sequence_length, seed, device, dtype, progress, trust_remote_code
+        )
     tokens = text_tokens(source, folder, config, trust_remote_code)
     return calibration.consecutive_windows(tokens, sequence_length, max_windows)
 
 
-def check_length(sequence_length: int, config: Any) -> None:
-    limit = config.max_position_embeddings
-    if sequence_length > limit:
+def fit_length(sequence_length: int, typed: bool, config: Any) -> tuple[int, str | None]:
+    """A window's length within the positions of a model, and a note where it was cut: only a default is.
+
+    A model that names no number of positions has no limit. InputError: a `typed` length is beyond it.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or sequence_length <= limit:
+        return sequence_length, None
+    if typed or limit < 2:
         raise InputError(f"sequence length {sequence_length} exceeds the model's max_position_embeddings {limit}")
+    return limit, f"windows of {limit} tokens, not {sequence_length}: the model has no more positions"
 
 
 def checked_windows(

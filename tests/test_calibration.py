@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def test_txt_is_read_as_it_is(tmp_path: Path) -> None:
-    text = " naïve\r\nlines\u2028kept \n\n"
+    text = " naïve\nlines\u2028kept \n\n"
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert read_text(tmp_path / "a.txt") == text
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -50,12 +50,12 @@ def test_jsonl_texts_are_joined_by_blank_lines(tmp_path: Path) -> None:
         ("a.csv", b"text", "a .txt file, or a .jsonl file"),
         ("a.jsonl", b"", "has no text"),
         ("a.jsonl", b'{"text": " "}', "has no text"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"', "line 3: not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"', "line 3: not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}', "line 2: no `text` field"),
         ("a.jsonl", b'{"text": "a"}\n["text"]', "line 2: no `text` field"),
         ("a.jsonl", b'{"text": 5}', "line 1: no `text` field"),
         ("a.jsonl", b'{"text": "ab\\ud800"}', r"line 1: `text` is not valid Unicode \(character 2\)"),
-        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
     ],
 )
 def test_bad_texts(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pyprune import InputError
 from pyprune.calibration import consecutive_windows, read_text, tokenize
 from pyprune.evaluate import evaluate, perplexity
 from pyprune.loading import load_model
+from pyprune.predictor import Predictor
 
 CPU = torch.device("cpu")
 # Both sides take float32 logits from the same model; products of another shape round differently, by some
@@ -138,16 +139,19 @@ def test_tokens_and_models_that_do_not_belong_together(tiny_checkpoint: Callable
         evaluate(small, random_ids(3, 1), device=CPU, dtype=torch.float32)
 
 
-def test_logits_changed_after_the_head_are_refused() -> None:
+def test_logits_changed_after_the_head_are_taken_whole() -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = GraniteConfig(**sizes, intermediate_size=96, vocab_size=256, logits_scaling=8.0)
     torch.manual_seed(0)
     model = GraniteForCausalLM(config).eval()
     model.lm_head.weight.data.normal_()
-    with pytest.raises(InputError, match="GraniteForCausalLM changes its logits after the head"):
-        perplexity(model, random_ids(1, 16))
-    model.config.logits_scaling = model.logits_scaling = 1.0
-    assert math.isfinite(perplexity(model, random_ids(1, 16)))
+    windows = random_ids(3, 16)
+    for scaling, by_slices in ((8.0, False), (1.0, True)):
+        model.config.logits_scaling = model.logits_scaling = scaling
+        assert Predictor(model, windows).by_slices == by_slices
+        with torch.no_grad():
+            expected = torch.stack([model(window[None], labels=window[None]).loss for window in windows]).mean().exp()
+        assert perplexity(model, windows) == pytest.approx(expected.item(), rel=RELATIVE)
 
 
 def test_folders_that_hold_no_whole_model(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -235,7 +235,10 @@ def test_nothing_is_left_behind(tiny_checkpoint: Callable[..., Path], tmp_path: 
     target.mkdir()
 
     with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight holds NaN or infinite weights"):
-        write_gguf(infinite(source, tmp_path / "infinite", "model.layers.1.mlp.up_proj.weight"), target / "a" / "b" / "model.gguf")
+        write_gguf(
+            infinite(source, tmp_path / "infinite", "model.layers.1.mlp.up_proj.weight"),
+            target / "a" / "b" / "model.gguf",
+        )
 
     def stop(what: str, done: int, total: int) -> None:
         if done == 9:

@@ -83,7 +83,7 @@ def test_rows_that_a_text_uses_are_refused(
     model = tiny_checkpoint(family="llama", dtype="float32", layers=3, tokenizer=demo_model, tied=tied)
     bad = infinite(model, tmp_path / "bad", "model.embed_tokens.weight")
     for row in (0, 1):
-        changed(bad, tmp_path / f"bad{row}", "model.embed_tokens.weight", lambda table: table[: 40].fill_(torch.inf))
+        changed(bad, tmp_path / f"bad{row}", "model.embed_tokens.weight", lambda table: table[:40].fill_(torch.inf))
         outcome = run(capsys, "prune", tmp_path / f"bad{row}", tmp_path / "out", *arguments("flap", text))
         assert outcome.status == 2
         assert "model.embed_tokens.weight" in outcome.err

@@ -266,6 +266,14 @@ def test_refused_in_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_few_tokens_are_warned_of_where_weights_are_refitted(model: Path, text: Path, tmp_path: Path) -> None:
+    for method in METHODS:
+        warnings = prune(options(model, text, tmp_path / method, method), silent)["warnings"]
+        refits = method == "sparsegpt"
+        assert len(warnings) == refits
+        assert all("192 calibration tokens for up to 160 channels of a linear layer's input" in w for w in warnings)
+
+
 def test_patterns() -> None:
     pattern = parse_pattern("1:4")
     assert (pattern.zeros, pattern.group, pattern.ratio) == (3, 4, 0.75)

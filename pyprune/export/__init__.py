@@ -1,6 +1,5 @@
 """`pyprune export`: a checkpoint in the layouts that other programs load, each proved by loading it."""
 
-import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from ..checkpoint.companions import copy_companions
 from ..checkpoint.writer import partial_of
 from ..errors import InputError, VerificationError
 from ..options import Progress, silent
+from ..tokenizer_check import check_tokenizer
 from .layout import Layout
 from .padded import padded_layout
 from .remote_code import remote_code_layout
+from .state_dict import check_state_dict
 from .stock import stock_layout
 from .verified_gguf import export_gguf
 from .verify import verify_roundtrip
@@ -68,11 +69,13 @@ def export(
         writer.discard()
         raise
     try:
-        _write(reader, layout, writer, progress)
+        notes = [*layout.notes, *_write(reader, layout, writer, progress)]
+        check_state_dict(partial, writer.prove())
+        check_tokenizer(reader.folder, partial, False)
         verification = {"verified": False, "reason": "--no-verify"}
         if verified:
             verification = verify_roundtrip(source, partial, loader, progress)
-        _finish(writer)
+        writer.finish()
     except BaseException:  # an interruption as well: there is nothing to go on with
         writer.discard()
         raise
@@ -81,23 +84,13 @@ def export(
         "format": format,
         "class": layout.class_name,
         "bytes": [reader.bytes, writer.tensor_bytes],
-        "notes": list(layout.notes),
+        "notes": notes,
         "verification": verification,
     }
 
 
-def _finish(writer: CheckpointWriter) -> None:
-    """Make the partial folder the output. InputError: another process made one there meanwhile."""
-    try:
-        writer.finish()
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise
-        raise InputError(f"{writer.output}: exists; name another output") from error
-
-
-def _write(reader: CheckpointReader, layout: Layout, writer: CheckpointWriter, progress: Progress) -> None:
-    """Everything of the output, layer by layer, into the writer's partial folder."""
+def _write(reader: CheckpointReader, layout: Layout, writer: CheckpointWriter, progress: Progress) -> list[str]:
+    """Everything of the output, layer by layer, into the writer's partial folder; what was left out, for people."""
     names = reader.outside_layers()
     writer.write(0, reader.read(names[:1]))
     for layer in range(reader.layers):
@@ -109,9 +102,10 @@ def _write(reader: CheckpointReader, layout: Layout, writer: CheckpointWriter, p
     layout.config.save_pretrained(writer.partial)
     for name, text in layout.files.items():
         (writer.partial / name).write_text(text, encoding="utf-8")
-    copy_companions(reader.folder, writer.partial)
+    left_out = copy_companions(reader.folder, writer.partial)
     writer.write_index()
     progress("export", reader.layers, reader.layers)
+    return left_out
 
 
 def _bytes(reader: CheckpointReader, layout: Layout) -> int:

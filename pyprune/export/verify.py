@@ -65,7 +65,7 @@ def verify_roundtrip(
     if reason is not None:
         return {"verified": False, "reason": reason}
     length = min(tokens, reader.config.max_position_embeddings)
-    ids = torch.randint(reader.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = usable_ids(reader, length)
     expected = layered_logits(reader, ids, None, progress, change)  # [tokens, vocabulary]
     largest = expected.abs().max().item()
     if not math.isfinite(largest):
@@ -94,6 +94,20 @@ def verify_roundtrip(
         "max_logit": largest,
         "tolerance": tolerance,
     }
+
+
+def usable_ids(reader: CheckpointReader, length: int) -> Tensor:
+    """Random token ids, int64 [1, length], of those whose embeddings are finite: padding of a vocabulary may be NaN."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(reader.config.vocab_size, (1, length), generator=generator)
+    usable = torch.isfinite(reader.embed(drawn)).all(-1)
+    if bool(usable.all()):
+        return drawn
+    finite = torch.isfinite(reader.embed(torch.arange(reader.config.vocab_size))).all(-1).nonzero().flatten()
+    if not len(finite):
+        raise InputError(f"{reader.folder}: no row of its embeddings is finite: the weights are damaged")
+    replacements = finite[torch.randint(len(finite), (1, length), generator=generator)]
+    return torch.where(usable, drawn, replacements)
 
 
 @torch.inference_mode()

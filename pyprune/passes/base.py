@@ -1,8 +1,9 @@
 """What every way of pruning does with the layers of one job: counting, writing, reading back, building."""
 
 import copy
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ from ..rewrite import pad_channels
 
 # On a GPU a pruned layer's forward has its FFN in multiples of so many channels: a whole tile of every type.
 ROUND_CHANNELS = 64
+# Below so many tokens for each channel of an input a refit fits the text's noise rather than its moments.
+TOKENS_A_CHANNEL = 4
+
+logger = logging.getLogger(__name__)
+
+
+def widest_driver(shapes: Sequence[LayerShape]) -> int:
+    """The most channels that a driver reads."""
+    return max(shape.units(module) * shape.unit_width(module) for shape in shapes for module in MODULES)
 
 
 def build_dense(job: Job, forward: LayerForward, stored: Mapping[str, Tensor], layer: int) -> nn.Module:
@@ -67,6 +77,21 @@ class Passes(ABC):
     @abstractmethod
     def execute(self) -> Outcome:
         """All passes. Returns what was decided."""
+
+    def warn(self, message: str) -> None:
+        """On the log, and in the plan."""
+        logger.warning(message)
+        self.warnings.append(message)
+
+    def warn_of_few_tokens(self, widest: int, what: str = "a driver") -> None:
+        """`widest`: the most channels of an input that weights are refitted to."""
+        assert self.job.windows is not None
+        tokens = self.job.windows.numel()
+        if tokens < TOKENS_A_CHANNEL * widest:
+            self.warn(
+                f"{tokens} calibration tokens for up to {widest} channels of {what}: the refit overfits below "
+                f"{TOKENS_A_CHANNEL} tokens a channel ({TOKENS_A_CHANNEL * widest}); raise --samples"
+            )
 
     def written(self, layer: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The record and the tensors, named within the layer, of one that a killed run wrote."""

@@ -1,7 +1,6 @@
 """The pass of methods that refit: layer by layer and module by module, each on the pruned output before it."""
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,14 +25,9 @@ from ..outcome import Outcome, UnitOutcome
 from ..plan import layer_entry
 from ..residual_allocation import ErrorCurves
 from ..rewrite import rewrite_layer
-from .base import Passes, build_dense, stored_layers
+from .base import Passes, build_dense, stored_layers, widest_driver
 from .curves import cached_curves
 from .survey import cached_survey
-
-logger = logging.getLogger(__name__)
-
-# Below so many tokens for each channel of a driver the refit fits the text's noise rather than its moments.
-TOKENS_A_CHANNEL = 4
 
 
 @dataclass
@@ -59,7 +53,7 @@ class ReconstructionPasses(Passes):
 
     @torch.no_grad()
     def execute(self) -> Outcome:
-        self._warn_of_few_tokens()
+        self.warn_of_few_tokens(widest_driver(self.reader.shapes))
         counts = self._counts()
         self.meter = self.meters["prune"] = Meter(self.device)
         self.copy_embeddings()
@@ -77,20 +71,6 @@ class ReconstructionPasses(Passes):
             scores.append(own)
         self.copy_head()
         return UnitOutcome(Choice(layers), scores)
-
-    def _warn_of_few_tokens(self) -> None:
-        assert self.job.windows is not None
-        tokens = self.job.windows.numel()
-        widest = max(s.units(m) * s.unit_width(m) for s in self.reader.shapes for m in MODULES)
-        if tokens < TOKENS_A_CHANNEL * widest:
-            self._warn(
-                f"{tokens} calibration tokens for up to {widest} channels of a driver: the refit overfits below "
-                f"{TOKENS_A_CHANNEL} tokens a channel ({TOKENS_A_CHANNEL * widest}); raise --samples"
-            )
-
-    def _warn(self, message: str) -> None:
-        logger.warning(message)
-        self.warnings.append(message)
 
     def _counts(self) -> list[dict[str, int]]:
         curves: list[ErrorCurves] | None = None

@@ -16,7 +16,7 @@ from ..methods.semi_structured import LinearInputs, SemiStructuredMethod, inputs
 from ..outcome import Outcome, SparseOutcome
 from ..plan import sparse_entry
 from ..statistics import DriverObserver, column_norms
-from .base import Passes, build_dense, stored_layers
+from .base import Passes, build_dense, stored_layers, widest_driver
 
 
 class SparsifyingPasses(Passes):
@@ -28,6 +28,9 @@ class SparsifyingPasses(Passes):
 
     @torch.no_grad()
     def execute(self) -> Outcome:
+        if self.method.from_hessian:
+            hidden_size = max(shape.hidden_size for shape in self.reader.shapes)
+            self.warn_of_few_tokens(max(hidden_size, widest_driver(self.reader.shapes)), "a linear layer's input")
         self.meter = self.meters["prune"] = Meter(self.device)
         self.copy_embeddings()
         forward, last = self.job.forward(), self.reader.layers - 1
