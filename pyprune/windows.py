@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import calibration
 from .errors import InputError
+from .files import reason_of
 from .loading import vocabulary_size
 
 SELF = "self"

@@ -1,4 +1,4 @@
-"""Weights that are NaN or Inf: the tensor and the place are named, and nothing is left; rows no text uses are a warning."""
+"""NaN and Inf weights: the tensor and the place are named, nothing is left; rows no text uses are a warning."""
 
 from collections.abc import Callable
 from pathlib import Path
