@@ -14,6 +14,7 @@ from ..architectures import ATTENTION, FFN, MODULES, LayerShape
 from ..checkpoint import CheckpointWriter
 from ..device import Meter
 from ..forward import LayerForward
+from ..forward_check import check_forward
 from ..job import Job
 from ..learning.training import History
 from ..outcome import Outcome
@@ -60,9 +61,18 @@ class Passes(ABC):
         self.warnings: list[str] = []
         self.history: History = []
 
-    @abstractmethod
     def execute(self) -> Outcome:
-        """All passes. Returns what was decided."""
+        """All passes. Returns what was decided. InputError before anything is written: not the model's own forward.
+
+        Without windows no pass runs a layer: what is stored is measured and sliced.
+        """
+        if self.job.windows is not None:
+            check_forward(self.reader, self.job.windows, self.device, self.job.dtype)
+        return self.decide()
+
+    @abstractmethod
+    def decide(self) -> Outcome:
+        """What the passes do, once the forward is known to be the model's."""
 
     def written(self, layer: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The record and the tensors, named within the layer, of one that a killed run wrote."""

@@ -27,7 +27,7 @@ class SparsifyingPasses(Passes):
         self.method = method
 
     @torch.no_grad()
-    def execute(self) -> Outcome:
+    def decide(self) -> Outcome:
         self.meter = self.meters["prune"] = Meter(self.device)
         self.copy_embeddings()
         forward, last = self.job.forward(), self.reader.layers - 1
