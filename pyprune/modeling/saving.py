@@ -32,7 +32,9 @@ def earlier_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _earlier_rope(rope: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     scaling = dict(rope)
-    apart = {name: scaling.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in scaling}
+    apart: dict[str, Any] = {
+        name: scaling.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in scaling
+    }
     kind, original = scaling.get("rope_type", "default"), "original_max_position_embeddings"
     # 5 writes it where nobody gave it; some releases of 4 then take the factor from the two lengths: 1.
     if kind == "yarn" and scaling.get(original) == fields.get("max_position_embeddings"):
