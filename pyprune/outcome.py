@@ -17,6 +17,7 @@ from .export.verify import Change
 from .files import read_json
 from .learning.masked import hook_places, selection_masks
 from .modeling.config import registered_config
+from .modeling.saving import save_config
 from .modeling.selected import selected_config
 from .modeling.stock import find_stock
 from .plan import kept_shapes, layer_entry, selection_entry
@@ -74,9 +75,9 @@ def write_config_of(
     """A stock class's configuration where one holds layers of these shapes, with the zero biases that it asks for."""
     stock = find_stock(reader.family, reader.config, shapes, **biases)
     if stock is None:
-        registered_config(reader.family, reader.config, shapes, **biases).save_pretrained(writer.partial)
+        save_config(registered_config(reader.family, reader.config, shapes, **biases), writer.partial)
         return
-    stock.config.save_pretrained(writer.partial)
+    save_config(stock.config, writer.partial)
     if stock.zero_biases and writer.shards not in writer.done:
         zeros = {
             reader.layer_prefix(layer) + name: torch.zeros(stock.layer_tensors[name], dtype=reader.dtype)
@@ -121,7 +122,7 @@ class SelectionOutcome(Outcome):
 
     def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
         config = selected_config(reader.family, reader.config, self.counts(), **biases)
-        config.save_pretrained(writer.partial)
+        save_config(config, writer.partial)
 
     def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
         """The dense model under masks, with its drivers' kept entries as they were written."""

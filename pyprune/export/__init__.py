@@ -10,6 +10,7 @@ from ..checkpoint import CheckpointReader, CheckpointWriter, check_free, check_s
 from ..checkpoint.companions import copy_companions
 from ..checkpoint.writer import partial_of
 from ..errors import InputError, VerificationError
+from ..modeling.saving import save_config
 from ..options import Progress, silent
 from ..tokenizer_check import check_tokenizer
 from .layout import Layout
@@ -99,7 +100,7 @@ def _write(reader: CheckpointReader, layout: Layout, writer: CheckpointWriter, p
         converted = layout.convert(reader.read_layer(layer))
         writer.write(layer + 1, {prefix + name: tensor for name, tensor in converted.items()})
     writer.write(reader.layers + 1, reader.read(names[1:]))
-    layout.config.save_pretrained(writer.partial)
+    save_config(layout.config, writer.partial)
     for name, text in layout.files.items():
         (writer.partial / name).write_text(text, encoding="utf-8")
     left_out = copy_companions(reader.folder, writer.partial)

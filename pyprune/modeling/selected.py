@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..architectures import ATTENTION, FAMILIES, FFN, SELECTED_PREFIX, Family
 from ..ops import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
-from ..selection import ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT, SELECTIONS, slices
+from ..selection import SELECTIONS, slices
 from .config import layered_fields
+from .indices import CheckedLayer, CheckedModel
 from .pruned import without_layers
 
-INDEXED = (ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT)  # of the FFN's channels no index is needed
 FLAGS = {ATTENTION: "o_proj_bias", FFN: "down_proj_bias"}
 
 
@@ -42,7 +42,7 @@ def _selected_classes(family: Family) -> tuple[Any, Any, Any]:
         def validate_architecture(self) -> None:
             """Nothing to hold: with `head_dim` written out, the hidden size need not be a multiple of the heads."""
 
-    class Layer(own_layer):
+    class Layer(CheckedLayer, own_layer):
         """The family's attention and FFN with narrower matrices, between gathers from and additions to the stream."""
 
         def __init__(self, config: Any, layer: int) -> None:
@@ -52,8 +52,7 @@ def _selected_classes(family: Family) -> tuple[Any, Any, Any]:
             counts = config.selections[layer]
             for name, cut in slices(family).items():
                 _narrow(self, name, dict(cut), counts, self._flagged(config, name))
-            for name in INDEXED:
-                self.register_buffer(name, torch.arange(counts[name], dtype=torch.int32))
+            self.register_indices(counts, config.hidden_size, f"{family.layers}.{layer}")
 
         @staticmethod
         def _flagged(config: Any, name: str) -> bool:
@@ -61,6 +60,8 @@ def _selected_classes(family: Family) -> tuple[Any, Any, Any]:
 
         def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
             """As the family's layer: hidden_states [batch, tokens, hidden_size]; the rest is the attention's."""
+            if not torch.compiler.is_compiling():  # of what a graph is made of the values were looked at on loading
+                self.check_indices()
             first, second = (self.get_submodule(norms[module]) for module in (ATTENTION, FFN))
             x = rms_norm_gather(hidden_states, first.weight, self.eps, self.attention_in)
             update, _ = self.self_attn(hidden_states=x, **context)
@@ -80,7 +81,7 @@ def _selected_classes(family: Family) -> tuple[Any, Any, Any]:
             """Whether a gradient may be asked for: the operators that change the stream in place have none."""
             return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
 
-    class Model(own_model):
+    class Model(CheckedModel, own_model):
         """The family's body over layers with selections."""
 
         config: Config
@@ -93,7 +94,7 @@ def _selected_classes(family: Family) -> tuple[Any, Any, Any]:
             self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
             self.post_init()
 
-    class ForCausalLM(own_causal_lm):
+    class ForCausalLM(CheckedModel, own_causal_lm):
         """The family's causal language model over that body."""
 
         config: Config

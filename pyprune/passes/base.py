@@ -16,6 +16,7 @@ from ..checkpoint import CheckpointWriter
 from ..device import Meter
 from ..finite import check_finite
 from ..forward import LayerForward
+from ..forward_check import check_forward
 from ..job import Job
 from ..learning.training import History
 from ..outcome import Outcome
@@ -74,9 +75,18 @@ class Passes(ABC):
         self.warnings: list[str] = list(job.warnings)
         self.history: History = []
 
-    @abstractmethod
     def execute(self) -> Outcome:
-        """All passes. Returns what was decided."""
+        """All passes. Returns what was decided. InputError before anything is written: not the model's own forward.
+
+        Without windows no pass runs a layer: what is stored is measured and sliced.
+        """
+        if self.job.windows is not None:
+            check_forward(self.reader, self.job.windows, self.device, self.job.dtype)
+        return self.decide()
+
+    @abstractmethod
+    def decide(self) -> Outcome:
+        """What the passes do, once the forward is known to be the model's."""
 
     def warn(self, message: str) -> None:
         """On the log, and in the plan."""

@@ -60,7 +60,7 @@ class SelectionPasses(Passes):
         super().__init__(job, writer)
         self.method = method
 
-    def execute(self) -> Outcome:
+    def decide(self) -> Outcome:
         meter = self.meters["train"] = Meter(self.device)
         with meter.layer():
             logits = self._trained()
@@ -131,7 +131,7 @@ class PolicyPasses(ScoringPasses):
         super().__init__(job, writer, method.scoring)
         self.policy = method
 
-    def execute(self) -> Outcome:
+    def decide(self) -> Outcome:
         assert self.job.windows is not None
         shapes, ratio = self.reader.shapes, self.job.ratio
         survey = self._survey()

@@ -52,7 +52,7 @@ class ReconstructionPasses(Passes):
         self.change: Tensor | None = None  # of what reads the stream next: D A [hidden, hidden]
 
     @torch.no_grad()
-    def execute(self) -> Outcome:
+    def decide(self) -> Outcome:
         self.warn_of_few_tokens(widest_driver(self.reader.shapes))
         counts = self._counts()
         self.meter = self.meters["prune"] = Meter(self.device)

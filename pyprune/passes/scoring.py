@@ -25,7 +25,7 @@ class ScoringPasses(Passes):
         super().__init__(job, writer)
         self.method = method
 
-    def execute(self) -> Outcome:
+    def decide(self) -> Outcome:
         if self.method.sequential:
             return UnitOutcome(*self._prune_in_sequence())
         survey = self._survey()

@@ -27,7 +27,7 @@ class SparsifyingPasses(Passes):
         self.method = method
 
     @torch.no_grad()
-    def execute(self) -> Outcome:
+    def decide(self) -> Outcome:
         if self.method.from_hessian:
             hidden_size = max(shape.hidden_size for shape in self.reader.shapes)
             self.warn_of_few_tokens(max(hidden_size, widest_driver(self.reader.shapes)), "a linear layer's input")
