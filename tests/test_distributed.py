@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bad_models import overflowing
+from command_line import varied
 from processes import Ended, ended, run_together, start
 from safetensors.torch import load_file
 
@@ -36,7 +37,7 @@ def pruning(model: Path, text: Path, output: Path, *more: object, patch: Callabl
     """`pyprune prune` of a small model on 7 windows of 32 tokens, for `run_together`."""
     arguments = ("prune", model, output, "--ratio", 0.3, "--calibration", text, "--samples", 7)
     arguments += ("--sequence-length", 32, "--device", "cpu", "--dtype", "float32", *more)
-    return partial(command, [str(argument) for argument in arguments], patch)
+    return partial(command, varied(*arguments), patch)
 
 
 def command(arguments: list[str], patch: Callable[[], None] | None) -> None:
