@@ -109,7 +109,8 @@ def command(request: dict[str, Any]) -> int:
         file = os.open(os.path.join(request["logs"], name) if descriptor else name, flags, 0o666)
         os.dup2(file, descriptor)
         os.close(file)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(request["folder"])
     for kind, count in request["stops"].items():
         _STOPS[kind](count)

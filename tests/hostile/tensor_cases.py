@@ -7,7 +7,20 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from cases import EITHER, REFUSED, SAME, Case, Damage, called, evaluate, every_command, export, plan, prune
+from cases import (
+    EITHER,
+    REFUSED,
+    SAME,
+    SAME_OR_REFUSED,
+    Case,
+    Damage,
+    called,
+    evaluate,
+    every_command,
+    export,
+    plan,
+    prune,
+)
 from config_cases import by
 from documents import DEEP, WHOLE, Place, replace, value_damages
 from safetensors.torch import load_file, save_file
@@ -188,7 +201,6 @@ INDICES: dict[str, Damage] = {
     "to-a-long-name": pointing("x" * 5000),
     "to-a-nul": pointing("model\0.safetensors"),
     "to-a-surrogate": pointing("\ud800.safetensors"),
-    "wrong-shard": pointing("model-00001-of-00002.safetensors"),
     "map-empty": index(lambda document: document.update(weight_map={})),
     "map-list": index(lambda document: document.update(weight_map=[DOWN])),
     "map-numbers": index(lambda document: document.update(weight_map=dict.fromkeys(document["weight_map"], 7))),
@@ -202,6 +214,8 @@ INDEX_HARMLESS: dict[str, Damage] = {
 }
 PLACES: tuple[Place, ...] = (("weight_map",), ("metadata",), ("weight_map", DOWN))
 HEADER_PLACES: tuple[Place, ...] = ((DOWN, "dtype"), (DOWN, "shape"), (DOWN, "data_offsets"), (DOWN,), (EMBEDDINGS,))
+# More than is needed, and no harm in it.
+SPARE = ("entry-extra", "1e5-tensors", "metadata-large")
 REFUSED_VALUES = ("nan-down", "infinite-down", "nan-gate", "nan-query", "infinite-output")
 # Those that are refused because they look at every weight, or at what becomes of a text.
 READERS = (prune("flap"), prune("obs"), prune("slimgpt"), prune("wanda-sp"), evaluate())
@@ -210,23 +224,22 @@ READERS = (prune("flap"), prune("obs"), prune("slimgpt"), prune("wanda-sp"), eva
 def weights() -> Iterator[Case]:
     commands, readers = every_command(), cycle(READERS)
     for name, damage in HEADERS.items():
-        yield Case(f"header-{name}", damage, next(commands), expected=REFUSED)
+        expected = EITHER if name in SPARE else REFUSED
+        yield Case(f"header-{name}", damage, next(commands), expected=expected)
     for name, change in WHOLE.items():
         yield Case(f"header-json-{name}", header_text(change), next(commands), generated=True)
     for name, change in value_damages(HEADER_PLACES, 40, "header"):
         yield Case(
             f"header-value-{name.removeprefix('model.layers.1.')}", header_text(change), next(commands), generated=True
         )
+    # Not `export`, which was told here not to look, and copies; nor rows that no text may use, of those that only copy.
+    lookers = cycle((prune("magnitude"), prune("sparsegpt"), plan("flap")))
     for name, (tensor, value) in VALUES.items():
-        for command in dict.fromkeys((next(readers), next(commands))):
+        chosen = [evaluate()] if tensor == EMBEDDINGS else [next(readers), next(lookers)]
+        for command in chosen:
             sure = name in REFUSED_VALUES and command in READERS
             expected = REFUSED if sure else EITHER
-            yield Case(
-                f"weights-{name}-{'read' if sure else 'then'}-{called(command)}",
-                poisoned(tensor, value),
-                command,
-                expected=expected,
-            )
+            yield Case(f"weights-{name}-{called(command)}", poisoned(tensor, value), command, expected=expected)
     own_head = tensors(lambda found: found.update({"lm_head.weight": found[EMBEDDINGS] * 2}))
     for command in (prune("magnitude"), export("gguf"), evaluate()):
         yield Case(f"weights-head-beside-the-tied-flag-{command[0]}", own_head, command)
@@ -236,6 +249,8 @@ def indices() -> Iterator[Case]:
     commands = every_command()
     for name, damage in INDICES.items():
         yield Case(f"index-{name}", damage, next(commands), scene="sharded", expected=REFUSED)
+    wrong = pointing("model-00001-of-00002.safetensors")  # which is where it is not, yet the file is one of the model's
+    yield Case("index-wrong-shard", wrong, prune("flap"), scene="sharded", expected=SAME_OR_REFUSED)
     for name, damage in INDEX_HARMLESS.items():
         yield Case(f"index-{name}", damage, prune("flap"), scene="sharded", expected=SAME)
     for name, change in WHOLE.items():
