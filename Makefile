@@ -1,6 +1,6 @@
 # make demo: prune the built-in model, evaluate before and after, write the report.
 # make test: every test.
-# make torture: every hostile input, 200 signals and 28 races: some 20 minutes. All set up their own environment first.
+# make torture: every hostile input, 200 signals and 28 races: half an hour. All set up their own environment first.
 PYTHON ?= python3
 VENV ?= .venv
 # The version that the tests ran with. On a machine without a GPU a CPU build of it is enough.

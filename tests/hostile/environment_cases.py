@@ -117,7 +117,6 @@ NAMES = {
     "within-the-model": "model",
     "upwards": "..",
     "in-proc": "/proc/out",
-    "in-dev": "/dev/null",
 }
 MODELS = {
     "of-300-bytes": "x" * 300,
