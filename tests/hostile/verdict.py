@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from scenes import Scenes
 
 _CACHED = re.compile(r"\.pyprune-cache(/(survey|curves|text)[^/.]*\.safetensors)?")
+_LAYERS = re.compile(r"\.pyprune-cache/[^/.]*\.layers(/layer-\d*\.safetensors)?")
 # What a hostile size may take: the machine is not its to use up.
 _LIMITS = {"AS": 6 << 30, "CPU": 40}
 
@@ -63,10 +64,10 @@ class Judge:
         stray = [name for name in written if not _CACHED.fullmatch(name)]
         kept = case.resumable and "--resume" in ended.err
         if kept:
-            stray = [name for name in stray if not _within(name, "out.partial")]
+            stray = [n for n in stray if n.endswith(".tmp") or not (_within(n, "out.partial") or _LAYERS.fullmatch(n))]
         if stray:
             return [f"refused, leaves {sorted(stray)[:5]}"]
-        if kept and (folder / "out.partial").exists():
+        if kept and case.limits and (folder / "out.partial").exists():  # and those are gone now
             resumed = self.server.run([*case.command, "--resume"], folder)
             if resumed.status != 0:
                 return [f"cannot be resumed: {resumed}"]
