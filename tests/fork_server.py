@@ -7,6 +7,7 @@ whatever it leaves running can be found.
 
 import atexit
 import ctypes
+import gc
 import importlib
 import io
 import json
@@ -206,6 +207,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     load()
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page that the two share
     server = Server(os.fdopen(os.dup(0), "rb", buffering=0), answers)
     server.answer(ready=True)
     server.serve()

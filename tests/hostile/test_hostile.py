@@ -26,7 +26,7 @@ EVERY = {
     "environments": list(environment_cases.cases()),
 }
 # Of the cases that are products of a place and a damage one in so many, unless PYPRUNE_HOSTILE=all.
-ONE_IN = 1 if os.environ.get("PYPRUNE_HOSTILE") == "all" else 7
+ONE_IN = 1 if os.environ.get("PYPRUNE_HOSTILE") == "all" else 9
 ALONGSIDE = 2
 
 
