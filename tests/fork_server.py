@@ -17,6 +17,7 @@ import resource
 import selectors
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable
@@ -112,6 +113,7 @@ def command(request: dict[str, Any]) -> int:
         os.close(file)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
+    tempfile.tempdir = None  # the server's
     os.chdir(request["folder"])
     for kind, count in request["stops"].items():
         _STOPS[kind](count)

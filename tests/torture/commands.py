@@ -42,11 +42,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "stock": STOCK,
     "evaluate": EVALUATE,
 }
-# They load what they wrote in a process of their own, which takes seconds; its end must not be left to chance.
-PROVED: dict[str, tuple[str, ...]] = {
-    "verified flap": prune("flap", "--verify"),
-    "verified stock": STOCK[:-1],
-}
+# Those of COMMANDS that also load what they wrote in a process of their own, which takes seconds.
+PROVED: dict[str, tuple[str, ...]] = {"flap": prune("flap", "--verify"), "stock": STOCK[:-1]}
 # What a command that was let finish may leave beside its output.
 _EXPECTED = re.compile(r"(out|out\.gguf|tmp|\.pyprune-cache)(/.*)?")
 _STRAY = re.compile(r"(tmp/.*|.*\.tmp|.*\.layers(/.*)?|out/journal\.jsonl|out/training\.safetensors)")

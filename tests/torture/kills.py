@@ -21,6 +21,7 @@ class Trial:
     command: tuple[str, ...]
     signal: signal.Signals
     moment: float  # of the command's usual duration
+    proved: bool = False  # the signal comes while the output is proved; `moment` is then of a second
 
 
 @dataclass
@@ -34,16 +35,17 @@ class Verdict:
 def trials(count: int, seed: int) -> list[Trial]:
     """Every command about as often as every other, with the signals in turn."""
     drawn = random.Random(seed)
-    names, proved = list(COMMANDS), list(PROVED)
+    names = list(COMMANDS)
     drawn.shuffle(names)
     result = []
     for number in range(count):
         name = names[number % len(names)]
         sent = SIGNALS[(number + number // len(names)) % len(SIGNALS)]
-        if number % _PROVED_EACH == _PROVED_EACH - 1:
-            name = proved[number // _PROVED_EACH % len(proved)]
+        proved = number % _PROVED_EACH == _PROVED_EACH // 2
+        if proved:
+            name = list(PROVED)[number // _PROVED_EACH % len(PROVED)]
             sent = SIGNALS[1 + number // _PROVED_EACH % 3]  # what SIGKILL leaves of a worker nobody can tidy
-        result.append(Trial(number, name, (COMMANDS | PROVED)[name], sent, drawn.random() * 1.05))
+        result.append(Trial(number, name, COMMANDS[name], sent, drawn.random() * 1.05, proved))
     return result
 
 
@@ -51,8 +53,11 @@ def kill(bench: Bench, trial: Trial) -> Verdict:
     usual = bench.undisturbed(trial.command)
     folder = bench.folder(f"kill-{trial.number}")
     verdict = Verdict()
-    running = bench.server.start(trial.command, folder, environment=bench.environment(folder))
-    time.sleep(trial.moment * usual.seconds)
+    command = PROVED[trial.name] if trial.proved else trial.command
+    running = bench.server.start(command, folder, environment=bench.environment(folder))
+    if trial.proved:
+        _wait_for_the_proof(folder)
+    time.sleep(trial.moment * (1 if trial.proved else usual.seconds))
     running.send(trial.signal)
     ended = running.wait(LONGEST)
     verdict.interrupted = ended.status != 0
@@ -70,6 +75,13 @@ def kill(bench: Bench, trial: Trial) -> Verdict:
     if not verdict.faults:
         shutil.rmtree(folder)
     return verdict
+
+
+def _wait_for_the_proof(folder: Path) -> None:
+    """Until the worker has its scratch folder."""
+    end = time.monotonic() + LONGEST
+    while not any((folder / "tmp").iterdir()) and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def _half(trial: Trial, ended: Ended, folder: Path, expected: Sums, verdict: Verdict) -> None:
