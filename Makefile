@@ -1,5 +1,6 @@
 # make demo: prune the built-in model, evaluate before and after, write the report.
-# make test: every test. Both set up their own environment first.
+# make test: every test.
+# make torture: every hostile input, 200 signals and 28 races: half an hour. All set up their own environment first.
 PYTHON ?= python3
 VENV ?= .venv
 # The version that the tests ran with. On a machine without a GPU a CPU build of it is enough.
@@ -7,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 DEMO := demo-output/llama-6m-gqa-30
 
-.PHONY: demo test clean
+.PHONY: demo test torture clean
 
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*.* csrc/*/*/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +25,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/installed
+	PYPRUNE_HOSTILE=all $(BIN)/python -m pytest tests/hostile
+	$(BIN)/python tests/torture
 
 clean:
 	rm -rf $(VENV) demo-output build

@@ -1,0 +1,92 @@
+"""Hostile files, models and systems: each ends with a whole output, or with one line and status 2 and nothing left."""
+
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import config_cases
+import environment_cases
+import pytest
+import run_cases
+import tensor_cases
+import tokenizer_cases
+from cases import Case
+from fork_client import ForkServer
+from verdict import Judge
+
+EVERY = {
+    "configurations": list(config_cases.cases()),
+    "weights": list(tensor_cases.cases()),
+    "tokenizers and texts": list(tokenizer_cases.cases()),
+    "runs": list(run_cases.cases()),
+    "environments": list(environment_cases.cases()),
+}
+# Of the cases that are products of a place and a damage one in so many, unless PYPRUNE_HOSTILE=all.
+ONE_IN = 1 if os.environ.get("PYPRUNE_HOSTILE") == "all" else 9
+ALONGSIDE = 2
+
+
+def part(cases: list[Case]) -> list[Case]:
+    generated = [case for case in cases if case.generated]
+    chosen = {case.name for case in generated[::ONE_IN]}
+    return [case for case in cases if not case.generated or case.name in chosen]
+
+
+KINDS = {kind: part(cases) for kind, cases in EVERY.items()}
+
+
+@pytest.fixture(scope="session")
+def verdicts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[list[str]]]]:
+    """The faults of every case that is to be tested, two being run at a time, in the order of the tests."""
+    chosen = [item.callspec.params["case"] for item in request.session.items if Path(item.path).samefile(__file__)
+              and hasattr(item, "callspec")]  # fmt: skip
+    root = tmp_path_factory.mktemp("hostile")
+    with ForkServer(root / "logs") as server, ThreadPoolExecutor(ALONGSIDE) as threads:
+        judge = Judge(root, server)
+        yield {case.name: threads.submit(judge.faults, case) for case in chosen}
+        threads.shutdown(cancel_futures=True)
+    shutil.rmtree(root)
+
+
+def of_kind(kind: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", KINDS[kind], ids=str)
+
+
+@of_kind("configurations")
+def test_configuration(case: Case, verdicts: dict[str, Future[list[str]]]) -> None:
+    assert verdicts[case.name].result() == []
+
+
+@of_kind("weights")
+def test_weights(case: Case, verdicts: dict[str, Future[list[str]]]) -> None:
+    assert verdicts[case.name].result() == []
+
+
+@of_kind("tokenizers and texts")
+def test_tokenizer_and_text(case: Case, verdicts: dict[str, Future[list[str]]]) -> None:
+    assert verdicts[case.name].result() == []
+
+
+@of_kind("runs")
+def test_what_a_run_left(case: Case, verdicts: dict[str, Future[list[str]]]) -> None:
+    assert verdicts[case.name].result() == []
+
+
+@of_kind("environments")
+def test_environment(case: Case, verdicts: dict[str, Future[list[str]]]) -> None:
+    assert verdicts[case.name].result() == []
+
+
+def test_the_cases() -> None:
+    """They are many, and each has a name of its own, which may be a folder's."""
+    names = [case.name for cases in EVERY.values() for case in cases]
+    assert sum(map(len, KINDS.values())) >= 300
+    assert [
+        name for name, count in Counter(re.sub(r"[^\w.-]", "_", name)[:100] for name in names).items() if count > 1
+    ] == []
