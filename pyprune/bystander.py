@@ -36,6 +36,9 @@ class BystanderWriter(CheckpointWriter):
     def flush(self) -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

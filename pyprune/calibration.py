@@ -1,6 +1,7 @@
 """Text → windows of token ids, to calibrate on (spread over the text) or to evaluate on (consecutive windows)."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +57,10 @@ def _is_stream(path: Path) -> bool:
 def _read_bytes(path: Path) -> bytes:
     """All of it, in parts: a device may have no end, and what is no text shows early."""
     parts, size = [], 0
-    with path.open("rb") as file:
+    # A pipe that nobody writes to has ended, and is not waited for.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "rb") as file:
         while part := file.read(1 << 24):
             zero = part.find(b"\0")
             if zero >= 0:

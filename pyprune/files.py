@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,22 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: naming the file, which cannot be read, or as `parse_json`.
     """
+    return parse_json(read_file(path), str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file: no pipe, which may wait for ever, and no device, which may have no end.
+
+    Raises:
+        InputError: naming the path; there is no such file, or it cannot be read.
+    """
     try:
-        data = path.read_bytes()
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
+            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+                raise InputError(f"{path}: not a file")
+            return f.read()
     except (OSError, MemoryError) as error:
         raise InputError(f"{path}: cannot be read: {reason_of(error)}") from error
-    return parse_json(data, str(path))
 
 
 def parse_json(data: bytes | str, where: str) -> Any:

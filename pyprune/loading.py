@@ -9,6 +9,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from . import modeling as modeling  # registers the classes of pruned models
+from .checkpoint.headers import INDEX, SINGLE, read_headers, weight_files
+from .checkpoint.names import check_counts
 from .errors import InputError
 from .files import read_json, reason_of
 
@@ -83,7 +85,9 @@ def evaluation_model(folder: Path, trust_remote_code: bool) -> tuple[Any, torch.
         raise InputError(f"{folder}: no such folder; give a checkpoint folder or a hub id such as org/name")
     if not path.is_file():
         raise InputError(f"{folder}: no config.json there; a Hugging Face checkpoint folder is needed")
-    read_json(path)  # says in our words what is wrong with the file
+    fields = read_json(path)  # says in our words what is wrong with the file
+    if isinstance(fields, dict) and (folder / SINGLE).is_file() | (folder / INDEX).is_file():
+        check_counts(folder, fields, read_headers(weight_files(folder, fields)))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         vocabulary_size(config)

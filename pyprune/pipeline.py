@@ -20,7 +20,7 @@ from .learning.training import FILE as TRAINING
 from .methods import LearnedMethod
 from .options import Progress, PruneOptions, silent
 from .passes import make_passes
-from .plan import FILE, read_plan
+from .plan import FILE, whole_plan
 
 
 def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
@@ -65,6 +65,7 @@ def _run(job: Job) -> dict[str, Any]:
                     plan = finish(job, writer, passes, outcome)
             return distributed.from_first(lambda: plan)
     except BaseException:
+        writer.settle()
         if fresh and not _worth_resuming(writer):
             writer.discard()
         raise
@@ -98,6 +99,7 @@ def _explained(job: Job, writer: CheckpointWriter) -> Iterator[None]:
 
 
 def _how_to_go_on(writer: CheckpointWriter) -> str:
+    writer.settle()
     if _worth_resuming(writer):
         return f"{writer.partial} keeps the finished layers: free some or mend that, and repeat with --resume"
     return "free some or mend that, and repeat"
@@ -106,7 +108,7 @@ def _how_to_go_on(writer: CheckpointWriter) -> str:
 def _finished(job: Job) -> dict[str, Any]:
     """The plan of an output that is already there, if it is whole and what the job would make."""
     output = job.options.output
-    plan = read_plan(output)
+    plan = whole_plan(output)
     try:
         asked, _ = split(changes(plan["identity"], json.loads(json.dumps(job.identity))))
         source, checksums = plan["source"], plan["checksums"]

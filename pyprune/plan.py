@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from .allocation import Choice, UnitScores
 from .architectures import ATTENTION, FFN, LayerShape
@@ -17,6 +18,7 @@ from .selection import Selection
 
 FORMAT = "pyprune-plan-2"
 FILE = "plan.json"
+_DIGEST = "digest"
 TOLERANCE = 0.005  # how far the ratio met may be from the ratio asked before the report says why
 _KEYS = {ATTENTION: "kv_groups", FFN: "intermediate_channels"}
 _PACKAGES = ("pyprune", "torch", "transformers", "triton", "safetensors")
@@ -99,7 +101,23 @@ def versions() -> dict[str, str]:
 
 
 def write_plan(plan: dict[str, Any], folder: Path) -> None:
-    (folder / FILE).write_text(json.dumps(plan, allow_nan=False) + "\n", encoding="utf-8")
+    """With a digest of itself, which `whole_plan` compares."""
+    text = json.dumps(plan | {_DIGEST: _digest(plan)}, allow_nan=False)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def whole_plan(folder: Path) -> dict[str, Any]:
+    """The plan of an output as a run wrote it. InputError: it was changed since, or is none."""
+    plan = read_plan(folder)
+    if plan.pop(_DIGEST, None) != _digest(plan):
+        raise InputError(
+            f"{folder / FILE}: not a plan of pyprune, or changed since it was written; name another output"
+        )
+    return plan
+
+
+def _digest(plan: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(plan, sort_keys=True).encode())
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

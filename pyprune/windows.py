@@ -1,6 +1,7 @@
 """From what the user names as a text (.txt, .jsonl, `self`) to the token windows of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,27 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder. InputError: there is none, or it does not load."""
     from transformers import AutoTokenizer
 
-    try:
+    with _refused_by_tokenizers(f"{folder}: no tokenizer can be loaded from there"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizer libraries raise bare Exceptions for broken files
-        raise InputError(f"{folder}: no tokenizer can be loaded from there ({reason_of(error)})") from error
+
+
+@contextmanager
+def _refused_by_tokenizers(what: str) -> Iterator[None]:
+    """Tokenizer libraries raise bare Exceptions for broken files, and panics of Rust, which are none: an InputError."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what} ({reason_of(error)})") from error
 
 
 def text_tokens(source: str, folder: Path, config: Any, trust_remote_code: bool = False) -> Tensor:
     """Token ids of a whole text by the tokenizer of the checkpoint folder, int64 [tokens]."""
     text = calibration.read_text(source)
-    tokens = calibration.tokenize(text, load_tokenizer(folder, trust_remote_code))
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    with _refused_by_tokenizers(f"{folder}: its tokenizer cannot encode the text"):
+        tokens = calibration.tokenize(text, tokenizer)
     calibration.check_vocabulary(tokens, vocabulary_size(config))
     return tokens
 

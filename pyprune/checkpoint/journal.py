@@ -7,7 +7,7 @@ from typing import Any
 import xxhash
 
 from ..errors import InputError
-from ..files import parse_json, reason_of
+from ..files import parse_json, read_file
 
 JOURNAL = "journal.jsonl"
 _DIGEST = "digest"
@@ -24,10 +24,7 @@ def read_journal(file: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: naming the file and the line that is none of pyprune's, or was changed.
     """
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {reason_of(error)}") from error
+    lines = read_file(file).split(b"\n")
     documents = []
     for number, line in enumerate(lines[:-1], start=1):
         where = f"{file}, line {number}"

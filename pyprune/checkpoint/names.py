@@ -69,8 +69,17 @@ def layer_count(names: Collection[str]) -> int:
     return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
+def check_counts(folder: Path, fields: dict[str, object], stored: Collection[str]) -> None:
+    """Of any model, before transformers makes a list as long: InputError for more layers than tensors, and the like."""
+    for name, most in (("num_hidden_layers", len(stored)), ("n_layer", len(stored)), ("num_labels", 1 << 20)):
+        value = fields.get(name)
+        if isinstance(value, int) and value > most:
+            raise InputError(f"{folder / 'config.json'}: {name} is {value}: more than the checkpoint can have")
+
+
 def check_layer_count(folder: Path, fields: dict[str, object], stored: Collection[str]) -> None:
     """Before a configuration with a billion layers is made: InputError where the tensors have fewer."""
+    check_counts(folder, fields, stored)
     asked, there = fields.get("num_hidden_layers"), layer_count(stored)
     if isinstance(asked, int) and not isinstance(asked, bool) and asked > there:
         raise InputError(

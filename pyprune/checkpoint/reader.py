@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class CheckpointReader:
         self.tensors, self.unused = assign_names(stored, expected, prefix, described)
         self._settle_head()
         self._check(expected)
+        _check_rotary(folder, self.family, self.config)
         self.content = Content(folder)
 
     @property
@@ -294,7 +296,7 @@ def _checked_config(folder: Path, family: Family) -> Any:
         family.layer_state_shapes(config, 0)
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         family.check(config)
-        check_rotary(family, config)
+        _check_numbers(config)
     except InputError:
         raise
     except Exception as error:
@@ -304,7 +306,19 @@ def _checked_config(folder: Path, family: Family) -> Any:
     return config
 
 
-def check_rotary(family: Family, config: Any) -> None:
-    """Make the rotary embedding, on no device: what it refuses of the configuration it refuses now."""
-    with torch.device("meta"):
-        family.rotary_class(config)
+def _check_numbers(config: Any) -> None:
+    """ValueError: a number that transformers takes and with which no model computes anything."""
+    if not 0 < float(config.rms_norm_eps) < math.inf:
+        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps}")
+    if not 0 < int(config.max_position_embeddings) < 2**31:
+        raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}")
+
+
+def _check_rotary(folder: Path, family: Family, config: Any) -> None:
+    """Make the rotary embedding: what it refuses of the configuration it refuses now. InputError."""
+    try:
+        frequencies = family.rotary_class(config).inv_freq
+        if not bool(torch.isfinite(frequencies).all()) or not bool((frequencies >= 0).all()):
+            raise ValueError("the rotary embedding has frequencies that are not finite and positive")
+    except Exception as error:
+        raise _refused(folder, error) from error

@@ -93,19 +93,23 @@ class CheckpointWriter:
             os.fsync(f.fileno())
         temporary.replace(journal)
 
-    def close(self) -> None:
-        """End the threads after the shards that they are at, and let other processes in.
+    def settle(self) -> None:
+        """Let the threads finish the shards that they are at: `done` is final, and nothing more can be written.
 
         No error is raised: a resume writes those shards again.
         """
         self._threads.shutdown()
+
+    def close(self) -> None:
+        """Settle, and let other processes in."""
+        self.settle()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def discard(self) -> None:
         """Remove what was written: there is nothing to resume. What another run wrote stays."""
-        self._threads.shutdown()
+        self.settle()
         if self._lock is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
         self.close()
@@ -315,7 +319,7 @@ def partial_of(output: Path) -> Path:
 def begun(output: Path) -> dict[str, Any]:
     """The first document of an unfinished run's journal, `identity` and `source`; empty where there is none."""
     journal = partial_of(output) / JOURNAL
-    if not journal.is_file():
+    if not journal.exists():
         return {}
     first, *_ = [*read_journal(journal), {}]
     kinds = [first.get(name) for name in ("identity", "source")]

@@ -8,6 +8,7 @@ import torch
 
 from ..checkpoint import CheckpointReader, CheckpointWriter, check_free, check_space
 from ..checkpoint.companions import copy_companions
+from ..checkpoint.special_ids import check_generation_config, check_special_ids, generation_fields
 from ..checkpoint.writer import partial_of
 from ..errors import InputError, VerificationError
 from ..modeling.saving import save_config
@@ -49,6 +50,8 @@ def export(
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     reader = CheckpointReader(source)
+    check_generation_config(source)
+    check_special_ids(reader.config, generation_fields(source), source)
     if format == "gguf":
         return export_gguf(reader, output, dtype, progress, verified)
     if dtype is not None:
