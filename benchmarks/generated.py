@@ -5,7 +5,7 @@ configuration, a tokenizer and headers (`make_checkpoint(..., headers_only=True)
 `make_checkpoint` would have written, so both give the same plan.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from make_checkpoint import RandomWeights
 from torch import Tensor
 
-from pyprune.checkpoint import CheckpointReader, CheckpointWriter, LayerLoader
+from pyprune.checkpoint import CheckpointReader, CheckpointWriter, Digests, LayerLoader
+from pyprune.checkpoint.content import Content
+from pyprune.checkpoint.headers import StoredTensor
 from pyprune.checkpoint.shard_file import _host_bytes
 from pyprune.device import memory_limit
 from pyprune.finish import finish
@@ -27,11 +29,23 @@ from pyprune.pipeline import prune
 SEED = 0
 
 
+class Unread(Content):
+    """Of tensors that are made when they are asked for: there is nothing that could change."""
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        super().__init__(folder)
+        self.digests = dict.fromkeys(names, "generated")
+
+    def saw(self, name: str, digest: str) -> None:
+        pass
+
+
 class GeneratedReader(CheckpointReader):
     """A checkpoint of which only the headers exist; tensors are made on the device and given out on the CPU."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         super().__init__(folder)
+        self.content = Unread(folder, self.tensors)
         self.weights = RandomWeights(self.config, SEED, device)
         self._table: Tensor | None = None
 
@@ -88,17 +102,25 @@ class GeneratedJob(Job):
 class DiscardingWriter(CheckpointWriter):
     """Copies every shard to the host in the writer's own thread and way, and drops it there."""
 
-    def _write(self, shard: int, tensors: dict[str, Tensor], record: Any) -> None:
-        size = sum(len(part) for part in _host_bytes(iter(tensors.values()), self._stream))
+    def _write(self, shard: int, tensors: dict[str, Tensor], record: Any, sources: Digests) -> None:
+        size = sum(len(part) for _, part in _host_bytes(iter(tensors.items()), self._stream))
         self.done[shard] = {
             "shard": shard,
             "file": self.file(shard).name,
-            "tensors": list(tensors),
+            "checksums": dict.fromkeys(tensors, ""),
+            "shapes": {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             "tensor_bytes": size,
             "bytes": size,
+            "sources": sources,
             "record": record,
         }
         self.bytes_written += size
+
+    def prove(self) -> dict[str, StoredTensor]:
+        """Where each tensor would be: the shapes are right, and there are no bytes to compare."""
+        self.flush()
+        shapes = {name: shape for entry in self.done.values() for name, shape in entry["shapes"].items()}
+        return {name: StoredTensor(Path(), name, shape, "BF16", 0, 0) for name, shape in shapes.items()}
 
 
 def prune_generated(options: PruneOptions, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,12 +10,20 @@ from torch import Tensor
 
 
 def overflowing(model: Path, target: Path) -> Path:
-    """A copy with the largest finite weights in row 7 of layer 1's up_proj: channel 7 of down_proj's input is Inf."""
+    """A copy with finite weights whose channel 7 of layer 1's down_proj receives Inf at every token.
+
+    One huge weight in up_proj reads a channel that the norm before it makes large. An eighth of the largest number:
+    so that a refit of the weight itself stays finite.
+    """
+
+    def enlarge(norm: Tensor) -> None:
+        norm[3] = 1e7
 
     def fill(weight: Tensor) -> None:
-        weight[7] = torch.finfo(weight.dtype).max
+        weight[7, 3] = torch.finfo(weight.dtype).max / 8
 
-    return changed(model, target, "model.layers.1.mlp.up_proj.weight", fill)
+    changed(model, target, "model.layers.1.post_attention_layernorm.weight", enlarge)
+    return changed(target, target, "model.layers.1.mlp.up_proj.weight", fill)
 
 
 def infinite(model: Path, target: Path, name: str, value: float = torch.inf) -> Path:
@@ -29,7 +37,8 @@ def infinite(model: Path, target: Path, name: str, value: float = torch.inf) -> 
 
 def changed(model: Path, target: Path, name: str, change: Callable[[Tensor], None]) -> Path:
     """A copy with one tensor changed in place."""
-    shutil.copytree(model, target)
+    if model != target:
+        shutil.copytree(model, target)
     for file in target.glob("*.safetensors"):
         tensors = load_file(file)
         if name in tensors:

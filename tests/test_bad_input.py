@@ -223,7 +223,7 @@ def test_a_refused_resume_keeps_what_was_done(
         patch.setenv("PYPRUNE_BACKEND", "reference")
         outcome = run(capsys, *command, "--resume")
         assert outcome.status == 2
-        assert "cannot resume with other settings: backends (was {'channel_moments': 'cpu'," in outcome.err
+        assert "cannot be finished to the same bits: backends (was {'channel_moments': 'cpu'," in outcome.err
         assert "now {'channel_moments': 'reference'," in outcome.err
     other = run(capsys, "prune", model, tmp_path / "out", "--ratio", 0.4, *rest, "--resume")
     assert "ratio (was 0.3, now 0.4)" in other.err

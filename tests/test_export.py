@@ -232,7 +232,12 @@ def test_worker_takes_no_tensor_that_the_class_does_not_know(
     """transformers drops it with a line in its log."""
     fill = Stock.fill
     monkeypatch.setattr(Stock, "fill", lambda self, t: fill(self, t) | {"mlp.extra.bias": torch.zeros(3)})
-    export(pruned("llama-mha", [(2, 96)] * 3, False), tmp_path / "out", "stock", verified=False)
+    source = pruned("llama-mha", [(2, 96)] * 3, False)
+    with pytest.raises(VerificationError, match=r"mlp.extra.bias: shape \[3\] was written, but \w+ has none"):
+        export(source, tmp_path / "out", "stock", verified=False)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("pyprune.export.check_state_dict", lambda *_: None)
+    export(source, tmp_path / "out", "stock", verified=False)
     with pytest.raises(SystemExit, match=r"unexpected_keys: model.layers.0.mlp.extra.bias, model"):
         runpy.run_path(str(LOGITS))["logits"]("transformers", str(tmp_path / "out"), IDS)
 
