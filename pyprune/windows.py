@@ -21,12 +21,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder. InputError: there is none, or it does not load."""
     from transformers import AutoTokenizer
 
-    with _refused_by_tokenizers(f"{folder}: no tokenizer can be loaded from there"):
+    with refused_by_tokenizers(f"{folder}: no tokenizer can be loaded from there"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
-def _refused_by_tokenizers(what: str) -> Iterator[None]:
+def refused_by_tokenizers(what: str) -> Iterator[None]:
     """Tokenizer libraries raise bare Exceptions for broken files, and panics of Rust, which are none: an InputError."""
     try:
         yield
@@ -40,7 +40,7 @@ def text_tokens(source: str, folder: Path, config: Any, trust_remote_code: bool 
     """Token ids of a whole text by the tokenizer of the checkpoint folder, int64 [tokens]."""
     text = calibration.read_text(source)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    with _refused_by_tokenizers(f"{folder}: its tokenizer cannot encode the text"):
+    with refused_by_tokenizers(f"{folder}: its tokenizer cannot encode the text"):
         tokens = calibration.tokenize(text, tokenizer)
     calibration.check_vocabulary(tokens, vocabulary_size(config))
     return tokens

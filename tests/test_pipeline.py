@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import run
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune import calibration, modeling
@@ -16,7 +18,7 @@ from pyprune.architectures import ATTENTION, FFN, MODULES
 from pyprune.checkpoint import CheckpointReader
 from pyprune.forward import LayerForward
 from pyprune.ops import backends
-from pyprune.passes.survey import load_survey
+from pyprune.passes.survey import survey_of
 from pyprune.plan import kept_from_entry, read_plan
 from pyprune.rewrite import compensation_bias, rewrite_layer
 
@@ -69,7 +71,8 @@ def test_flap_end_to_end(demo_model: Path, tmp_path: Path, capsys: pytest.Captur
 def prune_in_memory(model_folder: Path, plan: dict[str, Any], survey_file: Path) -> Any:
     """The dense model with its layers replaced by pruned ones, through no file of the output."""
     reader = CheckpointReader(model_folder)
-    survey = load_survey(survey_file, reader.layers)
+    with safe_open(survey_file, framework="pt") as f:
+        survey = survey_of(survey_file, load_file(survey_file), f.metadata(), reader.shapes)
     tensors, shapes = {}, []
     for layer, shape in enumerate(reader.shapes):
         kept = kept_from_entry(plan["layers"][layer])
@@ -279,7 +282,7 @@ def test_a_survey_answers_only_for_what_it_was_made_of(
     assert not cached("allowed", "--allow-nonfinite")
     for file in (tmp_path / ".pyprune-cache").glob("survey-*"):
         file.write_bytes(b"damaged")
-    assert "a damaged survey" in run(capsys, "prune", tiny_checkpoint(
+    assert "damaged survey" in run(capsys, "prune", tiny_checkpoint(
         family="llama", dtype="float32", tokenizer=demo_model, seed=0), tmp_path / "last", *fixed).err  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Files of a cache: named by what their contents follow from, written whole or not at all, checked when read."""
 
-import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ _DIGEST, _IDENTITY = "digest", "identity"
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """safetensors' save_file, with a full disk raised as the OSError that it is."""
+    """safetensors' save_file, with what the system refuses raised as the OSError that it is."""
     try:
         save_file(tensors, file, metadata=metadata)
     except SafetensorError as error:
-        if "os error 28" in str(error):  # ENOSPC; safetensors hands the number on in its text only
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
-        raise
+        number = re.search(r"os error (\d+)", str(error))  # safetensors hands it on in its text only
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
 def save_cached(

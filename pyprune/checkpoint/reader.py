@@ -310,6 +310,9 @@ def _check_numbers(config: Any) -> None:
     """ValueError: a number that transformers takes and with which no model computes anything."""
     if not 0 < float(config.rms_norm_eps) < math.inf:
         raise ValueError(f"rms_norm_eps is {config.rms_norm_eps}")
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}")
     if not 0 < int(config.max_position_embeddings) < 2**31:
         raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}")
 

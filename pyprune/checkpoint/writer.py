@@ -25,6 +25,8 @@ from .places import check_free
 from .shard_file import STORED, write_shard
 
 logger = logging.getLogger(__name__)
+# Of a shard's line, what is read of it again.
+_ENTRY = {"shard": int, "file": str, "checksums": dict, "tensor_bytes": int, "bytes": int, "sources": dict}
 MORE = "model-more.safetensors"  # tensors that only the end of a run knows of
 
 
@@ -129,6 +131,8 @@ class CheckpointWriter:
                     "repeat the first command, or delete that folder"
                 )
             for entry in entries:
+                if any(not isinstance(entry[name], kind) for name, kind in _ENTRY.items()):
+                    raise TypeError(f"an entry has other types than {sorted(_ENTRY)}")
                 if self._intact(entry):
                     self.done[entry["shard"]] = entry
         except (KeyError, TypeError, AttributeError) as error:

@@ -113,11 +113,17 @@ class Passes(ABC):
     def restored(self, layer: int) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
         """What a killed run already wrote of a layer; its output is computed again, which gives the same bits."""
         record, tensors = self.written(layer)
-        scores = {
-            ATTENTION: torch.tensor(record["scores"]["kv_groups"], dtype=torch.float64),
-            FFN: torch.tensor(record["scores"]["intermediate_channels"], dtype=torch.float64),
-        }
-        return kept_from_entry(record), scores, tensors
+        try:
+            scores = {
+                ATTENTION: torch.tensor(record["scores"]["kv_groups"], dtype=torch.float64),
+                FFN: torch.tensor(record["scores"]["intermediate_channels"], dtype=torch.float64),
+            }
+            return kept_from_entry(record), scores, tensors
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise InputError(
+                f"{self.writer.partial}: layer {layer} was not written by {self.job.method.name} ({error!r}); delete "
+                "that folder"
+            ) from error
 
     def layer_config(self, layer: int, shape: LayerShape, kept: Kept) -> Any:
         """The dense configuration with one layer's pruned sizes, to build just that layer."""

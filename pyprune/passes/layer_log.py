@@ -53,8 +53,10 @@ class LayerLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.writes and (kind is None or issubclass(kind, InputError)):
             shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):  # other surveys may be there
-                self.folder.parent.rmdir()
+        with suppress(OSError):  # layers of this survey, or other surveys, may be there
+            self.folder.rmdir()
+        with suppress(OSError):
+            self.folder.parent.rmdir()
 
     def _file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}.safetensors"

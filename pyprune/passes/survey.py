@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import distributed
-from ..architectures import MODULES
+from ..architectures import MODULES, LayerShape
 from ..checkpoint import CheckpointReader, load_cached, metadata_of, save_cached
 from ..device import Meter
 from ..errors import InputError
@@ -124,11 +124,16 @@ def unpacked(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Laye
 def load_survey(job: Job, path: Path, identity: dict[str, Any]) -> list[LayerStatistics] | None:
     """What `save_survey` wrote; None if it was of other weights. InputError if the file is damaged."""
     stored, metadata = load_cached(path, "survey", identity)
-    if not job.accepts(path, metadata):
-        return None
+    return survey_of(path, stored, metadata, job.reader.shapes) if job.accepts(path, metadata) else None
+
+
+def survey_of(
+    path: Path, stored: dict[str, torch.Tensor], metadata: dict[str, str], shapes: list[LayerShape]
+) -> list[LayerStatistics]:
+    """The survey from what a file holds. InputError: it is not one of layers of these shapes."""
     counts, survey = metadata_of(metadata, "counts", path), []
     try:
-        for layer, shape in enumerate(job.reader.shapes):
+        for layer, shape in enumerate(shapes):
             own = {name.removeprefix(f"{layer}."): t for name, t in stored.items() if name.startswith(f"{layer}.")}
             survey.append(unpacked(own, {"counts": json.dumps(counts[layer])}))
             for module in MODULES:

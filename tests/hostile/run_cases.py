@@ -13,9 +13,11 @@ from documents import VALUES, WHOLE, Change, Place, replace, twice, value_damage
 from scenes import RUNS
 from tensor_cases import joined, split
 
+from pyprune.checkpoint.journal import journal_line
+
 JOURNAL = "out.partial/journal.jsonl"
 ENTRY_PLACES: tuple[Place, ...] = (
-    ("shard",), ("file",), ("tensors",), ("bytes",), ("record",), ("tensor_bytes",), ("tensors", 0)
+    ("shard",), ("file",), ("checksums",), ("bytes",), ("record",), ("tensor_bytes",), ("sources",)
 )  # fmt: skip
 IDENTITY_PLACES: tuple[Place, ...] = (("identity",), ("identity", "model"), ("identity", "batch"))
 PLAN_PLACES: tuple[Place, ...] = (
@@ -41,8 +43,23 @@ def line(number: int, change: Change) -> Damage:
     return lines(lambda found: [change(own) if k == number else own for k, own in enumerate(found)])
 
 
+def sealed(change: Change) -> Change:
+    """With the digest that the changed line ought to have: as if a run had written it so."""
+
+    def changed(text: bytes) -> bytes:
+        damaged = change(text)
+        try:
+            document = json.loads(damaged)
+            del document["digest"]
+            return journal_line(document).rstrip("\n").encode()
+        except (ValueError, KeyError, TypeError, RecursionError):  # a line that has no place for one
+            return damaged
+
+    return changed
+
+
 def entry(number: int = 2, **values: Any) -> Damage:
-    return line(number, lambda text: json.dumps(json.loads(text) | values).encode())
+    return line(number, sealed(lambda text: json.dumps(json.loads(text) | values).encode()))
 
 
 def shards(folder: Path) -> list[Path]:
@@ -99,8 +116,8 @@ JOURNALS: dict[str, Damage] = {
     "file-nul": entry(file="a\0b"),
     "file-surrogate": entry(file="\ud800"),
     "bytes-wrong": entry(bytes=1),
-    "tensors-wrong": entry(tensors=["lm_head.weight"]),
-    "tensors-empty": entry(tensors=[]),
+    "checksums-wrong": entry(checksums={"lm_head.weight": "0" * 32}),
+    "checksums-empty": entry(checksums={}),
     "tensor-bytes-wrong": entry(tensor_bytes=7),
     "record-other": entry(record={"kept": [[0], [1, 2, 3]]}),
     "record-list": entry(record=[1]),
@@ -133,11 +150,21 @@ def journals() -> Iterator[Case]:
         )
     for name, change in value_damages(ENTRY_PLACES, 42, "journal"):
         yield Case(
-            f"journal-entry-{name}", line(2, change), command, scene="killed", expected=SAME_OR_REFUSED, generated=True
+            f"journal-entry-{name}",
+            line(2, sealed(change)),
+            command,
+            scene="killed",
+            expected=SAME_OR_REFUSED,
+            generated=True,
         )
     for name, change in value_damages(IDENTITY_PLACES, 12, "identity"):
         yield Case(
-            f"journal-{name}", line(0, change), command, scene="killed", expected=SAME_OR_REFUSED, generated=True
+            f"journal-{name}",
+            line(0, sealed(change)),
+            command,
+            scene="killed",
+            expected=SAME_OR_REFUSED,
+            generated=True,
         )
 
 

@@ -65,6 +65,8 @@ class Judge:
         kept = case.resumable and "--resume" in ended.err
         if kept:
             stray = [n for n in stray if n.endswith(".tmp") or not (_within(n, "out.partial") or _LAYERS.fullmatch(n))]
+        if "repeat" in ended.err:  # what is known of the dense model's layers need not be computed again
+            stray = [name for name in stray if not _LAYERS.fullmatch(name)]
         if stray:
             return [f"refused, leaves {sorted(stray)[:5]}"]
         if kept and case.limits and (folder / "out.partial").exists():  # and those are gone now
