@@ -25,7 +25,7 @@ from .checkpoint import (
 )
 from .checkpoint.special_ids import check_generation_config, check_special_ids, generation_fields
 from .checkpoint.writer import partial_of
-from .device import free_memory, release_cache, select_dtype, whole_memory
+from .device import check_room, free_memory, release_cache, select_dtype, whole_memory
 from .environment import environment, split, take_threads
 from .errors import InputError
 from .finite import check_finite, described_rows, nonfinite_rows
@@ -211,7 +211,9 @@ class Job:
             budget = whole_memory(self.device)
         else:
             release_cache(self.device)
-            budget = min(budget, free_memory(self.device))
+            free = free_memory(self.device)
+            check_room(self.device, budget, torch.cuda.memory_reserved(self.device), free)
+            budget = min(budget, free)
         sizes = Sizes(
             self.reader.shapes,
             self.method,
