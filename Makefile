@@ -1,5 +1,5 @@
 # make demo: prune the built-in model, evaluate before and after, write the report.
-# make test: every test.
+# make test: every test, two at a time.
 # make torture: every hostile input, 200 signals and 28 races: half an hour. All set up their own environment first.
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 		--evaluate self --evaluation-length 256 --max-windows 64
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=40
 
 torture: $(VENV)/installed
 	PYPRUNE_HOSTILE=all $(BIN)/python -m pytest tests/hostile

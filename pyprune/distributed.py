@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -63,15 +63,16 @@ class _Group:
     def meet(self) -> None:
         """Wait until every process is here. OSError: another one failed, or does not come."""
         meeting = self.next_meeting()
-        if self.store.add(f"{meeting}-arrived", 1) == self.size:
-            self.store.set(meeting, "")
+        with _store_there():
+            if self.store.add(f"{meeting}-arrived", 1) == self.size:
+                self.store.set(meeting, "")
         self.wait_for(meeting, TIMEOUT.total_seconds())
 
     def wait_for(self, key: str, seconds: float) -> None:
         """Wait until the key is in the store. OSError: another process failed, or the time is up."""
         start, pause = time.monotonic(), SHORTEST_PAUSE
-        while not self.store.check([key]):
-            if self.store.check([FAILED]):
+        while not self._has(key):
+            if self._has(FAILED):
                 raise OSError(errno.ECONNABORTED, "another process of this run failed", "torchrun")
             if time.monotonic() - start > seconds:
                 minutes = round(seconds / 60)
@@ -79,19 +80,36 @@ class _Group:
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE)
 
+    def _has(self, key: str) -> bool:
+        with _store_there():
+            return self.store.check([key])
+
     def fail(self, status: int) -> tuple[bool, int]:
         """Whether this process was the first to fail, and the exit status that the first one named."""
-        word = self.store.compare_set(FAILED, "", f"{self.rank} {status}").decode()
+        try:
+            word = self.store.compare_set(FAILED, "", f"{self.rank} {status}").decode()
+        except dist.DistNetworkError:  # the store went with its process, which left no word
+            return True, status
         first, named = word.split()
         return int(first) == self.rank, int(named)
 
     def close(self) -> None:
         """Leave together: one that ended earlier would take its connections, and maybe the store, from the others."""
-        self.store.add("left", 1)
-        deadline = time.monotonic() + FAREWELL_SECONDS
-        while self.store.add("left", 0) < self.size and time.monotonic() < deadline:
-            time.sleep(LONGEST_PAUSE)
+        with suppress(dist.DistNetworkError):  # the store went with its process: nobody to take leave of
+            self.store.add("left", 1)
+            deadline = time.monotonic() + FAREWELL_SECONDS
+            while self.store.add("left", 0) < self.size and time.monotonic() < deadline:
+                time.sleep(LONGEST_PAUSE)
         dist.destroy_process_group()
+
+
+@contextmanager
+def _store_there() -> Iterator[None]:
+    """OSError where the store is gone, with the process that had it."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise OSError(errno.ECONNABORTED, "another process of this run is gone", "torchrun") from error
 
 
 _group: _Group | None = None

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from . import modeling as modeling  # registers the classes of pruned models
 from .checkpoint.headers import INDEX, SINGLE, read_headers, weight_files
-from .checkpoint.names import check_counts
+from .checkpoint.names import WRAPPERS, check_counts
 from .errors import InputError
 from .files import read_json, reason_of
 
@@ -34,7 +34,7 @@ def load_model(
         raise InputError(f"{folder} is not a model folder: it has no config.json")
     try:
         model, loading = _from_pretrained(Path(folder), device, dtype, trust_remote_code)
-    except (InputError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of safetensors, of a quantiser that is not installed, of a damaged file, ...
         raise InputError(f"{folder} cannot be loaded: {reason_of(error)}") from error
@@ -64,6 +64,8 @@ def _from_pretrained(
         "ignore_mismatched_sizes": True,  # reported by the caller, in a line
         "output_loading_info": True,
     }
+    if any(WRAPPERS.search(name) for name in read_headers(weight_files(folder, fields))):
+        arguments["key_mapping"] = {WRAPPERS.pattern: r"\1"}
     if quantised:  # cannot be moved afterwards
         arguments["device_map"] = {"": device}
     try:

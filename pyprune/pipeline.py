@@ -85,24 +85,27 @@ def _explained(job: Job, writer: CheckpointWriter) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason, place = "no space left on the device", str(writer.partial)
-        elif error.filename is None:  # not a file's: a closed terminal, say
+            raise InputError(
+                f"{writer.partial}: no space left on the device; free some and repeat{_resuming(writer)}"
+            ) from error
+        if error.filename is None:  # not a file's: a closed terminal, say
             raise
-        else:
-            reason, place = str(error.strerror), str(error.filename)
-        raise InputError(f"{place}: {reason}; {_how_to_go_on(writer)}") from error
+        raise InputError(f"{error.filename}: {error.strerror}; {_kept(writer)}repeat{_resuming(writer)}") from error
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"{job.device}: out of memory: {what_ran_out(error)}; {_how_to_go_on(writer)}, or start anew with a "
-            "smaller --device-memory"
+            f"{job.device}: out of memory: {what_ran_out(error)}; {_kept(writer)}free some and "
+            f"repeat{_resuming(writer)}, or start anew with a smaller --device-memory"
         ) from error
 
 
-def _how_to_go_on(writer: CheckpointWriter) -> str:
+def _kept(writer: CheckpointWriter) -> str:
     writer.settle()
-    if _worth_resuming(writer):
-        return f"{writer.partial} keeps the finished layers: free some or mend that, and repeat with --resume"
-    return "free some or mend that, and repeat"
+    return f"{writer.partial} keeps the finished layers: " if _worth_resuming(writer) else ""
+
+
+def _resuming(writer: CheckpointWriter) -> str:
+    writer.settle()
+    return " with --resume" if _worth_resuming(writer) else ""
 
 
 def _finished(job: Job) -> dict[str, Any]:

@@ -226,7 +226,9 @@ def test_resume_after_a_kill(model: Path, text: Path, tmp_path: Path, method: st
     processes = start(tmp_path / "logs", *run)
     processes[0].join(60)
     processes[1].terminate()  # as torchrun does
-    assert statuses(ended(tmp_path / "logs", processes)) == [-signal.SIGKILL, -signal.SIGTERM]
+    first, second = statuses(ended(tmp_path / "logs", processes))
+    assert first == -signal.SIGKILL
+    assert second in (-signal.SIGTERM, 1)  # 1: it found that the other one is gone before it was told
     assert not output.exists()
 
     (alone,) = run_together(tmp_path / "logs", pruning(model, text, output, *more, "--resume"))

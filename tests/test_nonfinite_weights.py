@@ -26,7 +26,7 @@ NAMES = (
 
 @pytest.fixture
 def model(tiny_checkpoint: Callable[..., Path], demo_model: Path) -> Path:
-    return tiny_checkpoint(family="llama", dtype="float32", layers=3, tokenizer=demo_model, tied=False)
+    return tiny_checkpoint(family="llama", dtype="float32", layers=3, tokenizer=demo_model, tie=False)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_rows_that_no_text_uses_are_a_warning(
 def test_rows_that_a_text_uses_are_refused(
     tiny_checkpoint: Any, demo_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tied: bool
 ) -> None:
-    model = tiny_checkpoint(family="llama", dtype="float32", layers=3, tokenizer=demo_model, tied=tied)
+    model = tiny_checkpoint(family="llama", dtype="float32", layers=3, tokenizer=demo_model, tie=tied)
     bad = infinite(model, tmp_path / "bad", "model.embed_tokens.weight")
     for row in (0, 1):
         changed(bad, tmp_path / f"bad{row}", "model.embed_tokens.weight", lambda table: table[:40].fill_(torch.inf))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import run as run_command
+from safetensors import safe_open
 
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
 from pyprune.cli import main
@@ -260,7 +261,8 @@ def test_shards_that_keep_other_units_are_written_again(
     model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The survey of the killed run is gone and the new one differs: nothing of the old choice may remain."""
-    from pyprune.passes.survey import load_survey, save_survey
+    from pyprune.checkpoint import load_cached
+    from pyprune.passes.survey import save_survey, survey_of
 
     model, text = model_and_text
     write = CheckpointWriter.write
@@ -275,11 +277,14 @@ def test_shards_that_keep_other_units_are_written_again(
         with pytest.raises(KeyboardInterrupt):
             prune(options(model, text, tmp_path / "out", "flap"))
     (file,) = (tmp_path / "cache").glob("survey-*")
-    survey = load_survey(file, LAYERS)
+    with safe_open(file, framework="pt") as f:
+        identity = json.loads(f.metadata()["identity"])
+    tensors, metadata = load_cached(file, "survey", identity)
+    survey = survey_of(file, tensors, metadata, CheckpointReader(model).shapes)
     for statistics in survey[1].values():
         assert statistics.m2 is not None
         statistics.m2 = statistics.m2.flip(0).contiguous()
-    save_survey(file, survey, {})
+    save_survey(file, survey, identity, {"source": metadata["source"]})
     plan = prune(options(model, text, tmp_path / "out", "flap", resume=True))
     shapes = CheckpointReader(tmp_path / "out").shapes
     for shape, layer in zip(shapes, plan["layers"], strict=True):

@@ -231,6 +231,7 @@ def test_forked_helpers_end_by_the_signal(tmp_path: Path) -> None:
         if pid == 0:
             time.sleep(30)
             os._exit(0)
+        time.sleep(0.5)  # what comes before Python in the new process is through forking is lost
         os.kill(pid, signal.SIGTERM)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 

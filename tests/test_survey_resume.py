@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from pyprune.architectures import ATTENTION, FFN, LayerShape
+from pyprune.checkpoint import save_cached
+from pyprune.checkpoint.content import Content
 from pyprune.errors import InputError
 from pyprune.options import PruneOptions
 from pyprune.passes import curves, survey
@@ -36,20 +38,23 @@ def test_a_deeper_file_gives_what_a_survey_of_this_depth_would(tmp_path: Path) -
     heads = {ATTENTION: torch.arange(4, dtype=torch.float64)}
     ordinary, dead = heads | {FFN: curve(61, 5)}, heads | {FFN: curve(100, 70)}
     shallow = heads | {FFN: curve(61, 45)}  # negligible at 4 tenths, where a survey would go on, but not at 6
-    files = [tmp_path / f"{tenths}.safetensors" for tenths in (4, 6, 10)]
+    files = [(tmp_path / f"{tenths}.safetensors", {"tenths": tenths}) for tenths in (4, 6, 10)]
+    job: Any = SimpleNamespace(reader=SimpleNamespace(shapes=[SHAPE, SHAPE], layers=2), accepts=lambda *_: True)
 
-    def write(file: Path, *layers: dict[str, torch.Tensor]) -> None:
-        save_file({f"{k}.{m}": c.clone() for k, own in enumerate(layers) for m, c in own.items()}, file)
+    def write(file: tuple[Path, dict[str, Any]], *layers: dict[str, torch.Tensor]) -> None:
+        path, identity = file
+        tensors = {f"{k}.{m}": c.clone() for k, own in enumerate(layers) for m, c in own.items()}
+        save_cached(tensors, path, {}, identity)
 
-    assert curves.first_curves(files, [SHAPE, SHAPE], 4) is None
+    assert curves.first_curves(job, files, 4) is None
     write(files[1], ordinary, dead)
-    found = curves.first_curves(files, [SHAPE, SHAPE], 4)
+    found = curves.first_curves(job, files, 4)
     assert found is not None
     assert [len(own[FFN]) for own in found] == [41, 100]
     write(files[1], ordinary, shallow)
-    assert curves.first_curves(files, [SHAPE, SHAPE], 4) is None
+    assert curves.first_curves(job, files, 4) is None
     write(files[2], ordinary | {FFN: curve(100, 5)}, shallow | {FFN: curve(100, 45)})
-    found = curves.first_curves(files, [SHAPE, SHAPE], 4)
+    found = curves.first_curves(job, files, 4)
     assert found is not None
     assert [len(own[FFN]) for own in found] == [41, 100]
 
@@ -57,9 +62,10 @@ def test_a_deeper_file_gives_what_a_survey_of_this_depth_would(tmp_path: Path) -
 def test_the_log_stays_for_a_kill_alone(tmp_path: Path) -> None:
     file = tmp_path / "cache" / "survey.safetensors"
     tensors = {"a": torch.randn(3)}
+    job: Any = SimpleNamespace(reader=SimpleNamespace(content=Content(tmp_path)))
     for error in (KeyboardInterrupt, InputError, None):
         try:
-            with LayerLog(file) as log:
+            with LayerLog(job, file, {}) as log:
                 known = log.read(2)
                 log.write(2, tensors, {"counts": "1"})
                 if error is not None:
@@ -72,7 +78,7 @@ def test_the_log_stays_for_a_kill_alone(tmp_path: Path) -> None:
             assert torch.equal(known[0]["a"], tensors["a"])
             assert known[1]["counts"] == "1"
     assert not file.parent.exists()
-    with LayerLog(file, writes=False) as log:
+    with LayerLog(job, file, {}, writes=False) as log:
         log.write(0, tensors, {})
         assert log.read(0) is None
 

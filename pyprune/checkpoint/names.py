@@ -8,7 +8,7 @@ from ..errors import InputError
 from .headers import StoredTensor
 
 # What torch.compile, data parallelism, FSDP and activation checkpointing put into the path of a module.
-_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 # Tensors that no decoder reads: caches of rotary embeddings, masks and positions that old classes saved, heads of
 # reward models, scales of key-value caches.
 _UNUSED = re.compile(
@@ -29,7 +29,7 @@ def unwrapped(name: str, expected: Collection[str], prefix: str) -> str:
 
     A model that was saved without its head has the names of that inner model.
     """
-    plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    plain = WRAPPERS.sub(r"\1", name)
     return prefix + plain if plain not in expected and prefix + plain in expected else plain
 
 

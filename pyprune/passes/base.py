@@ -14,6 +14,7 @@ from ..allocation import Kept, UnitScores
 from ..architectures import ATTENTION, FFN, MODULES, LayerShape
 from ..checkpoint import CheckpointWriter
 from ..device import Meter
+from ..errors import InputError
 from ..finite import check_finite
 from ..forward import LayerForward
 from ..forward_check import check_forward
@@ -72,7 +73,7 @@ class Passes(ABC):
         self.meters: dict[str, Meter] = {}
         self.cached = False
         self.nonfinite: dict[str, int] = {}
-        self.warnings: list[str] = list(job.warnings)
+        self.warnings = job.warnings  # those of the start, and what comes
         self.history: History = []
 
     def execute(self) -> Outcome:
