@@ -98,6 +98,13 @@ def _damaged(error: BaseException) -> tuple[str, int]:
     return _library(error) or (f"a safetensors file is damaged: {reason_of(error)}", 2)
 
 
+def _panic(error: BaseException) -> tuple[str, int] | None:
+    """Libraries in Rust panic where a file makes no sense: no Exception, and of no class that could be imported."""
+    if type(error).__name__ != "PanicException":
+        return None
+    return f"a tokenizer's file is damaged: its library ends with {reason_of(error)!r}", 2
+
+
 def _null_character(error: BaseException) -> tuple[str, int] | None:
     return ("a path holds a null character", 2) if "embedded null" in str(error) else None
 
@@ -133,4 +140,5 @@ _EXPLAINED: tuple[tuple[type[BaseException], Callable[[BaseException], tuple[str
     (UnicodeEncodeError, _encoding),
     (ValueError, _null_character),
     (RuntimeError, _library),
+    (BaseException, _panic),
 )
