@@ -244,6 +244,8 @@ def test_refuses_in_one_line(
     assert "disp has no --uniform" in line("--method", "disp", "--ratio", 0.4, "--uniform")
     assert "policy has no --uniform" in line("--method", "policy", "--ratio", 0.4, "--round-to", 8)
     assert "--learning-rate 0.0 is not positive" in line("--method", "disp", "--ratio", 0.4, "--learning-rate", 0)
+    for value in ("nan", "inf", "-1"):
+        assert "is not positive and finite" in line("--method", "disp", "--ratio", 0.4, "--learning-rate", value)
     assert "disp has no compensation 'bias'" in line("--method", "disp", "--ratio", 0.4, "--compensation", "bias")
     assert "method flap has no option --steps" in line("--method", "flap", "--ratio", 0.4, "--steps", 5)
     short = tmp_path / "short.txt"

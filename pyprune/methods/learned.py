@@ -1,3 +1,4 @@
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,8 +29,8 @@ class LearnedMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "rows", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not positive")
+            if not 0 < getattr(self, name) < math.inf:  # NaN is neither
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not positive and finite")
 
     @property
     def predetermined(self) -> bool:
@@ -64,8 +65,8 @@ class Disp(LearnedMethod):
         if self.uniform:
             raise InputError("disp has no --uniform: each block selects its own channels; --round-to makes them round")
         for name in ("budget_weight", "warm_windows"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not positive")
+            if not 0 < getattr(self, name) < math.inf:  # NaN is neither
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not positive and finite")
 
     @property
     def operators(self) -> tuple[str, ...]:
