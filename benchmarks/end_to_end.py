@@ -91,7 +91,8 @@ def write_text(file: Path, tokens: int) -> None:
     """A text of about so many random tokens."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, local_files_only=True)
     chosen = random.Random(0).choices(range(len(tokenizer)), k=tokens)
-    file.write_text(tokenizer.decode(chosen, skip_special_tokens=True), encoding="utf-8")
+    decoded = tokenizer.decode(chosen, skip_special_tokens=True)
+    file.write_text(decoded.replace("\0", " "), encoding="utf-8")  # a zero byte is taken for a binary file
 
 
 def storage_bytes() -> dict[str, int] | None:

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,9 +38,11 @@ def write_shard(file: Path, tensors: dict[str, Tensor], stream: torch.cuda.Strea
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             position = _write(descriptor, memoryview(_header(tensors, order)), 0)
-            for name, part in _host_bytes(((name, tensors.pop(name).detach()) for name in order), stream):
-                digests[name].update(part)
-                position = _write(descriptor, part, position)
+            with ThreadPoolExecutor(1, thread_name_prefix="digest") as hashing:
+                for name, part in _host_bytes(((name, tensors.pop(name).detach()) for name in order), stream):
+                    hashed = hashing.submit(digests[name].update, part)  # while the system takes the bytes
+                    position = _write(descriptor, part, position)
+                    hashed.result()
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
