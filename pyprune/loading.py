@@ -106,7 +106,7 @@ def vocabulary_size(config: Any) -> int:
 def _stored_dtype(folder: Path, config: Any) -> torch.dtype:
     """The type of most stored numbers, among those that are computed with; else what the configuration says."""
     counts = dict.fromkeys(_FLOATING, 0)
-    for file in folder.glob("*.safetensors"):
+    for file in filter(Path.is_file, folder.glob("*.safetensors")):  # a pipe would be waited for
         try:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118

@@ -14,6 +14,7 @@ from .checkpoint import JOURNAL, CheckpointWriter, changes, check_free, check_sp
 from .device import memory_limit, what_ran_out
 from .environment import split
 from .errors import InputError, VerificationError
+from .faults import explain
 from .finish import finish
 from .job import Job
 from .learning.training import FILE as TRAINING
@@ -88,14 +89,25 @@ def _explained(job: Job, writer: CheckpointWriter) -> Iterator[None]:
             raise InputError(
                 f"{writer.partial}: no space left on the device; free some and repeat{_resuming(writer)}"
             ) from error
-        if error.filename is None:  # not a file's: a closed terminal, say
-            raise
+        if error.filename is None:
+            _raise_limit(error, writer)
+            raise  # a closed terminal, say
         raise InputError(f"{error.filename}: {error.strerror}; {_kept(writer)}repeat{_resuming(writer)}") from error
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"{job.device}: out of memory: {what_ran_out(error)}; {_kept(writer)}free some and "
             f"repeat{_resuming(writer)}, or start anew with a smaller --device-memory"
         ) from error
+    except (MemoryError, RuntimeError) as error:
+        _raise_limit(error, writer)
+        raise
+
+
+def _raise_limit(error: BaseException, writer: CheckpointWriter) -> None:
+    """InputError: the error is a limit of the system's, which can be raised."""
+    found = explain(error)
+    if found is not None and found[1] == 2:
+        raise InputError(f"{found[0]}; {_kept(writer)}repeat{_resuming(writer)}") from error
 
 
 def _kept(writer: CheckpointWriter) -> str:

@@ -311,7 +311,7 @@ def _check_numbers(config: Any) -> None:
     if not 0 < float(config.rms_norm_eps) < math.inf:
         raise ValueError(f"rms_norm_eps is {config.rms_norm_eps}")
     dtype = getattr(config, "dtype", None)
-    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype}")
     if not 0 < int(config.max_position_embeddings) < 2**31:
         raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}")

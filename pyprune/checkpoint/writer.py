@@ -26,7 +26,15 @@ from .shard_file import STORED, write_shard
 
 logger = logging.getLogger(__name__)
 # Of a shard's line, what is read of it again.
-_ENTRY = {"shard": int, "file": str, "checksums": dict, "tensor_bytes": int, "bytes": int, "sources": dict}
+_ENTRY = {
+    "shard": int,
+    "file": str,
+    "checksums": dict,
+    "tensor_bytes": int,
+    "bytes": int,
+    "sources": dict,
+    "record": object,
+}
 MORE = "model-more.safetensors"  # tensors that only the end of a run knows of
 
 
