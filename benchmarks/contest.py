@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyprune.benchmark.machine import describe_machine
 from pyprune.errors import InputError
-from pyprune.ops.backends import Problem, eligible_backends
+from pyprune.ops.dispatch import Problem, eligible_backends
 
 
 def contest_parser(description: str | None, repeat: str) -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pyprune.benchmark.case import forced
 from pyprune.benchmark.cases.slimgpt import SlimGpt, group_sizes, inverse
-from pyprune.ops.backends import Problem, eligible_backends
+from pyprune.ops.dispatch import Problem, eligible_backends
 from pyprune.ops.eliminate import Elimination, Panel, Selection, eliminate, refit
 
 GPU_SHAPES = ["11008@0.2", "11008@0.5", "28672@0.2", "4096@0.5"]

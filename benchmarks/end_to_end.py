@@ -4,7 +4,7 @@
     python benchmarks/end_to_end.py llama-3.3-70b --method obs --source generated --layers 8
 
 --source disk       makes the checkpoint in --scratch if it is not there, has its pages dropped from the page cache,
-                    and runs `pyprune.pipeline.prune` from folder to folder.
+                    and runs `pyprune.pipeline.run.prune` from folder to folder.
 --source generated  makes each layer on the device when it is asked for, and drops what is written after its copy to
                     the host: for models that the disk cannot hold (benchmarks/generated.py).
 
@@ -37,11 +37,11 @@ from transformers import AutoTokenizer
 
 from pyprune.benchmark.machine import describe_machine
 from pyprune.checkpoint import CheckpointReader
-from pyprune.device import resident_peak, select_device, select_dtype, tune_allocators
-from pyprune.estimate import estimate
+from pyprune.estimation.estimate import estimate
+from pyprune.job.config import PruneOptions
 from pyprune.methods import make_method
-from pyprune.options import PruneOptions
-from pyprune.report_sparse import is_sparse
+from pyprune.report.sparse import is_sparse
+from pyprune.runtime.device import resident_peak, select_device, select_dtype, tune_allocators
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "models" / "llama-6m-gqa"
 SHARD_LAYERS = 8  # layers a file: published checkpoints have files of a few gigabytes

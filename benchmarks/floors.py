@@ -12,8 +12,8 @@ import torch
 from generated import GeneratedReader
 from make_checkpoint import make_checkpoint
 
-from pyprune.device import select_dtype
-from pyprune.forward import LayerForward
+from pyprune.forward.layer_forward import LayerForward
+from pyprune.runtime.device import select_dtype
 
 CHUNK = 16 << 20  # bytes a call: the calls' own cost does not show
 READERS = (1, 4)  # threads: a file system in the network may need several to give what it can

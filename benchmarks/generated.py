@@ -19,12 +19,13 @@ from pyprune.checkpoint import CheckpointReader, CheckpointWriter, Digests, Laye
 from pyprune.checkpoint.content import Content
 from pyprune.checkpoint.headers import StoredTensor
 from pyprune.checkpoint.shard_file import _host_bytes
-from pyprune.device import memory_limit
-from pyprune.finish import finish
-from pyprune.job import Job
-from pyprune.options import Progress, PruneOptions
+from pyprune.job.config import PruneOptions
+from pyprune.job.job import Job
 from pyprune.passes import make_passes
-from pyprune.pipeline import prune
+from pyprune.pipeline.finalize import finish
+from pyprune.pipeline.run import prune
+from pyprune.runtime.device import memory_limit
+from pyprune.runtime.progress import Progress
 
 SEED = 0
 
@@ -124,7 +125,7 @@ class DiscardingWriter(CheckpointWriter):
 
 
 def prune_generated(options: PruneOptions, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `pyprune.pipeline.prune` of a folder of headers; the plan, and the traffic (see `traffic`)."""
+    """As `pyprune.pipeline.run.prune` of a folder of headers; the plan, and the traffic (see `traffic`)."""
     job = GeneratedJob(options, progress)
     writer = DiscardingWriter(options.output, job.reader.layers + 2, job.identity, resume=False)
     passes = make_passes(job, writer)
@@ -136,7 +137,7 @@ def prune_generated(options: PruneOptions, progress: Progress) -> tuple[dict[str
 
 
 def prune_counted(options: PruneOptions, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`pyprune.pipeline.prune`; the plan, and the traffic of its loaders and its writer."""
+    """`pyprune.pipeline.run.prune`; the plan, and the traffic of its loaders and its writer."""
     loaders: list[LayerLoader] = []
     writers: list[CheckpointWriter] = []
 
@@ -148,8 +149,8 @@ def prune_counted(options: PruneOptions, progress: Progress) -> tuple[dict[str, 
         return make
 
     with (
-        patch("pyprune.job.LayerLoader", remembered(LayerLoader, loaders)),
-        patch("pyprune.pipeline.CheckpointWriter", remembered(CheckpointWriter, writers)),
+        patch("pyprune.job.job.LayerLoader", remembered(LayerLoader, loaders)),
+        patch("pyprune.pipeline.run.CheckpointWriter", remembered(CheckpointWriter, writers)),
     ):
         plan = prune(options, progress)
     return plan, traffic(loaders, writers[0])

@@ -23,7 +23,7 @@ from pyprune.benchmark.cases.grouped_cholesky import ROUNDINGS, Units
 from pyprune.benchmark.machine import describe_machine
 from pyprune.benchmark.timing import Timer
 from pyprune.ops import grouped_cholesky_errors, grouped_cholesky_errors_reference
-from pyprune.ops.backends import choose_backend
+from pyprune.ops.dispatch import choose_backend
 from pyprune.ops.grouped_cholesky import OPERATOR
 
 GPU_SHAPES = ["32x128", "64x128", "8x256", "8x1024"]

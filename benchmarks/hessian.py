@@ -30,7 +30,7 @@ from pyprune.benchmark.cases.hessian import (
     update_ours,
 )
 from pyprune.benchmark.timing import Timer, Timing
-from pyprune.ops.backends import Problem, eligible_backends
+from pyprune.ops.dispatch import Problem, eligible_backends
 from pyprune.ops.hessian import hessian_finish, hessian_update
 
 GPU_SHAPES = [

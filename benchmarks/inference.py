@@ -9,8 +9,8 @@ alike, else its own with `per_layer_config`. Uniform: as `--uniform` chooses; no
 layer, drawn, as many parameters (benchmarks/inference_layouts.py); rounded: FFN channels in multiples. All use sdpa and
 transformers' StaticCache. Modes:
 
-graph    RMSNorm, rotary embedding and SwiGLU in pyprune's kernels (pyprune/fused.py), the prompt's forward and the step
-         of decoding each captured as a CUDA graph; nothing is compiled.
+graph    RMSNorm, rotary embedding and SwiGLU in pyprune's kernels (pyprune/forward/fused.py), the prompt's forward and
+         the step of decoding each captured as a CUDA graph; nothing is compiled.
 compile  the step by torch.compile(mode="reduce-overhead", fullgraph=True), which takes up to minutes a row; the
          prompt's forward as it is, as in transformers' `generate`.
 eager    transformers' forward as it is.
@@ -48,7 +48,7 @@ from transformers.utils import logging
 from pyprune.architectures import Family, LayerShape, family_of
 from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.errors import InputError
-from pyprune.fused import fuse, fused_rotary
+from pyprune.forward.fused import fuse, fused_rotary
 from pyprune.modeling import pruned_config
 
 MODES = ("eager", "compile", "graph")  # in this order on one model: fused modules stay

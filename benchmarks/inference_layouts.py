@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from pyprune.allocation import Counts, total_cost
+from pyprune.allocation.budget import Counts, total_cost
+from pyprune.allocation.common_size import common_counts
+from pyprune.allocation.rounding import check_multiple, rounded_counts
 from pyprune.architectures import ATTENTION, FFN, LayerShape
 from pyprune.errors import InputError
-from pyprune.rounding import check_multiple, rounded_counts
-from pyprune.uniform import common_counts
 
 # Layouts of pruned models, and the one whose parameters are as many.
 LAYOUTS = ("uniform", "uniform-rounded", "nonuniform", "nonuniform-rounded")

@@ -24,10 +24,10 @@ from contest import run_table
 
 from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.checkpoint import CheckpointReader
-from pyprune.export.extra import import_extra
-from pyprune.export.gguf import DTYPES, write_gguf
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
+from pyprune.exporters.gguf import DTYPES, write_gguf
+from pyprune.job.config import PruneOptions
+from pyprune.pipeline.run import prune
+from pyprune.runtime.optional import import_extra
 
 DENSE = "dense"
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -19,11 +19,11 @@ from inference import DTYPES, MODES, build, release, timed
 from make_checkpoint import SHAPES, checkpoint_config
 
 from pyprune.architectures import LayerShape, family_of
+from pyprune.architectures.channel_selection import FFN_MIDDLE, SELECTIONS, width
 from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.errors import InputError
-from pyprune.learning.budget import kept_share, rounded, shift_to_budget
+from pyprune.mask_training.budget import kept_share, rounded, shift_to_budget
 from pyprune.modeling import selected_config
-from pyprune.selection import FFN_MIDDLE, SELECTIONS, width
 
 RATIO = 0.5
 

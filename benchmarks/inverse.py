@@ -24,9 +24,9 @@ from torch import Tensor
 from pyprune.benchmark.cases.inverse import PROBE_ROWS, PROBES, damped_hessian, product
 from pyprune.benchmark.machine import describe_machine
 from pyprune.benchmark.timing import Timer
+from pyprune.ops.gauss_jordan import BLOCKING, Blocking, inverse_
 from pyprune.ops.precision import exact_float32
 from pyprune.ops.spd_inverse import shifted, spd_inverse
-from pyprune.ops.sweep import BLOCKING, Blocking, inverse_
 
 GPU_SIZES = [4096, 8192, 11008, 13824, 28672]
 CPU_SIZES = [1024, 2048]

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from pyprune.architectures import ATTENTION, FFN, MODULES, expand
 from pyprune.benchmark.machine import describe_machine
+from pyprune.calibration.second_moments import CurvatureObserver, alignment_of
 from pyprune.checkpoint import CheckpointReader
-from pyprune.curvature import CurvatureObserver, alignment_of
-from pyprune.forward import LayerForward
+from pyprune.forward.layer_forward import LayerForward
 from pyprune.methods.obs import Obs
 from pyprune.methods.slimgpt import dynamic_groups
 from pyprune.ops import add_split_product, damped_inverse, eliminate, lower_gram, refit
 from pyprune.passes.base import ROUND_CHANNELS
-from pyprune.rewrite import pad_channels, rewrite_layer
+from pyprune.passes.rewrite import pad_channels, rewrite_layer
 
 STAGES = ("inputs", "forward", "hessian", "inverse", "choice", "refit", "second forward")
 

@@ -26,12 +26,12 @@ from contest import write_report
 from safetensors.torch import save_file
 
 from pyprune.benchmark.machine import describe_machine, installed_version
+from pyprune.calibration.windows import evaluation_windows
 from pyprune.checkpoint import CheckpointReader
-from pyprune.export import export
-from pyprune.export.gguf_check import perplexity_gguf
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
-from pyprune.windows import evaluation_windows
+from pyprune.evaluation.llama_cpp import perplexity_gguf
+from pyprune.exporters import export
+from pyprune.job.config import PruneOptions
+from pyprune.pipeline.run import prune
 
 WORKER = Path(__file__).with_name("stock_perplexity.py")
 METHODS = {"flap": ("bias", "none"), "obs": ("bias", "weights")}

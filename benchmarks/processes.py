@@ -25,7 +25,7 @@ from make_checkpoint import SHAPES
 from safetensors.torch import load_file
 
 from pyprune.benchmark.machine import describe_machine
-from pyprune.device import select_device
+from pyprune.runtime.device import select_device
 
 
 def pruned(model: Path, output: Path, text: Path, arguments: argparse.Namespace, processes: int) -> dict[str, Any]:

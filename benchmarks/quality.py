@@ -17,12 +17,12 @@ from typing import Any
 import transformers
 
 from pyprune.benchmark.machine import describe_machine
+from pyprune.calibration.windows import evaluation_windows
 from pyprune.checkpoint import CheckpointReader
-from pyprune.device import select_device, select_dtype
-from pyprune.evaluate import evaluate
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
-from pyprune.windows import evaluation_windows
+from pyprune.evaluation.perplexity import evaluate
+from pyprune.job.config import PruneOptions
+from pyprune.pipeline.run import prune
+from pyprune.runtime.device import select_device, select_dtype
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("magnitude", {}),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyprune.benchmark.timing import Timer
 from pyprune.ops import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
-from pyprune.ops.selection import (
+from pyprune.ops.gather_scatter import (
     rms_norm_gather_reference,
     scatter_add_reference,
     scatter_add_rms_norm_gather_reference,

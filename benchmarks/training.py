@@ -20,12 +20,12 @@ from make_checkpoint import SHAPES, checkpoint_config
 
 from pyprune.architectures import MODULES, family_of
 from pyprune.benchmark.machine import describe_machine, installed_version
-from pyprune.learning.gates import GATES
-from pyprune.learning.masked import MaskedModel
-from pyprune.learning.memory import training_memory
-from pyprune.learning.selections import SelectionLearner
-from pyprune.learning.training import Learner
-from pyprune.learning.units import UnitLearner
+from pyprune.estimation.training_memory import training_memory
+from pyprune.mask_training.disp_learner import SelectionLearner
+from pyprune.mask_training.gates import GATES
+from pyprune.mask_training.masked_model import MaskedModel
+from pyprune.mask_training.policy_learner import UnitLearner
+from pyprune.mask_training.training import Learner
 from pyprune.methods import make_method
 
 RATIO = 0.5

@@ -9,13 +9,13 @@ installed there is nothing to register with, and `pyprune.ops` works as well.
 import importlib.util
 import os
 
-from . import stopping
+from .runtime import stopping
 
 if stopping.is_program():  # importing the libraries takes seconds, in which Ctrl-C should be no traceback
     stopping.guard_start()
 
 from .errors import InputError
-from .streams import reserve_descriptors
+from .runtime.streams import reserve_descriptors
 
 if stopping.is_program():
     reserve_descriptors()

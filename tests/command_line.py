@@ -8,7 +8,7 @@ import click
 import pytest
 import transformers
 
-from pyprune.cli import cli, main
+from pyprune.cli.main import cli, main
 
 
 @dataclass

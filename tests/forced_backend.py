@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, unmet_requirement
+from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, Problem, unmet_requirement
 
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 

@@ -55,9 +55,9 @@ def load() -> None:
 
 def main_function() -> Callable[[list[str]], object]:
     """pyprune's `main`, be it in the module or in the package of the command line."""
-    module = importlib.import_module("pyprune.cli")
+    module = importlib.import_module("pyprune.cli.main")
     main = getattr(module, "main", None)
-    return main if callable(main) else importlib.import_module("pyprune.cli.main").main
+    return main if callable(main) else importlib.import_module("pyprune.cli.main.main").main
 
 
 def stop_after_shards(count: int) -> None:
@@ -77,7 +77,7 @@ def stop_after_shards(count: int) -> None:
 
 def stop_after_layers(count: int) -> None:
     """Have the process die, as by SIGKILL, once the statistics of so many layers are kept."""
-    from pyprune.passes.layer_log import LayerLog
+    from pyprune.passes.layer_cache import LayerLog
 
     write = LayerLog.write
 

@@ -14,9 +14,9 @@ import matplotlib.pyplot  # noqa: F401 (as the next ones: once, not in every pro
 import torch
 
 import pyprune.benchmark.run
-import pyprune.export
-import pyprune.pipeline  # noqa: F401
-from pyprune.cli import main
+import pyprune.exporters
+import pyprune.pipeline.run  # noqa: F401
+from pyprune.cli.main import main
 
 
 @dataclass

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from pyprune.architectures import ATTENTION, FFN
 from pyprune.checkpoint import CheckpointReader
 from pyprune.modeling import pruned_config
-from pyprune.rewrite import rewrite_layer
+from pyprune.passes.rewrite import rewrite_layer
 
 WORDS = ["the", "of", "and", "a", "in", "to", "is", "was", "it", "for"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.integrations import accelerate
-from pyprune.integrations.seams import Calls
+from pyprune.integrations.patching import Calls
 
 # In units of the largest error of a correctly rounded result, below which a ratio of errors says nothing.
 EPSILON = torch.finfo(torch.float32).eps

@@ -13,7 +13,7 @@ import torch
 
 # A clean process that has the libraries loaded forks the processes: each starts at once, none inherits a thread.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pyprune.cli", "pyprune.pipeline"])
+SERVER.set_forkserver_preload(["pyprune.cli.main", "pyprune.pipeline.run"])
 
 
 @dataclass

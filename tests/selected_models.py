@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from pyprune.architectures import ATTENTION, FFN, GRANITE, SMOLLM3, Family, LayerShape, family_of
-from pyprune.learning.masked import hook_places, selection_masks
+from pyprune.architectures.channel_selection import SELECTIONS, Selection, select_layer, width
+from pyprune.mask_training.masked_model import hook_places, selection_masks
 from pyprune.modeling import selected_config
 from pyprune.ops.rms_norm import rms_norm_reference
-from pyprune.passes.learned import index_tensors
-from pyprune.selection import SELECTIONS, Selection, select_layer, width
+from pyprune.passes.train_masks import index_tensors
 
 CPU = torch.device("cpu")
 _SIZES = {

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyprune.ops.sweep import Blocking
+from pyprune.ops.gauss_jordan import Blocking
 
 FP32_UNIT = 2.0**-24
 # For small matrices: several blocks of few columns, on a GPU with look-ahead.

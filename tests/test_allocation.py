@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyprune.allocation import (
+from pyprune.allocation.budget import (
     check_ratio,
     choose_above,
     choose_by_counts,

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from pyprune import InputError
-from pyprune.calibration import sample_from_model
-from pyprune.evaluate import evaluate
-from pyprune.loading import evaluation_model, load_model, vocabulary_size
-from pyprune.predictor import Predictor
-from pyprune.windows import fit_length
+from pyprune.calibration.text import sample_from_model
+from pyprune.calibration.windows import fit_length
+from pyprune.checkpoint.load_model import evaluation_model, load_model, vocabulary_size
+from pyprune.evaluation.perplexity import evaluate
+from pyprune.evaluation.predictor import Predictor
 
 CPU = torch.device("cpu")
 SIZES = {

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pyprune.errors import InputError
-from pyprune.ops import backends, describe, describe_installation
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, choose, eligible_backends, unmet_requirement
+from pyprune.ops import describe, describe_installation
+from pyprune.ops import dispatch as backends
+from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, Problem, choose, eligible_backends, unmet_requirement
 
 OPERATOR = "channel_moments"
 CPU = torch.device("cpu")

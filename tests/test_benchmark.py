@@ -19,7 +19,7 @@ from pyprune.benchmark.catalogue import MODELS, OPERATORS, case_named, catalogue
 from pyprune.benchmark.rates import Rates, Work
 from pyprune.benchmark.runner import Runner
 from pyprune.benchmark.timing import LEAST_REPEAT, Timer
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE
+from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE
 
 CPU = torch.device("cpu")
 NORM = "rms_norm/tiny/1024x64/bf16"

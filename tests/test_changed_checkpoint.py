@@ -13,8 +13,8 @@ from command_line import run
 from safetensors.torch import load_file
 
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
+from pyprune.job.config import PruneOptions
+from pyprune.pipeline.run import prune
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
@@ -155,8 +155,8 @@ def test_a_resume_takes_the_threads_that_the_run_began_with(
 def test_what_cannot_be_had_again_is_said(
     unfinished: PruneOptions, model: Path, shared_text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pyprune import job
     from pyprune.errors import InputError
+    from pyprune.job import job
 
     environment = job.environment
     monkeypatch.setattr(job, "environment", lambda device: environment(device) | {name: "another"})

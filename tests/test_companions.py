@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from pyprune import InputError
+from pyprune.calibration.tokenizer_check import check_tokenizer
+from pyprune.checkpoint.auxiliary_files import companions, copy_companions
 from pyprune.checkpoint.belongings import chosen_by_name, imported_by, modules_of
-from pyprune.checkpoint.companions import companions, copy_companions
 from pyprune.errors import VerificationError
-from pyprune.tokenizer_check import check_tokenizer
 
 OWN_CODE = """
 from transformers import LlamaTokenizerFast as Base

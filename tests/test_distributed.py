@@ -17,10 +17,10 @@ from command_line import varied
 from processes import Ended, ended, run_together, start
 from safetensors.torch import load_file
 
-from pyprune import distributed
-from pyprune.cli import main
+from pyprune.cli.main import main
 from pyprune.errors import InputError
-from pyprune.plan import read_plan
+from pyprune.job.record import read_plan
+from pyprune.runtime import distributed
 
 DAMPING = 0.05
 METHODS = {
@@ -154,7 +154,7 @@ def test_bad_activations_are_one_line(model: Path, text: Path, tmp_path: Path, m
 
 
 def fail_in_a_layer() -> None:
-    from pyprune.curvature import CurvatureObserver
+    from pyprune.calibration.second_moments import CurvatureObserver
 
     finish = CurvatureObserver.finish
 
@@ -193,7 +193,7 @@ def die_in_a_layer() -> None:
 
 
 def die_in_the_survey() -> None:
-    from pyprune.passes.layer_log import LayerLog
+    from pyprune.passes.layer_cache import LayerLog
 
     write = LayerLog.write
 

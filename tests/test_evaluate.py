@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
-import pyprune.evaluate
+import pyprune.evaluation.perplexity
 from pyprune import InputError
-from pyprune.calibration import consecutive_windows, read_text, tokenize
-from pyprune.evaluate import evaluate, perplexity
-from pyprune.loading import load_model
-from pyprune.predictor import Predictor
+from pyprune.calibration.text import consecutive_windows, read_text, tokenize
+from pyprune.checkpoint.load_model import load_model
+from pyprune.evaluation.perplexity import evaluate, perplexity
+from pyprune.evaluation.predictor import Predictor
 
 CPU = torch.device("cpu")
 # Both sides take float32 logits from the same model; products of another shape round differently, by some
@@ -70,7 +70,7 @@ def test_slices_and_batches_change_nothing(
     reference = tiny_checkpoint(seed=1)
     arguments = {"reference_folder": reference, "device": CPU, "dtype": torch.float32}
     whole = evaluate(folder, windows, **arguments)
-    monkeypatch.setitem(pyprune.evaluate._LOGITS_SLICE_BYTES, "cpu", 7 * 256 * 4)  # 7 rows of 47
+    monkeypatch.setitem(pyprune.evaluation.perplexity._LOGITS_SLICE_BYTES, "cpu", 7 * 256 * 4)  # 7 rows of 47
     for batch_size in (1, 2, 5):
         sliced = evaluate(folder, windows, batch_size=batch_size, **arguments)
         for figure in ("perplexity", "kl_divergence", "top1_agreement", "reference_perplexity"):

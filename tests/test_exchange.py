@@ -7,10 +7,10 @@ import pytest
 import torch
 from processes import run_together
 
-from pyprune import distributed
+from pyprune.calibration.channel_statistics import ReferenceFluctuation, merge_over_processes
 from pyprune.errors import InputError
 from pyprune.ops import ChannelMoments
-from pyprune.statistics import ReferenceFluctuation, merge_over_processes
+from pyprune.runtime import distributed
 
 
 def block_moments(rank: int) -> ChannelMoments:
@@ -21,7 +21,7 @@ def block_moments(rank: int) -> ChannelMoments:
 
 
 def check_exchange() -> None:
-    """In each of three processes: every function of pyprune.distributed against what it is to give."""
+    """In each of three processes: every function of pyprune.runtime.distributed against what it is to give."""
     with distributed.process_group():
         rank = distributed.rank()
         blocks = [block_moments(k) for k in range(3)]

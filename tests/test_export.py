@@ -21,18 +21,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyprune
-from pyprune import finish
-from pyprune.allocation import Choice
+from pyprune.allocation.budget import Choice
 from pyprune.architectures import ATTENTION, FFN, MODULES
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
-from pyprune.export import FORMATS, export, verify
-from pyprune.export.verified_gguf import ROUNDINGS, q8_0
-from pyprune.export.verify import VerificationError, layered_logits, verify_roundtrip
+from pyprune.evaluation import roundtrip as verify
+from pyprune.evaluation.roundtrip import VerificationError, layered_logits, verify_roundtrip
+from pyprune.exporters import FORMATS, export
+from pyprune.exporters.gguf_export import ROUNDINGS, q8_0
+from pyprune.job.result import UnitOutcome
 from pyprune.modeling.config import registered_config
 from pyprune.modeling.stock import Stock, find_stock
-from pyprune.options import silent
-from pyprune.outcome import UnitOutcome
-from pyprune.rewrite import rewrite_layer
+from pyprune.passes.rewrite import rewrite_layer
+from pyprune.pipeline import finalize as finish
+from pyprune.runtime.progress import silent
 
 FLOAT32 = torch.float32
 IDS = torch.randint(97, (1, 64), generator=torch.Generator().manual_seed(5))
@@ -236,7 +237,7 @@ def test_worker_takes_no_tensor_that_the_class_does_not_know(
     with pytest.raises(VerificationError, match=r"mlp.extra.bias: shape \[3\] was written, but \w+ has none"):
         export(source, tmp_path / "out", "stock", verified=False)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("pyprune.export.check_state_dict", lambda *_: None)
+    monkeypatch.setattr("pyprune.exporters.check_state_dict", lambda *_: None)
     export(source, tmp_path / "out", "stock", verified=False)
     with pytest.raises(SystemExit, match=r"unexpected_keys: model.layers.0.mlp.extra.bias, model"):
         runpy.run_path(str(LOGITS))["logits"]("transformers", str(tmp_path / "out"), IDS)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from pyprune.architectures import LayerShape
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
-from pyprune.export.gguf import write_gguf
-from pyprune.export.gguf_architecture import check_shapes
+from pyprune.exporters.gguf import write_gguf
+from pyprune.exporters.gguf_architecture import check_shapes
 
 gguf = pytest.importorskip("gguf")
 
@@ -216,7 +216,7 @@ def test_one_tensor_at_a_time(
 
 
 def test_large_tensors_are_converted_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyprune.export import gguf as export
+    from pyprune.exporters import gguf as export
 
     tensor = torch.randn(37, 64, generator=torch.Generator().manual_seed(1))
     whole = {dtype: export.encode(tensor, dtype, "x") for dtype in export.DTYPES}

@@ -11,14 +11,14 @@ from gguf_models import change_config, pruned_copy, with_tokenizer
 from test_export_gguf import ARCHITECTURES, KINDS, checkpoint, contents, pruned
 from transformers import AutoTokenizer
 
+from pyprune.calibration.windows import evaluation_windows
+from pyprune.checkpoint.load_model import load_model
 from pyprune.errors import InputError
-from pyprune.evaluate import perplexity
-from pyprune.export.gguf import write_gguf
-from pyprune.export.gguf_check import logits_gguf, perplexity_gguf, tokens_gguf
-from pyprune.loading import load_model
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
-from pyprune.windows import evaluation_windows
+from pyprune.evaluation.llama_cpp import logits_gguf, perplexity_gguf, tokens_gguf
+from pyprune.evaluation.perplexity import perplexity
+from pyprune.exporters.gguf import write_gguf
+from pyprune.job.config import PruneOptions
+from pyprune.pipeline.run import prune
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -126,7 +126,7 @@ def test_rope_scaling(family: str, rope: str, tiny_checkpoint: Callable[..., Pat
 
 
 def test_perplexity(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """The definition of pyprune.evaluate, over several decoding batches of a window and several windows."""
+    """The definition of evaluation.perplexity, over several decoding batches of a window and several windows."""
     source = checkpoint("llama-mha", tiny_checkpoint, tmp_path / "made")
     write_gguf(source, tmp_path / "model.gguf", "f32")
     windows = torch.tensor(random_ids(3 * 300)).view(3, 300)

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pyprune.errors import InputError
-from pyprune.export.gguf_vocabulary import (
+from pyprune.exporters.gguf_vocabulary import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -65,7 +65,7 @@ def vocabulary_file(vocabulary: Vocabulary, file: Path) -> Path:
 
 def check_tokens(folder: Path, vocabulary: Vocabulary, file: Path, texts: list[str]) -> None:
     pytest.importorskip("llama_cpp")
-    from pyprune.export.gguf_check import tokens_gguf
+    from pyprune.evaluation.llama_cpp import tokens_gguf
 
     expected = AutoTokenizer.from_pretrained(folder)(texts)["input_ids"]
     for text, own, theirs in zip(texts, tokens_gguf(vocabulary_file(vocabulary, file), texts), expected, strict=True):

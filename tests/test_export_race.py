@@ -12,8 +12,8 @@ from forked import start
 from gguf_models import with_tokenizer
 
 from pyprune.errors import InputError
-from pyprune.export import exclusive
-from pyprune.export.exclusive import exclusive_file
+from pyprune.exporters import exclusive
+from pyprune.exporters.exclusive import exclusive_file
 
 PLACES = {"hard link": (), "exclusive rename": ("link",), "reservation": ("link", "renameat2")}
 

@@ -16,8 +16,9 @@ from forked import run
 from gguf_models import with_tokenizer
 from safetensors import SafetensorError
 
-from pyprune import faults, program
+from pyprune.cli import program
 from pyprune.errors import InputError, VerificationError
+from pyprune.runtime import faults
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_unusable_paths(what: str, model: Path, tmp_path: Path, capsys: pytest.C
 
 def test_an_option_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
     """Of every command: click would take the last value without a word."""
-    from pyprune.cli import cli
+    from pyprune.cli.main import cli
 
     seen = 0
     for name, each in cli.commands.items():

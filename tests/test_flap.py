@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from pyprune.architectures import ATTENTION, FFN, LayerShape
+from pyprune.calibration.channel_statistics import DriverObserver, DriverStatistics
 from pyprune.errors import InputError
 from pyprune.methods import make_method
 from pyprune.methods.flap import Flap, reference_threshold, standardise
-from pyprune.statistics import DriverObserver, DriverStatistics
 
 
 def golden_statistics() -> DriverStatistics:

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import GraniteConfig, GraniteForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from pyprune import architectures, forward_check
+from pyprune import architectures
 from pyprune.architectures import GRANITE, MISTRAL, Family
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
-from pyprune.forward_check import check_forward, layer_kinds
+from pyprune.forward import forward_check
+from pyprune.forward.forward_check import check_forward, layer_kinds
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

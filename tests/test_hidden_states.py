@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyprune.hidden_states import HiddenStates
+from pyprune.forward.hidden_states import HiddenStates
 
 SIZE = (7, 5, 3)
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)

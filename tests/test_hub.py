@@ -8,7 +8,7 @@ import pytest
 
 from pyprune import InputError
 from pyprune.checkpoint import checkpoint_folder
-from pyprune.checkpoint.companions import companions
+from pyprune.checkpoint.auxiliary_files import companions
 from pyprune.checkpoint.hub import wanted_files
 from pyprune.checkpoint.links import stays_inside
 

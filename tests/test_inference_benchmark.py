@@ -16,7 +16,7 @@ from inference_layouts import LAYOUTS, layouts
 from make_checkpoint import ARCHITECTURES, SHAPES, checkpoint_config
 
 from pyprune.architectures import FAMILIES, LLAMA, LayerShape
-from pyprune.fused import fuse, fused_rotary
+from pyprune.forward.fused import fuse, fused_rotary
 from pyprune.modeling import pruned_config
 
 ROOT = Path(__file__).resolve().parent.parent

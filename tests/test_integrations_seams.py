@@ -20,8 +20,8 @@ import torch
 
 from pyprune.errors import InputError
 from pyprune.integrations import SUPPORTED, accelerate, gptqmodel, llm_compressor
-from pyprune.integrations.factor_chain import FactorisingTorch, checked_factor
-from pyprune.integrations.seams import Calls, check_version, with_names
+from pyprune.integrations.cholesky_shim import FactorisingTorch, checked_factor
+from pyprune.integrations.patching import Calls, check_version, with_names
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = sorted(SUPPORTED)

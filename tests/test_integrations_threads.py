@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.integrations import CalibrationStatistics
-from pyprune.integrations.seams import Calls
+from pyprune.integrations.patching import Calls
 
 EPSILON = torch.finfo(torch.float32).eps
 THREADS, FORWARDS, ROWS, CHANNELS = 6, 40, 5, 12

@@ -11,20 +11,21 @@ from command_line import run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pyprune import device as devices
-from pyprune import job as jobs
 from pyprune.architectures import ATTENTION, FFN, MODULES
+from pyprune.architectures.channel_selection import ATTENTION_OUT, FFN_OUT, SELECTIONS, width
 from pyprune.checkpoint import CheckpointReader, stored_model
 from pyprune.errors import InputError
-from pyprune.forward import LayerForward
-from pyprune.learning import training
-from pyprune.learning.budget import TOLERANCE, kept_share
-from pyprune.learning.masked import masking_hooks, selection_masks
+from pyprune.forward.layer_forward import LayerForward
+from pyprune.job import job as jobs
+from pyprune.job.config import PruneOptions
+from pyprune.mask_training import training
+from pyprune.mask_training.budget import TOLERANCE, kept_share
+from pyprune.mask_training.masked_model import masking_hooks, selection_masks
 from pyprune.modeling import SELECTED_CLASSES
-from pyprune.options import PruneOptions, silent
 from pyprune.passes.refit import Refit
-from pyprune.pipeline import prune
-from pyprune.selection import ATTENTION_OUT, FFN_OUT, SELECTIONS, width
+from pyprune.pipeline.run import prune
+from pyprune.runtime import device as devices
+from pyprune.runtime.progress import silent
 
 METHODS = ("disp", "policy")
 CPU = torch.device("cpu")

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyprune.architectures import FFN, MODULES, LayerShape
+from pyprune.architectures.channel_selection import FFN_MIDDLE, SELECTIONS, selected_parameters, width
 from pyprune.checkpoint import CheckpointReader
+from pyprune.checkpoint.load_model import load_model
 from pyprune.errors import InputError
-from pyprune.learning import importance, training
-from pyprune.learning.budget import TOLERANCE, kept_share, rounded, select
-from pyprune.learning.gates import GATES, gumbel_sigmoid, reinmax
-from pyprune.learning.hypernetwork import Hypernetwork
-from pyprune.learning.importance import gradient_importance, moment_importance, prior_logits
-from pyprune.learning.masked import ATTENTION_MIDDLE, MaskedModel
-from pyprune.learning.selections import SelectionLearner
-from pyprune.learning.training import train, window_indices
-from pyprune.learning.units import UnitLearner, start_logits
-from pyprune.loading import load_model
-from pyprune.selection import FFN_MIDDLE, SELECTIONS, selected_parameters, width
+from pyprune.mask_training import importance, training
+from pyprune.mask_training.budget import TOLERANCE, kept_share, rounded, select
+from pyprune.mask_training.disp_learner import SelectionLearner
+from pyprune.mask_training.gates import GATES, gumbel_sigmoid, reinmax
+from pyprune.mask_training.hypernetwork import Hypernetwork
+from pyprune.mask_training.importance import gradient_importance, moment_importance, prior_logits
+from pyprune.mask_training.masked_model import ATTENTION_MIDDLE, MaskedModel
+from pyprune.mask_training.policy_learner import UnitLearner, start_logits
+from pyprune.mask_training.training import train, window_indices
 
 CPU = torch.device("cpu")
 MHA, GQA = LayerShape(32, 8, 4, 1, 48), LayerShape(32, 16, 2, 3, 40)

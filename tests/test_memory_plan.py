@@ -13,14 +13,14 @@ from command_line import run
 
 from pyprune.architectures import LayerShape
 from pyprune.checkpoint import CheckpointReader
-from pyprune.device import check_room, memory_limit
 from pyprune.errors import InputError
-from pyprune.estimate import estimate, pass_flops
-from pyprune.memory_plan import Sizes, plan_memory
+from pyprune.estimation.estimate import estimate, pass_flops
+from pyprune.estimation.memory import Sizes, plan_memory
+from pyprune.estimation.time import KNOWN, pass_seconds
+from pyprune.job.config import PruneOptions
 from pyprune.methods import make_method
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
-from pyprune.time_model import KNOWN, pass_seconds
+from pyprune.pipeline.run import prune
+from pyprune.runtime.device import check_room, memory_limit
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 import pyprune  # noqa: F401 (registers the pruned classes)
 from pyprune.architectures import ATTENTION, FFN, MODULES
 from pyprune.checkpoint import CheckpointReader
-from pyprune.forward import LayerForward
+from pyprune.forward.layer_forward import LayerForward
 from pyprune.modeling import pruned_config
-from pyprune.rewrite import compensation_bias, rewrite_layer
+from pyprune.passes.rewrite import compensation_bias, rewrite_layer
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 

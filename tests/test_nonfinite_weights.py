@@ -10,9 +10,9 @@ from bad_models import changed, infinite
 from command_line import run
 from torch import Tensor
 
+from pyprune.checkpoint.finite import check_finite, nonfinite_rows
 from pyprune.errors import InputError
-from pyprune.finite import check_finite, nonfinite_rows
-from pyprune.plan import read_plan
+from pyprune.job.record import read_plan
 
 TEXTLESS = ("magnitude",)
 METHODS = (*TEXTLESS, "wanda-sp", "flap", "slimgpt", "obs", "wanda", "sparsegpt", "dass", "disp", "policy")

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pyprune.architectures import expand
+from pyprune.calibration.second_moments import CurvatureObserver
+from pyprune.calibration.windows import calibration_windows
 from pyprune.checkpoint import CheckpointReader
-from pyprune.curvature import CurvatureObserver
 from pyprune.errors import InputError
+from pyprune.job.config import PruneOptions
 from pyprune.methods import SecondOrderMethod, make_method
 from pyprune.methods.obs import ALLOCATIONS, Obs
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
-from pyprune.windows import calibration_windows
+from pyprune.pipeline.run import prune
 
 DAMPING = 0.01
 

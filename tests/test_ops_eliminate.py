@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from pyprune.errors import InputError
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE
+from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE
 from pyprune.ops.eliminate import Elimination, eliminate, eliminate_operator, exact_float32, refit
 
 OPERATOR = "eliminate"
@@ -179,7 +179,7 @@ def model_problems(request: pytest.FixtureRequest) -> dict[str, tuple[Tensor, Te
     """(damped Hessian, weight, head_dim) of drivers of a trained model over 16 × 512 tokens, float64."""
     from transformers import AutoModelForCausalLM
 
-    from pyprune.windows import calibration_windows
+    from pyprune.calibration.windows import calibration_windows
 
     shared: Path = request.getfixturevalue("shared_dir")
     folder = shared / "models" / "llama-24m-mha"

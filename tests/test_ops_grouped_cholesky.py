@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyprune.ops import grouped_cholesky_errors, grouped_cholesky_errors_reference
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, Problem, choose_backend, unmet_requirement
+from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, Problem, choose_backend, unmet_requirement
 from pyprune.ops.grouped_cholesky import OPERATOR, diagonal_blocks
 
 CASES = [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyprune.errors import InputError
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, choose
+from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, choose
 from pyprune.ops.hessian import (
     Hessian,
     hessian_finish,

@@ -11,9 +11,10 @@ from tf32 import as_tensor_cores, in_float32
 from torch import Tensor
 
 from pyprune.errors import InputError
-from pyprune.ops import inverse_factor, spd_inverse_factor, sweep
+from pyprune.ops import gauss_jordan as sweep
+from pyprune.ops import inverse_factor, spd_inverse_factor
+from pyprune.ops.gauss_jordan import BLOCKING, Blocking, inverse_factor_
 from pyprune.ops.inverse_factor import reverse_, spd_inverse_factor_reference
-from pyprune.ops.sweep import BLOCKING, Blocking, inverse_factor_
 
 
 @pytest.fixture(params=["library", "sweep"])

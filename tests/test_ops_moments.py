@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 from pyprune.errors import InputError
 from pyprune.ops import ChannelMoments, channel_moments_update
-from pyprune.ops.backends import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, choose
+from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, choose
 
 OPERATOR = "channel_moments"
 each_backend = each_backend_of("cpu", "cuda", "triton")

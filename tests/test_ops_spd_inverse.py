@@ -11,11 +11,11 @@ from tf32 import as_tensor_cores, in_float32, truncated
 from torch import Tensor
 
 from pyprune.errors import InputError
-from pyprune.ops import sweep as module
+from pyprune.ops import gauss_jordan as module
+from pyprune.ops.gauss_jordan import BLOCKING, Blocking, inverse_
 from pyprune.ops.inverse_factor import inverse_factor, spd_inverse_factor
 from pyprune.ops.spd_inverse import FIRST_DAMPING, damped_inverse, spd_inverse, spd_inverse_reference
 from pyprune.ops.split_tf32 import split_factors, split_panel
-from pyprune.ops.sweep import BLOCKING, Blocking, inverse_
 
 
 @pytest.fixture(params=["library", "sweep"])

@@ -13,14 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pyprune import calibration, modeling
+from pyprune import modeling
 from pyprune.architectures import ATTENTION, FFN, MODULES
+from pyprune.calibration import text as calibration
 from pyprune.checkpoint import CheckpointReader
-from pyprune.forward import LayerForward
-from pyprune.ops import backends
-from pyprune.passes.survey import survey_of
-from pyprune.plan import kept_from_entry, read_plan
-from pyprune.rewrite import compensation_bias, rewrite_layer
+from pyprune.forward.layer_forward import LayerForward
+from pyprune.job.record import kept_from_entry, read_plan
+from pyprune.ops import dispatch as backends
+from pyprune.passes.calibrate import survey_of
+from pyprune.passes.rewrite import compensation_bias, rewrite_layer
 
 SMALL = ("--calibration", "self", "--samples", 24, "--sequence-length", 64, "--device", "cpu")
 
@@ -157,7 +158,7 @@ def test_wanda_sp_sees_the_pruned_prefix(demo_model: Path, tmp_path: Path, capsy
     output = tmp_path / "pruned"
     run(capsys, "prune", demo_model, output, "--method", "wanda-sp", "--ratio", 0.5, *SMALL)
     plan = read_plan(output)
-    from pyprune.windows import calibration_windows
+    from pyprune.calibration.windows import calibration_windows
 
     ids = calibration_windows(
         "self", demo_model, CheckpointReader(demo_model).config, 24, 64, 0, torch.device("cpu"), torch.float32

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from pyprune.calibration.windows import evaluation_windows
 from pyprune.checkpoint import CheckpointReader
-from pyprune.evaluate import perplexity
-from pyprune.loading import load_model
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
-from pyprune.windows import evaluation_windows
+from pyprune.checkpoint.load_model import load_model
+from pyprune.evaluation.perplexity import perplexity
+from pyprune.job.config import PruneOptions
+from pyprune.pipeline.run import prune
 
 CPU = torch.device("cpu")
 

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pyprune.calibration import sample_from_model
-from pyprune.evaluate import perplexity
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
+from pyprune.calibration.text import sample_from_model
+from pyprune.evaluation.perplexity import perplexity
+from pyprune.job.config import PruneOptions
+from pyprune.pipeline.run import prune
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from pyprune import InputError, report_plots
-from pyprune.report import write_report
+from pyprune import InputError
+from pyprune.report import plots as report_plots
+from pyprune.report.page import write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyprune.allocation import total_cost
+from pyprune.allocation.budget import total_cost
+from pyprune.allocation.depth_schedule import incremental_counts
+from pyprune.allocation.residual import error_curve, hull_segments, residual_counts
 from pyprune.architectures import ATTENTION, FFN, LayerShape
 from pyprune.errors import InputError
-from pyprune.incremental import incremental_counts
-from pyprune.residual_allocation import error_curve, hull_segments, residual_counts
 
 SHAPE = LayerShape(hidden_size=64, head_dim=16, kv_groups=4, heads_per_group=2, intermediate_channels=160)
 

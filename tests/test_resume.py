@@ -18,15 +18,15 @@ from command_line import run as run_command
 from safetensors import safe_open
 
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
-from pyprune.cli import main
+from pyprune.cli.main import main
 from pyprune.errors import InputError
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
+from pyprune.job.config import PruneOptions
+from pyprune.pipeline.run import prune
 
 LAYERS = 12
 # A clean process that has the libraries loaded forks the runs: each starts at once, none inherits a thread.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pyprune.pipeline", "pyprune.cli"])
+SERVER.set_forkserver_preload(["pyprune.pipeline.run", "pyprune.cli.main"])
 
 
 def options(model: Path, text: Path, output: Path, method: str, **changes: Any) -> PruneOptions:
@@ -185,7 +185,7 @@ def test_a_disk_that_fills_up_in_the_middle(
             *("prune", model, disk / "out", "--method", "flap", "--ratio", 0.4, "--calibration", text, "--samples", 8),
             *("--sequence-length", 32, "--device", "cpu", "--cache", tmp_path / "cache"),
         )
-        monkeypatch.setattr("pyprune.pipeline.check_space", lambda *_: None)
+        monkeypatch.setattr("pyprune.pipeline.run.check_space", lambda *_: None)
         for more in ((), ("--resume",)):  # nor is anything lost where none was freed
             outcome = run_command(capsys, *arguments, *more)
             assert outcome.status == 2
@@ -262,7 +262,7 @@ def test_shards_that_keep_other_units_are_written_again(
 ) -> None:
     """The survey of the killed run is gone and the new one differs: nothing of the old choice may remain."""
     from pyprune.checkpoint import load_cached
-    from pyprune.passes.survey import save_survey, survey_of
+    from pyprune.passes.calibrate import save_survey, survey_of
 
     model, text = model_and_text
     write = CheckpointWriter.write

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyprune import InputError
+from pyprune.calibration.windows import checked_windows
 from pyprune.checkpoint import load_cached, save_cached
-from pyprune.windows import checked_windows
 
 IDENTITY = {"model": "abc", "windows": [3, 4, 0], "versions": ["2", "5"]}
 WINDOWS = torch.arange(12).view(3, 4)

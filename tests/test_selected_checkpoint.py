@@ -24,13 +24,13 @@ from selected_models import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pyprune.calibration import consecutive_windows, tokenize
+from pyprune.architectures.channel_selection import FFN_MIDDLE, SELECTIONS
+from pyprune.calibration.text import consecutive_windows, tokenize
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter, stored_model
+from pyprune.checkpoint.load_model import load_model
 from pyprune.errors import InputError
-from pyprune.evaluate import perplexity
-from pyprune.loading import load_model
+from pyprune.evaluation.perplexity import perplexity
 from pyprune.modeling import SELECTED_CLASSES
-from pyprune.selection import FFN_MIDDLE, SELECTIONS
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 INDEXED = [name for name in SELECTIONS if name != FFN_MIDDLE]

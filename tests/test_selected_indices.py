@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pyprune.architectures import LLAMA
+from pyprune.checkpoint.load_model import load_model
 from pyprune.errors import InputError
-from pyprune.loading import load_model
 from pyprune.modeling.indices import INDEXED, check_index
 
 CHANNELS, COUNT = 64, 20

@@ -23,10 +23,10 @@ from selected_models import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pyprune.learning.budget import kept_share
-from pyprune.loading import load_model
+from pyprune.architectures.channel_selection import selected_parameters
+from pyprune.checkpoint.load_model import load_model
+from pyprune.mask_training.budget import kept_share
 from pyprune.modeling import pruned_config
-from pyprune.selection import selected_parameters
 
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 # Products of fewer columns are summed in another order, which costs some units in the last place of the largest term.

@@ -16,8 +16,8 @@ from forced_backend import each_device
 from interpreter import INTERPRETED, mend, poison_memory, run_interpreted
 from torch import Tensor
 
-from pyprune.ops import backends
-from pyprune.ops.backends import KERNEL_DTYPES
+from pyprune.ops import dispatch as backends
+from pyprune.ops.dispatch import KERNEL_DTYPES
 from pyprune.ops.rms_norm import rms_norm_reference
 
 if INTERPRETED:

@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pyprune import job as jobs
+from pyprune.calibration.windows import calibration_windows
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
-from pyprune.methods.semi_structured import linears_of
+from pyprune.job import job as jobs
+from pyprune.job.config import PruneOptions
+from pyprune.methods.pattern import parse_pattern
+from pyprune.methods.weight_sparsity import linears_of
 from pyprune.ops.sparsify import sparsify_reference
-from pyprune.options import PruneOptions, silent
-from pyprune.pattern import parse_pattern
-from pyprune.pipeline import prune
-from pyprune.windows import calibration_windows
+from pyprune.pipeline.run import prune
+from pyprune.runtime.progress import silent
 
 METHODS = ("wanda", "sparsegpt", "dass")
 SAMPLES, LENGTH = 6, 32

@@ -15,8 +15,9 @@ import click
 import pytest
 from forked import Running, run, start
 
-from pyprune import program, stopping
-from pyprune.stopping import Stopped
+from pyprune.cli import program
+from pyprune.runtime import stopping
+from pyprune.runtime.stopping import Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -94,7 +95,7 @@ def test_nobody_survives_a_kill(model: Path, tmp_path: Path) -> None:
 def test_while_the_libraries_are_imported(tmp_path: Path, started: tuple[str, ...], number: signal.Signals) -> None:
     """There is nothing to tidy or to resume, and no traceback of the import."""
     if started == ("pyprune",):
-        (tmp_path / "pyprune").write_text("import sys\nfrom pyprune.cli import main\nsys.exit(main())\n")
+        (tmp_path / "pyprune").write_text("import sys\nfrom pyprune.cli.main import main\nsys.exit(main())\n")
         started = (str(tmp_path / "pyprune"),)
     # As slow as on a cold disk: the first of the large libraries says that it is reached, and waits.
     (tmp_path / "transformers.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyprune.curvature import Curvature
+from pyprune.calibration.second_moments import Curvature
 from pyprune.errors import InputError
 from pyprune.methods import make_method, second_order
 from pyprune.methods.slimgpt import SlimGpt, dynamic_groups

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from forked import run
 
-from pyprune import streams
-from pyprune.console import Console
+from pyprune.cli.console import Console
+from pyprune.runtime import streams
 
 COMMANDS = {
     "makes": ("export", "MODEL", "OUTPUT", "--format", "stock", "--no-verify"),
@@ -152,7 +152,7 @@ def test_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_benchmark_without_readers_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyprune.benchmark.command import line_printer
+    from pyprune.cli.benchmark import line_printer
 
     monkeypatch.setattr("sys.stdout", Broken())
     with streams.mended():

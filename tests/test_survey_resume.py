@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from pyprune.allocation.residual import deepest_cut
 from pyprune.architectures import ATTENTION, FFN, LayerShape
 from pyprune.checkpoint import save_cached
 from pyprune.checkpoint.content import Content
 from pyprune.errors import InputError
-from pyprune.options import PruneOptions
-from pyprune.passes import curves, survey
-from pyprune.passes.layer_log import LayerLog
-from pyprune.pipeline import prune
-from pyprune.residual_allocation import deepest_cut
+from pyprune.job.config import PruneOptions
+from pyprune.passes import calibrate as survey
+from pyprune.passes import error_curves as curves
+from pyprune.passes.layer_cache import LayerLog
+from pyprune.pipeline.run import prune
 
 SHAPE = LayerShape(hidden_size=64, head_dim=16, kv_groups=4, heads_per_group=2, intermediate_channels=100)
 

@@ -12,9 +12,10 @@ from command_line import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune import InputError
-from pyprune.options import PruneOptions, silent
-from pyprune.pipeline import prune
-from pyprune.task_evaluation import evaluate_tasks
+from pyprune.evaluation.tasks import evaluate_tasks
+from pyprune.job.config import PruneOptions
+from pyprune.pipeline.run import prune
+from pyprune.runtime.progress import silent
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")

@@ -17,13 +17,12 @@ from pyprune.triton_kernels import channel_moments, hessian
 from test_hessian_triton import compile_tma
 from test_triton_compile import compile_chunk_moments
 
-from pyprune import tuning
 from pyprune.benchmark import tune
 from pyprune.benchmark.candidates import TUNABLE, hessian_candidates, moments_candidates, names_of
 from pyprune.benchmark.search import LEAST_GAIN, Gain, Shape, Unusable, combined, gain_of, is_gain, search
 from pyprune.errors import InputError
-from pyprune.ops import describe_installation
-from pyprune.tuning import Gpu
+from pyprune.ops import describe_installation, tuning
+from pyprune.ops.tuning import Gpu
 
 GPU = Gpu("NVIDIA Test 80GB", (9, 0))
 SHAPES = [(1024, 64), (2048, 128)]

@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pyprune.allocation import total_cost, uniform_counts
+from pyprune.allocation.budget import total_cost, uniform_counts
+from pyprune.allocation.common_size import cheapest_counts, common_counts
+from pyprune.allocation.depth_schedule import incremental_counts
+from pyprune.allocation.residual import ErrorCurves, residual_counts
+from pyprune.allocation.rounding import above, below, nearest, rounded_counts, worth_by_errors
 from pyprune.architectures import ATTENTION, FFN, MODULES, LayerShape
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
-from pyprune.incremental import incremental_counts
+from pyprune.job.config import PruneOptions
+from pyprune.job.record import read_plan
 from pyprune.methods import METHODS, make_method
 from pyprune.methods.base import COMPENSATIONS
-from pyprune.options import PruneOptions
-from pyprune.pipeline import prune
-from pyprune.plan import read_plan
-from pyprune.residual_allocation import ErrorCurves, residual_counts
-from pyprune.rounding import above, below, nearest, rounded_counts, worth_by_errors
-from pyprune.uniform import cheapest_counts, common_counts
+from pyprune.pipeline.run import prune
 
 Counts = list[dict[str, int]]
 

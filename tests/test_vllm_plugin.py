@@ -24,11 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pyprune import InputError
 from pyprune.architectures import LayerShape
 from pyprune.checkpoint import CheckpointReader
+from pyprune.integrations.vllm import MODELS, register
+from pyprune.integrations.vllm.tensor_parallel import check_tensor_parallel
+from pyprune.job.config import PruneOptions
 from pyprune.modeling import PRUNED_CLASSES, pruned_config
-from pyprune.options import PruneOptions, silent
-from pyprune.pipeline import prune
-from pyprune.vllm_plugin import MODELS, register
-from pyprune.vllm_plugin.tensor_parallel import check_tensor_parallel
+from pyprune.pipeline.run import prune
+from pyprune.runtime.progress import silent
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 DEVICES = torch.cuda.device_count() or len(os.sched_getaffinity(0))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
-from pyprune.plan import read_plan
+from pyprune.job.record import read_plan
 
 Tensors = dict[str, Tensor]
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..tuning import tuned_configuration
+from ..ops.tuning import tuned_configuration
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def shipped_configuration(capability: tuple[int, int], element_size: int) -> Con
 def configuration_for(
     capability: tuple[int, int], element_size: int, device: torch.device | None = None
 ) -> Configuration:
-    """What was tuned on this GPU (pyprune/tuning.py), else the table's entry. device: None is the current one."""
+    """What was tuned on this GPU (pyprune/ops/tuning.py), else the table's entry. device: None is the current one."""
     tuned = tuned_configuration("channel_moments", Configuration, capability, element_size, device)
     return tuned or shipped_configuration(capability, element_size)
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..tuning import tuned_configuration
+from ..ops.tuning import tuned_configuration
 from .channel_moments import configuration_for as moments_configuration
 from .channel_moments import divide_rows, tiles_of_chunk
 
@@ -346,7 +346,7 @@ def shipped_configuration(capability: tuple[int, int], element_size: int) -> Con
 
 
 def configuration_for(capability: tuple[int, int], x: torch.Tensor) -> Configuration:
-    """For x [rows, channels]: what was tuned on its GPU (pyprune/tuning.py), else the table's entry."""
+    """For x [rows, channels]: what was tuned on its GPU (pyprune/ops/tuning.py), else the table's entry."""
     if read_unit(x) == 1:
         return ANY_WIDTH
     tuned = tuned_configuration("hessian", Configuration, capability, x.element_size(), x.device)

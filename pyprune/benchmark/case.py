@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import backends
+from ..ops import dispatch as backends
 from .rates import Work
 from .timing import nothing
 

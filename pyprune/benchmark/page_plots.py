@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from ..report_plots import ATTENTION, FFN, INK, PRUNE, STYLE, svg_of
+from ..report.plots import ATTENTION, FFN, INK, PRUNE, STYLE, svg_of
 from .case import OTHER, OURS, PYTORCH
 from .rates import Rates
 from .results import Row, contestants, fastest, median

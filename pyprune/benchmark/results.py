@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import stem_of
+from ..runtime.files import stem_of
 from .case import OTHER, OURS
 
 FORMAT, KIND = 1, "pyprune benchmark"

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .. import tuning
-from ..command_options import names
+from ..cli.options import names
 from ..errors import InputError
-from ..files import write_json
-from ..options import Progress
+from ..ops import tuning
+from ..runtime.files import write_json
+from ..runtime.progress import Progress
 from .case import Case
 from .machine import describe_machine
 from .page import write_page

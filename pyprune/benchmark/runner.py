@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import VerificationError
-from ..ops import backends
+from ..ops import dispatch as backends
 from .case import OURS, Case, Contestant, Errors, Problem, forced, on_backends
 from .rates import Rates
 from .timing import Timer

@@ -1,4 +1,4 @@
-"""`pyprune tune`: the search on this GPU, and the table that it leaves (pyprune/tuning.py)."""
+"""`pyprune tune`: the search on this GPU, and the table that it leaves (pyprune/ops/tuning.py)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import tuning
-from ..device import select_device
 from ..errors import InputError, VerificationError
-from ..ops import backends
-from ..options import Progress
+from ..ops import dispatch as backends
+from ..ops import tuning
+from ..runtime.device import select_device
+from ..runtime.progress import Progress
 from .case import normal
 from .runner import first_line
 from .search import Finding, Shape, Unusable, search

@@ -4,8 +4,8 @@ from .cache import digest, load_cached, metadata_of, save_cached
 from .content import Digests, FileStates
 from .hub import checkpoint_folder
 from .journal import JOURNAL
-from .loader import LayerLoader
-from .places import check_cache, check_free, check_place, check_space
+from .prefetch import LayerLoader
+from .preflight import check_cache, check_free, check_place, check_space
 from .reader import CheckpointReader, stored_model
 from .writer import CheckpointWriter, begun, changes, differences, prove_files
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import parse_json, reason_of
+from ..runtime.files import parse_json, reason_of
 from .content import digest_of
 
 _DIGEST, _IDENTITY = "digest", "identity"

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
-from ..files import parse_json, read_json, reason_of
+from ..runtime.files import parse_json, read_json, reason_of
 from .links import stays_inside
 
 INDEX = "model.safetensors.index.json"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import read_json, reason_of
-from .companions import companions_of
+from ..runtime.files import read_json, reason_of
+from .auxiliary_files import companions_of
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

@@ -7,7 +7,7 @@ from typing import Any
 import xxhash
 
 from ..errors import InputError
-from ..files import parse_json, read_file
+from ..runtime.files import parse_json, read_file
 
 JOURNAL = "journal.jsonl"
 _DIGEST = "digest"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..architectures import SELECTED_PREFIX, Family, LayerShape, family_of
 from ..errors import InputError
-from ..files import read_json, reason_of
+from ..runtime.files import read_json, reason_of
 from .content import Content, Digests, FileStates, digest_of, digests_of_files, file_states
 from .headers import StoredTensor, explain, header_of, read_headers, weight_files
 from .names import assign_names, check_layer_count

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import read_json, reason_of
+from ..runtime.files import read_json, reason_of
 
 _GENERATION = "generation_config.json"
 _FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")

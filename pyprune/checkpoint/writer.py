@@ -21,7 +21,7 @@ from .content import Digests, digests_of_files
 from .headers import INDEX, StoredTensor, read_headers
 from .journal import JOURNAL, journal_line, read_journal
 from .ownership import FolderLock
-from .places import check_free
+from .preflight import check_free
 from .shard_file import STORED, write_shard
 
 logger = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from ..ops.hessian import hessian_finish, hessian_update
 from ..ops.moments import row_count
-from .factor_chain import FactorisingTorch
-from .seams import (
+from .cholesky_shim import FactorisingTorch
+from .patching import (
     Acceleration,
     Calls,
     Seam,

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.sweep import swept
-from .factor_chain import FactorisingTorch, checked_factor
-from .llm_compressor_contract import check_gptq, check_sparsegpt
-from .open_sums import OpenSums
-from .seams import Acceleration, Calls, Seam, check_version, original_functions, replaced, with_names
+from ..ops.gauss_jordan import swept
+from .cholesky_shim import FactorisingTorch, checked_factor
+from .deferred_hessians import OpenSums
+from .llm_compressor_checks import check_gptq, check_sparsegpt
+from .patching import Acceleration, Calls, Seam, check_version, original_functions, replaced, with_names
 
 TOOL = "llm-compressor"
 

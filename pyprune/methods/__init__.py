@@ -7,15 +7,15 @@ from ..errors import InputError
 from .base import LayerStatistics, Method, ScoringMethod
 from .dass import Dass
 from .flap import Flap
-from .learned import Disp, LearnedMethod, Policy
 from .magnitude import Magnitude
+from .mask_learning import Disp, LearnedMethod, Policy
 from .obs import Obs
 from .second_order import SecondOrderMethod
-from .semi_structured import SemiStructuredMethod
 from .slimgpt import SlimGpt
 from .sparsegpt import SparseGpt
 from .wanda import Wanda
 from .wanda_sp import WandaSp
+from .weight_sparsity import SemiStructuredMethod
 
 KNOWN: tuple[type[Method], ...] = (Magnitude, WandaSp, Flap, SlimGpt, Obs, Disp, Policy, Wanda, SparseGpt, Dass)
 METHODS: dict[str, type[Method]] = {method.name: method for method in KNOWN}

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..allocation import Choice, Counts, UnitScores, check_ratio, choose_by_counts, uniform_counts
+from ..allocation.budget import Choice, Counts, UnitScores, check_ratio, choose_by_counts, uniform_counts
+from ..allocation.common_size import common_counts, common_sizes
+from ..allocation.rounding import check_multiple, rounded_counts
 from ..architectures import MODULES, Family, LayerShape
+from ..calibration.channel_statistics import DriverStatistics
 from ..errors import InputError
-from ..rounding import check_multiple, rounded_counts
-from ..statistics import DriverStatistics
-from ..uniform import common_counts, common_sizes
 
 LayerStatistics = dict[str, DriverStatistics]  # module -> statistics of its driver
 

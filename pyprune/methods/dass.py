@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..architectures import Family
-from .semi_structured import InputNormMethod
+from .weight_sparsity import InputNormMethod
 
 # Of the norm of an FFN channel beside a weight of gate or up, as in the paper.
 POWER = 0.5

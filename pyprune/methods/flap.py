@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..allocation import (
+from ..allocation.budget import (
     Choice,
     Counts,
     UnitScores,
@@ -16,11 +16,11 @@ from ..allocation import (
     total_cost,
     uniform_counts,
 )
+from ..allocation.common_size import common_counts
+from ..allocation.rounding import rounded_counts, worth_by_scores
 from ..architectures import ATTENTION, FFN, MODULES, LayerShape
+from ..calibration.channel_statistics import DriverStatistics
 from ..errors import InputError
-from ..rounding import rounded_counts, worth_by_scores
-from ..statistics import DriverStatistics
-from ..uniform import common_counts
 from .base import LayerStatistics, ScoringMethod
 
 METRICS = ("IFV", "WIFV", "WIFN")

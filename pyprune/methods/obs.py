@@ -3,13 +3,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..allocation import Counts, counts_of
+from ..allocation.budget import Counts, counts_of
+from ..allocation.common_size import cheapest_counts
+from ..allocation.depth_schedule import incremental_counts
+from ..allocation.residual import ErrorCurves, residual_counts
 from ..architectures import LayerShape
 from ..errors import InputError
-from ..incremental import incremental_counts
 from ..ops import eliminate, lower_gram, refit
-from ..residual_allocation import ErrorCurves, residual_counts
-from ..uniform import cheapest_counts
 from .base import LayerStatistics
 from .flap import Flap
 from .second_order import CURVES, MOMENTS, NONE, SecondOrderMethod

@@ -7,13 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..allocation import Counts
+from ..allocation.budget import Counts
+from ..allocation.residual import ErrorCurves
 from ..architectures import LayerShape
-from ..curvature import Curvature
+from ..calibration.channel_statistics import column_norms
+from ..calibration.second_moments import Curvature
 from ..errors import InputError
 from ..ops import add_split_product, damped_inverse, grouped_cholesky_errors
-from ..residual_allocation import ErrorCurves
-from ..statistics import column_norms
 from .base import LayerStatistics, Method
 
 NONE, MOMENTS, CURVES = "none", "moments", "curves"

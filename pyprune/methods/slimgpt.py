@@ -4,12 +4,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..allocation import Counts
+from ..allocation.budget import Counts
+from ..allocation.depth_schedule import SCHEDULES, incremental_counts
+from ..allocation.residual import ErrorCurves
 from ..architectures import LayerShape
 from ..errors import InputError
-from ..incremental import SCHEDULES, incremental_counts
 from ..ops import grouped_cholesky_errors
-from ..residual_allocation import ErrorCurves
 from .base import LayerStatistics
 from .second_order import SecondOrderMethod
 

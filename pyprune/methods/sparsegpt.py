@@ -7,7 +7,7 @@ from torch import Tensor
 from ..architectures import Family
 from ..errors import InputError
 from ..ops import inverse_factor, sparsify_
-from .semi_structured import LinearInputs, SemiStructuredMethod, Sparse
+from .weight_sparsity import LinearInputs, SemiStructuredMethod, Sparse
 
 
 @dataclass(frozen=True)

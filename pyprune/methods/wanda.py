@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 
-from .semi_structured import InputNormMethod
+from .weight_sparsity import InputNormMethod
 
 
 @dataclass(frozen=True)

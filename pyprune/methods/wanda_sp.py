@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..statistics import DriverStatistics
+from ..calibration.channel_statistics import DriverStatistics
 from .base import ScoringMethod
 
 

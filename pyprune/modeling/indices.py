@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures.channel_selection import ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT
 from ..errors import InputError
-from ..selection import ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT
 
 INDEXED = (ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT)  # of the FFN's channels no index is needed
 

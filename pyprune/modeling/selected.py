@@ -11,8 +11,8 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..architectures import ATTENTION, FAMILIES, FFN, SELECTED_PREFIX, Family
+from ..architectures.channel_selection import SELECTIONS, slices
 from ..ops import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
-from ..selection import SELECTIONS, slices
 from .config import layered_fields
 from .indices import CheckedLayer, CheckedModel
 from .pruned import without_layers

@@ -8,15 +8,15 @@ import functools
 
 from torch.library import CustomOpDef
 
-from .backends import describe, describe_installation
+from .dispatch import describe, describe_installation
 from .eliminate import Elimination, eliminate, refit
+from .gather_scatter import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
 from .grouped_cholesky import grouped_cholesky_errors, grouped_cholesky_errors_reference
 from .hessian import Hessian, hessian_finish, hessian_update, lower_gram
 from .inverse_factor import InverseFactor, inverse_factor, spd_inverse_factor
 from .moments import ChannelMoments, channel_moments_update, channel_moments_update_reference
 from .rms_norm import rms_norm
 from .rotary import rotate_
-from .selection import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
 from .sparsify import sparsify_
 from .spd_inverse import DampedInverse, damped_inverse, spd_inverse
 from .split_tf32 import add_split_product

@@ -1,7 +1,7 @@
 from torch import Tensor
 
-from .backends import describe as describe
-from .backends import describe_installation as describe_installation
+from .dispatch import describe as describe
+from .dispatch import describe_installation as describe_installation
 from .eliminate import Elimination as Elimination
 from .eliminate import eliminate as eliminate
 from .eliminate import refit as refit

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends
+from . import dispatch as backends
 from .checks import WIDE, check_apart, check_contiguous, check_kind, check_square
 from .grouped_cholesky import grouped_cholesky_errors
 from .moments import multiprocessors_of

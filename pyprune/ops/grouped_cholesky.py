@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
+from . import dispatch as backends
 from .checks import WIDE, check_device, check_kind, check_square
 from .precision import exact_float32
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends
+from . import dispatch as backends
 from .checks import FLOATS, SINGLE, check_apart, check_contiguous, check_device, check_kind, check_matrix, check_rows
 from .moments import as_rows, multiprocessors_of, row_count
 from .split_tf32 import has_fast_tf32, split_gram
@@ -166,7 +166,7 @@ def check_tensors(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
     schema="(Tensor x, Tensor(a!) lower, Tensor(b!)? sums) -> ()",
 )
 def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
-    """lower += xᵀx where row ≥ column and sums += Σ x, on the backend that pyprune.ops.backends chooses.
+    """lower += xᵀx where row ≥ column and sums += Σ x, on the backend that pyprune.ops.dispatch chooses.
 
     x: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides.
     lower: float32 [channels, channels], contiguous, on x's device, changed in place; above the diagonal anything

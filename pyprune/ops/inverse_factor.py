@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .gauss_jordan import blocking_for, inverse_factor_, swept
 from .precision import exact_float32
 from .spd_inverse import check_tensor, shifted, solve_damped
-from .sweep import blocking_for, inverse_factor_, swept
 
 # Elements that are reversed at a time: 64 MiB of temporary memory in float32.
 REVERSED_AT_ONCE = 1 << 24

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import backends
+from . import dispatch as backends
 from .checks import FLOATS, SINGLE, check_alike, check_apart, check_contiguous, check_device, check_kind, check_rows
 
 OPERATOR = "channel_moments"
@@ -155,7 +155,7 @@ def check_strides(mean: Tensor, m2: Tensor) -> None:
     schema="(Tensor x, SymInt count, Tensor(a!) mean, Tensor(b!) m2) -> ()",
 )
 def channel_moments_update(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
-    """Merge the rows of x into the state, on the backend that pyprune.ops.backends chooses.
+    """Merge the rows of x into the state, on the backend that pyprune.ops.dispatch chooses.
 
     x: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides.
     count: rows already in the state, which must be zeros if it is 0; the caller adds x's rows afterwards.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
+from . import dispatch as backends
 from .checks import FLOATS, check_device, check_kind
 
 OPERATOR = "rms_norm"
@@ -23,7 +23,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("pyprune::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps) -> Tensor")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm on the backend that pyprune.ops.backends chooses.
+    """RMSNorm on the backend that pyprune.ops.dispatch chooses.
 
     x: [..., channels] bfloat16, float16, float32 (float64: reference only); weight: [channels], a floating type, on x's
     device. Returns x's shape, contiguous, in the promoted type of both. Has no gradients; `rms_norm_gather` has.

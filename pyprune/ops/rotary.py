@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
+from . import dispatch as backends
 from .checks import FLOATS, check_alike, check_apart, check_kind
 
 OPERATOR = "rotary"
@@ -23,7 +23,7 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 @torch.library.custom_op("pyprune::rotate_", mutates_args=("x",), schema="(Tensor(a!) x, Tensor cos, Tensor sin) -> ()")
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn every head by its token's angles, on the backend that pyprune.ops.backends chooses.
+    """Turn every head by its token's angles, on the backend that pyprune.ops.dispatch chooses.
 
     x: [batch, heads, tokens, head_dim] bfloat16, float16, float32 (float64: reference only), any strides that do not
     overlap, changed in place. cos, sin: [1 or batch, tokens, head_dim], of x's type and device. The halves of a head

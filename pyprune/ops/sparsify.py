@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import backends
+from . import dispatch as backends
 from .checks import WIDE, check_apart, check_kind
 from .moments import as_rows
 from .precision import exact_float32

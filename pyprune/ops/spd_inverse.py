@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from .checks import WIDE, check_kind, check_square
+from .gauss_jordan import blocking_for, inverse_, mirror_lower, swept
 from .precision import exact_float32
-from .sweep import blocking_for, inverse_, mirror_lower, swept
 
 logger = logging.getLogger(__name__)
 

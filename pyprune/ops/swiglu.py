@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
+from . import dispatch as backends
 from .checks import FLOATS, check_apart, check_kind
 
 OPERATOR = "swiglu"
@@ -21,7 +21,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> None:
 
 @torch.library.custom_op("pyprune::swiglu_", mutates_args=("gate",), schema="(Tensor(a!) gate, Tensor up) -> ()")
 def swiglu_(gate: Tensor, up: Tensor) -> None:
-    """gate ← silu(gate) · up on the backend that pyprune.ops.backends chooses.
+    """gate ← silu(gate) · up on the backend that pyprune.ops.dispatch chooses.
 
     gate, up: of one shape, type and device, bfloat16, float16, float32 (float64: reference only), any strides; gate is
     changed in place. Has no gradients, and autograd does not say so: neither may need any. Nothing waits for a GPU.

@@ -1,13 +1,13 @@
 """The passes over a model's layers: survey and prune, in the way that the method needs."""
 
 from ..checkpoint import CheckpointWriter
-from ..job import Job
+from ..job.job import Job
 from ..methods import Disp, Policy, ScoringMethod, SecondOrderMethod, SemiStructuredMethod
 from .base import Passes
-from .learned import PolicyPasses, SelectionPasses
-from .reconstruction import ReconstructionPasses
-from .scoring import ScoringPasses
-from .sparsifying import SparsifyingPasses
+from .reconstruct import ReconstructionPasses
+from .slice import ScoringPasses
+from .sparsify import SparsifyingPasses
+from .train_masks import PolicyPasses, SelectionPasses
 
 
 def make_passes(job: Job, writer: CheckpointWriter) -> Passes:

@@ -10,19 +10,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..allocation import Kept, UnitScores
+from ..allocation.budget import Kept, UnitScores
 from ..architectures import ATTENTION, FFN, MODULES, LayerShape
 from ..checkpoint import CheckpointWriter
-from ..device import Meter
+from ..checkpoint.finite import check_finite
 from ..errors import InputError
-from ..finite import check_finite
-from ..forward import LayerForward
-from ..forward_check import check_forward
-from ..job import Job
-from ..learning.training import History
-from ..outcome import Outcome
-from ..plan import kept_from_entry
-from ..rewrite import pad_channels
+from ..forward.forward_check import check_forward
+from ..forward.layer_forward import LayerForward
+from ..job.job import Job
+from ..job.record import kept_from_entry
+from ..job.result import Outcome
+from ..mask_training.training import History
+from ..runtime.device import Meter
+from .rewrite import pad_channels
 
 # On a GPU a pruned layer's forward has its FFN in multiples of so many channels: a whole tile of every type.
 ROUND_CHANNELS = 64

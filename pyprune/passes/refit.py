@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import ATTENTION, FFN, MODULES
-from ..curvature import add_product
-from ..forward import LayerForward, layer_name
-from ..hidden_states import HiddenStates
-from ..learning.masked import masking_hooks, selection_masks
+from ..architectures.channel_selection import ATTENTION_OUT, FFN_MIDDLE, FFN_OUT, Selection
+from ..calibration.second_moments import add_product
+from ..forward.hidden_states import HiddenStates
+from ..forward.layer_forward import LayerForward, layer_name
+from ..mask_training.masked_model import masking_hooks, selection_masks
 from ..ops import Hessian, damped_inverse
-from ..selection import ATTENTION_OUT, FFN_MIDDLE, FFN_OUT, Selection
 
 DAMPING = 0.01  # of H's mean diagonal, as in the methods of second order
 OUTPUTS = {ATTENTION: ATTENTION_OUT, FFN: FFN_OUT}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...ops import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
-from ...ops.selection import (
+from ...ops.gather_scatter import (
     rms_norm_gather_reference,
     scatter_add_reference,
     scatter_add_rms_norm_gather_reference,

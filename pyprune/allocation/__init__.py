@@ -1,0 +1,1 @@
+"""From a ratio to the units that each layer keeps."""

@@ -1,0 +1,95 @@
+"""Layers of one size: every layer keeps the same number of KV groups and of FFN channels, which stock classes can say.
+
+The budget leaves one choice: more KV groups and fewer channels, or the other way round.
+"""
+
+import math
+from typing import NamedTuple
+
+from ..architectures import ATTENTION, FFN, LayerShape
+from ..errors import InputError
+from .budget import Counts, check_attention_ratio, total_cost
+from .residual import ErrorCurves
+from .rounding import nearest
+
+
+class LayerSize(NamedTuple):
+    """What every layer keeps; `exact`: the channels that meet the budget with these KV groups, before rounding."""
+
+    kv_groups: int
+    channels: int
+    exact: float
+
+
+def common_sizes(shapes: list[LayerShape], ratio: float, multiple: int) -> list[LayerSize]:
+    """The sizes that all layers can have and that meet the ratio within half a multiple of channels a layer.
+
+    They differ in their KV groups, fewer first. Raises InputError where there is none.
+    """
+    if len({(s.heads_per_group, s.head_dim) for s in shapes}) > 1:
+        raise InputError("--uniform is impossible: the layers' KV groups are of several widths")
+    share = (1 - ratio) * total_cost(shapes) / len(shapes)  # of a layer, in channels
+    group_cost = shapes[0].group_cost
+    groups = min(s.kv_groups for s in shapes)
+    channels = min(s.intermediate_channels for s in shapes)
+    if any(s.intermediate_channels != channels for s in shapes):
+        channels -= channels % multiple  # some layers are cut in any case
+    sizes = []
+    for kept in range(1, groups + 1):
+        exact = share - kept * group_cost
+        sizes.append(LayerSize(kept, nearest(exact, channels, multiple), exact))
+    # A multiple's half beyond the ends, and between them a whole layer's last step is never longer than a multiple.
+    fitting = [size for size in sizes if abs(size.channels - size.exact) <= multiple / 2]
+    if not fitting:
+        best = min(sizes, key=lambda size: abs(size.channels - size.exact))
+        met = 1 - len(shapes) * (best.kv_groups * group_cost + best.channels) / total_cost(shapes)
+        raise InputError(
+            f"ratio {ratio:g} is impossible with --uniform: all layers can keep at most {groups} KV groups and "
+            f"{channels} FFN channels; the nearest ratio possible is {met:.4f}"
+        )
+    return fitting
+
+
+def common_counts(
+    shapes: list[LayerShape], ratio: float, multiple: int = 1, attention_ratio: float | None = None
+) -> Counts:
+    """Units that each layer loses, so that all keep the same: KV groups lose `ratio` of their number, rounded down.
+
+    FFN channels make up the rest, to the nearest multiple; where they cannot, more KV groups go, or fewer.
+    `attention_ratio` sets the attention's own ratio, which then is kept to. Raises InputError for what is impossible.
+    """
+    sizes = common_sizes(shapes, ratio, multiple)
+    of_groups = ratio if attention_ratio is None else attention_ratio
+    check_attention_ratio(of_groups)
+    mean = sum(s.kv_groups for s in shapes) / len(shapes)
+    kept = min(max(1, math.ceil((1 - of_groups) * mean - 1e-9)), min(s.kv_groups for s in shapes))
+    best = min(sizes, key=lambda size: abs(size.kv_groups - kept))
+    if attention_ratio is not None and best.kv_groups != kept:
+        raise InputError(
+            f"attention ratio {attention_ratio:g} with ratio {ratio:g} leaves each layer {kept} KV groups and no "
+            "possible number of FFN channels; bring the two closer together"
+        )
+    return counts_to(best, shapes)
+
+
+def cheapest_counts(curves: list[ErrorCurves], shapes: list[LayerShape], ratio: float, multiple: int = 1) -> Counts:
+    """Units that each layer loses, so that all keep the same: the size whose errors, over all layers, are smallest.
+
+    Errors are those of the channels that meet the budget exactly, so that of two sizes the one that rounding makes
+    smaller is at no disadvantage. A size that some FFN's curve does not reach comes after all that are reached.
+    """
+
+    def error(size: LayerSize) -> tuple[int, float]:
+        beyond, total = 0, 0.0
+        for own, shape in zip(curves, shapes, strict=True):
+            kept = min(max(round(size.exact), 1), shape.intermediate_channels)
+            removed, end = shape.intermediate_channels - kept, len(own[FFN]) - 1
+            beyond += max(0, removed - end)
+            total += float(own[ATTENTION][shape.kv_groups - size.kv_groups] + own[FFN][min(removed, end)])
+        return beyond, total
+
+    return counts_to(min(common_sizes(shapes, ratio, multiple), key=error), shapes)
+
+
+def counts_to(size: LayerSize, shapes: list[LayerShape]) -> Counts:
+    return [{ATTENTION: s.kv_groups - size.kv_groups, FFN: s.intermediate_channels - size.channels} for s in shapes]

@@ -1,0 +1,162 @@
+"""How long a pass takes on a GPU, from sizes and three rates of the device: what `pyprune plan` says beforehand.
+
+Each term is the work of one stage over the rate that bounds it. Shares of the rates were measured on an H200 with 13 B
+and 70 B shapes; what no stage names (waiting for decisions, the first use of each kernel) is in OVERHEAD.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..architectures import ATTENTION, FFN, MODULES
+from ..methods import SecondOrderMethod, SemiStructuredMethod
+from ..methods.second_order import CURVES, NONE
+from .memory import Sizes
+
+OVERHEAD = 1.1
+# Of the rate of matrix products: H (one triangle, 2·T·d²/2 FLOP at 0.9), split products in TF32 (per d³ or n·d²).
+# Elimination is thrice as fast in one TF32 product, as for curves.
+HESSIAN_SHARE, INVERSE_SHARE, ELIMINATE_SHARE, SPLIT_SHARE = 0.9, 1 / 11, 1 / 30, 1 / 5
+CURVE_SHARE = 3 * ELIMINATE_SHARE
+ATTENTION_SHARE = 0.5
+# Steps of a masked model in PyTorch (7B, 2048 tokens, H100): forward and back, and forwards alone.
+TRAINING_SHARE = {True: 0.32, False: 0.57}
+PIVOT_SECONDS = 8e-6  # one channel's removal within a panel
+WALK_SECONDS = 4e-6  # a column of SparseGPT's walk, with its share of what surrounds a block
+GROUP_SECONDS = 1.5e-3  # one KV group's, a dozen products one after the other
+PROBE_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one device: FLOP/s of matrix products in the compute type and in float32, bytes/s of a copy, read + write."""
+
+    matmul: float
+    float32: float
+    memory: float
+
+
+# Measured on an H200; for the others scaled by the makers' figures for dense bfloat16, float32 and bandwidth.
+KNOWN = {
+    "h200": Rates(7.5e14, 4.7e13, 4.0e12),
+    "h100": Rates(7.2e14, 4.7e13, 2.8e12),
+    "a100": Rates(2.5e14, 1.7e13, 1.7e12),
+    "l40s": Rates(2.6e14, 5.0e13, 0.75e12),
+    "rtx4090": Rates(1.6e14, 5.0e13, 0.9e12),
+}
+MEMORY = {"h200": 141e9, "h100": 80e9, "a100": 80e9, "l40s": 48e9, "rtx4090": 24e9}  # bytes
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The rates of a CUDA device that is present, in about a second."""
+    x = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    copy = 2 * len(x) / best_seconds(lambda: y.copy_(x), device)
+    return Rates(matmul_rate(device, dtype), matmul_rate(device, torch.float32), copy)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product on the device, the best of a few."""
+    n = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / best_seconds(lambda: a @ b, device)
+
+
+def best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    best, stop = float("inf"), time.perf_counter() + PROBE_SECONDS
+    while time.perf_counter() < stop:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def half_seconds(sizes: Sizes, module: str, tokens: int, rates: Rates) -> float:
+    """One half of the widest layer over so many tokens: products, attention, elementwise passes over activations."""
+    shape = sizes.shape
+    hidden = shape.hidden_size
+    inner = sizes.width(module)
+    if module == FFN:
+        flops = tokens * 2 * 3 * hidden * inner
+        moved = tokens * (10 * hidden + 10 * inner)  # norm, residual; activation and product
+        attention = 0.0
+    else:
+        keys = shape.kv_groups * shape.head_dim
+        flops = tokens * 2 * hidden * (2 * inner + 2 * keys)
+        moved = tokens * (10 * hidden + 4 * (inner + keys))  # norm, residual; rotation of queries and keys
+        attention = tokens * 2 * inner * sizes.sequence_length / (ATTENTION_SHARE * rates.matmul)
+    return flops / rates.matmul + attention + moved * sizes.compute_bytes / 2 / rates.memory
+
+
+def driver_seconds(
+    sizes: Sizes, module: str, tokens: int, removed: float, rates: Rates, eliminate_share: float = ELIMINATE_SHARE
+) -> dict[str, float]:
+    """Statistics of one driver over so many tokens, and the removal of a share of its units."""
+    d, out = sizes.width(module), sizes.shape.hidden_size
+    units = d // sizes.shape.unit_width(module)
+    each = PIVOT_SECONDS if module == FFN else GROUP_SECONDS
+    eliminated = removed * d * d * d / (eliminate_share * rates.matmul) + removed * units * each
+    return {
+        "hessian": tokens * d * d / (HESSIAN_SHARE * rates.matmul),
+        "shortfall": 2 * tokens * out * d / rates.matmul + 10 * tokens * out / rates.memory,
+        "inverse": d**3 / (INVERSE_SHARE * rates.matmul * d / (d + 6000)),
+        "eliminate": eliminated,
+        "gram": out * d * d / (SPLIT_SHARE / 2 * rates.matmul),
+        "fit": 2 * out * d * d / (SPLIT_SHARE * rates.matmul) + removed * d * d * out / rates.float32,
+    }
+
+
+def sparsifying_seconds(sizes: Sizes, tokens: int, rates: Rates) -> float:
+    """Second moments of a layer's four inputs, the factors of their inverses, and the walks over all columns."""
+    shape, seconds = sizes.shape, 0.0
+    keys = 2 * shape.kv_groups * shape.head_dim
+    outputs = (sizes.width(ATTENTION) + keys, shape.hidden_size, 2 * shape.intermediate_channels, shape.hidden_size)
+    for d, out in zip(shape.input_widths, outputs, strict=True):
+        seconds += out * d * d / (SPLIT_SHARE * rates.matmul)  # what the columns behind hear of each block
+        seconds += 2 * out * d * d / rates.float32  # the energy that losses are shares of
+        seconds += tokens * d * d / (HESSIAN_SHARE * rates.matmul)
+        seconds += 2 / 3 * d**3 / (INVERSE_SHARE * rates.matmul * d / (d + 6000)) + d * WALK_SECONDS
+    return seconds
+
+
+def pass_seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
+    """Seconds of every pass that looks at the text, over all layers, weights being there and files not waited for."""
+    method, layers = sizes.method, len(sizes.shapes)
+    tokens = sizes.windows * sizes.sequence_length
+    forward = sum(half_seconds(sizes, module, tokens, rates) for module in MODULES)
+    if not isinstance(method, SecondOrderMethod):
+        moments = sum(2 * tokens * sizes.width(module) for module in MODULES) / rates.memory
+        found = {"survey": forward + moments}
+        if isinstance(method, SemiStructuredMethod):
+            found = {
+                "prune": 2 * forward + (sparsifying_seconds(sizes, tokens, rates) if method.from_hessian else moments)
+            }
+        elif method.sequential:
+            found = {"prune": forward * (2 - sizes.ratio) + moments}
+        return {name: OVERHEAD * layers * seconds for name, seconds in found.items()}
+    found = {}
+    if method.survey == CURVES:
+        few = sizes.survey_windows * sizes.sequence_length
+        survey = forward * few / tokens
+        for module in MODULES:
+            share = sizes.deepest if module == FFN else 1.0  # how far the curves go
+            own = driver_seconds(sizes, module, few, share, rates, CURVE_SHARE)
+            survey += own["hessian"] + own["inverse"] + own["eliminate"]
+        found["survey"] = survey
+    elif method.survey != NONE:
+        found["survey"] = forward
+    prune = forward * (2 - sizes.ratio) + (forward if method.correction else 0.0)
+    for module in MODULES:
+        own = driver_seconds(sizes, module, tokens, sizes.ratio, rates)
+        prune += own["hessian"] + own["inverse"] + own["eliminate"] + own["gram"]
+        prune += own["shortfall"] + own["fit"] if method.correction else 0.0
+    if method.alignment:
+        aligned = driver_seconds(sizes, ATTENTION, tokens, 0.0, rates)
+        square = (sizes.shape.hidden_size / sizes.width(ATTENTION)) ** 2
+        norms = 56 * tokens * sizes.shape.hidden_size / rates.memory
+        prune += 2 * (square * (aligned["hessian"] + aligned["shortfall"] + aligned["inverse"]) + norms)
+    return {name: OVERHEAD * layers * seconds for name, seconds in (found | {"prune": prune}).items()}

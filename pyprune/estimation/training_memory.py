@@ -1,0 +1,74 @@
+"""What training masks on a whole model takes of the device, and whether activations must be computed twice."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..architectures import LayerShape
+from ..architectures.channel_selection import SELECTIONS, width
+from ..checkpoint import CheckpointReader
+from ..errors import InputError
+from ..mask_training.hypernetwork import STATE_WIDTH
+from ..mask_training.policy_learner import MASKS
+from ..methods import LearnedMethod
+
+# Buffers that libraries keep, and what the allocator rounds up.
+OVERHEAD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes: `weights` of the model; `activations` of a step that keeps every layer's, or `recomputed` one layer's and
+    all layers' inputs; `logits` of the loss; `learner`, its parameters, gradients and moments."""
+
+    weights: int
+    activations: int
+    recomputed: int
+    logits: int
+    learner: int
+
+    def peak(self, checkpointing: bool) -> int:
+        return self.weights + self.learner + self.logits + (self.recomputed if checkpointing else self.activations)
+
+
+def training_memory(
+    reader: CheckpointReader, method: LearnedMethod, sequence_length: int, dtype: torch.dtype
+) -> TrainingMemory:
+    """What `method` takes to train on the checkpoint in a compute type, by windows of so many tokens."""
+    shapes, itemsize = reader.shapes, dtype.itemsize
+    weights = sum(tensor.bytes // tensor.dtype.itemsize for tensor in reader.tensors.values()) * itemsize
+    tokens = method.rows * sequence_length * (1 if method.backward else MASKS)
+    layer = max(layer_activations(shape, tokens, itemsize) for shape in shapes)
+    # Logits in the compute type and in float32, their log-softmax, and going backward the gradient of both.
+    logits = tokens * reader.config.vocab_size * (itemsize + 8 + (4 + itemsize if method.backward else 0))
+    if not method.backward:
+        learner = 16 * sum(shape.kv_groups + shape.intermediate_channels for shape in shapes)
+        return TrainingMemory(weights, layer // 2, layer // 2, logits, learner)  # nothing is kept for a way back
+    learner = 16 * sum(2 * STATE_WIDTH * width(shape, name) for shape in shapes for name in SELECTIONS)
+    inputs = len(shapes) * tokens * shapes[0].hidden_size * itemsize
+    return TrainingMemory(weights, len(shapes) * layer, inputs + layer, logits, learner)
+
+
+def layer_activations(shape: LayerShape, tokens: int, itemsize: int) -> int:
+    """Bytes that the backward pass of one masked layer, weights frozen, keeps for so many tokens.
+
+    Both norms: their input in float32; the values that four masks multiply; turned queries and keys, values, and the
+    attention's output; gate, its activation, up, and their product.
+    """
+    hidden, middle = shape.hidden_size, shape.intermediate_channels
+    heads = shape.kv_groups * shape.group_width + shape.kv_groups * shape.head_dim
+    return tokens * (hidden * (8 + 4 * itemsize) + 2 * heads * itemsize + 4 * middle * itemsize)
+
+
+def check_fits(memory: TrainingMemory, budget: int, method: str) -> bool:
+    """Whether layers must be computed again going backward, to stay within `budget` bytes; InputError: even so not."""
+    if memory.peak(False) + OVERHEAD_BYTES <= budget:
+        return False
+    least = memory.peak(True) + OVERHEAD_BYTES
+    if least > budget:
+        raise InputError(
+            f"{method} trains on the whole model: that takes {least / 1e9:.1f} GB of device memory (weights "
+            f"{memory.weights / 1e9:.1f} GB), {budget / 1e9:.1f} GB are there; take a shorter --sequence-length, fewer "
+            "--rows, or a method that goes layer by layer: obs, flap"
+        )
+    return True

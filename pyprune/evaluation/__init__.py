@@ -1,0 +1,1 @@
+"""Is the result still right? Perplexity, tasks, round trips through loaders."""

@@ -1,0 +1,1 @@
+"""Decoder layers one at a time over hidden states."""

@@ -1,0 +1,149 @@
+"""Whether a family's layers are wired as the forward takes them to be, asked of transformers' own model.
+
+A family whose layers scale, norm or add in another way would otherwise be pruned to the end, with a wrong result.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import MODULES
+from ..checkpoint import CheckpointReader, LayerLoader
+from ..errors import InputError
+from ..modeling.pruned import without_layers
+from .fused import fuse, runs_fused
+from .layer_forward import LayerForward
+
+TOKENS = 128
+
+# Largest norm of the difference of a token's hidden states, averaged over the tokens, in roundings of what was added
+# up: the layer's output, and what the layer changed its input by. One rounding is the unit roundoff u of the compute
+# type, at least u(float32)·√(widest sum): by that much float32 sums of so many products differ where their order does.
+#
+# Unfused, both sides run the same modules on the same numbers: their bits are equal, and one rounding is left for a
+# backend of attention that is chosen by how the mask is given. Fused, a dozen results in a row are rounded (norm,
+# queries and keys turned, probabilities, values, o_proj, the sum; norm, gate, up, silu, product, down_proj, the sum).
+# Each rounding is off by at most u of its result, u/√3 in the mean square, so that two independent runs differ by
+# about √(2·13/3) u = 3 u; logits of attention that are large amplify those before the softmax, hence eight.
+UNFUSED, FUSED = 1, 8
+
+
+class _Pass(nn.Module):
+    """In the place of a layer: its input is its output."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+@torch.no_grad()
+def check_forward(reader: CheckpointReader, windows: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """InputError unless embeddings, and attention half and FFN half of a layer, are what transformers' model computes.
+
+    On the beginning of the first of `windows` [windows, tokens], for one stored layer of each kind that the model has.
+    With kernels in the forward (`fused.py`) they are compared too.
+    """
+    ids = windows[:1, :TOKENS]
+    forward = LayerForward(reader, ids, device, dtype, batch=1)
+    forward.config, forward.fused = _narrow_windows(reader.config, ids.shape[1]), False
+    given = forward.embed().data
+    for layer in layer_kinds(reader):
+        block = _stored_layer(forward, layer)
+        entered, left = _own_result(forward, block, layer, ids)
+        changed = left.float() - entered.float()
+        _compare(given, entered, torch.zeros_like(changed), UNFUSED, forward, "the embeddings differ from")
+        what = f"attention and FFN of layer {layer}, one after the other, differ from"
+        _compare(_halves(forward, block, layer, entered), left, changed, UNFUSED, forward, what)
+        if runs_fused(device, dtype):
+            forward.fused = True
+            fuse(block, reader.family, reader.config.hidden_act)
+            what = f"layer {layer} with pyprune's kernels differs from"
+            _compare(_halves(forward, block, layer, entered), left, changed, FUSED, forward, what)
+            forward.fused = False
+        del block  # freed before the next one is built
+
+
+def layer_kinds(reader: CheckpointReader) -> list[int]:
+    """The first layer of each kind: layers differ in kind where a list of the configuration has another value for
+    each, where their tensors have other names, or where one sees a sliding window and the other does not."""
+    config, count = reader.config, reader.layers
+    lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) == count]
+    first: dict[str, int] = {}
+    for layer in range(count):
+        names = sorted(reader.family.layer_state_shapes(config, layer))
+        kind = [reader.family.sliding(config, layer), [own[layer] for own in lists], names]
+        first.setdefault(repr(kind), layer)
+    return list(first.values())
+
+
+def _narrow_windows(config: Any, tokens: int) -> Any:
+    """The configuration with a sliding window, if it has one, that is shorter than so many tokens: masks then show."""
+    narrow = copy.deepcopy(config)
+    narrow._attn_implementation = config._attn_implementation
+    window = getattr(config, "sliding_window", None)
+    if window is not None and tokens > 1:
+        narrow.sliding_window = min(window, max(1, tokens // 2))
+    return narrow
+
+
+def _stored_layer(forward: LayerForward, layer: int) -> nn.Module:
+    reader, mapped = forward.reader, forward.device.type == "cpu"
+    # The loader has read what it hands over: a file that fails is an error of its own, also where it is mapped then.
+    [block] = [
+        forward.build(reader.stream_layer(layer) if mapped else stored.items(), layer, forward.config)
+        for stored in LayerLoader(reader, forward.device).layers(layer, layer + 1)
+    ]
+    return block
+
+
+def _own_result(forward: LayerForward, block: nn.Module, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What enters the layer and what leaves it when transformers' model runs with it as its only layer."""
+    config = copy.deepcopy(forward.config)
+    config._attn_implementation = forward.config._attn_implementation
+    tokens, own_ids = ids.unique(return_inverse=True)
+    config.vocab_size, config.pad_token_id = len(tokens), None  # of the table only the rows that occur
+    with torch.random.fork_rng(devices=[]), without_layers(config):
+        body = forward.family.model_class(config)
+    table = body.get_input_embeddings()
+    table.weight.data = forward.reader.embed(tokens).to(forward.dtype)
+    body.norm = nn.Identity()
+    layers = [_Pass() for _ in range(config.num_hidden_layers)]
+    body.layers = nn.ModuleList([*layers[:layer], block, *layers[layer + 1 :]])
+    seen: list[Tensor] = []
+    hook = block.register_forward_hook(lambda _, given, result: seen.extend((given[0], result)))
+    body.to(forward.device).eval()(input_ids=own_ids.to(forward.device), use_cache=False)
+    hook.remove()
+    entered, left = seen
+    return entered, left
+
+
+def _halves(forward: LayerForward, block: nn.Module, layer: int, hidden: Tensor) -> Tensor:
+    for module in MODULES:
+        hidden = forward.half(block, layer, module, hidden)
+    return hidden
+
+
+def _compare(ours: Tensor, own: Tensor, changed: Tensor, roundings: int, forward: LayerForward, what: str) -> None:
+    """InputError if the tokens' hidden states differ by more than so many roundings, on average.
+
+    Tokens that are not finite on either side are left out: the passes name the weights that make them so.
+    """
+    ours, own = ours.float(), own.float()
+    finite = ours.isfinite().all(-1) & own.isfinite().all(-1)  # [windows, tokens]
+    if not finite.any():
+        return
+    size = own.norm(dim=-1) + changed.norm(dim=-1)
+    relative = ((ours - own).norm(dim=-1) / size.clamp_min(torch.finfo(torch.float32).tiny))[finite].mean().item()
+    if relative > roundings * _rounding(forward):
+        raise InputError(
+            f"{forward.reader.folder}: {what} transformers' {forward.family.model_class.__name__} "
+            f"by {relative:.2g} of their size: model type {forward.reader.config.model_type!r} as this config.json "
+            "describes it has layers that pyprune does not know how to run; start from a model without them"
+        )
+
+
+def _rounding(forward: LayerForward) -> float:
+    widest = max(max(shape.input_widths) for shape in forward.reader.shapes)
+    own = torch.finfo(forward.dtype).eps / 2
+    return max(own, torch.finfo(torch.float32).eps / 2 * widest**0.5)

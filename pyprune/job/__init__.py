@@ -1,0 +1,1 @@
+"""What a run works on, and the record of what it did."""

@@ -1,0 +1,41 @@
+"""What a pruning is told, whoever calls it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity before and after, for the report: a text (or `self`) in consecutive windows."""
+
+    text: str
+    sequence_length: int = 1024
+    max_windows: int | None = None
+    fits: bool = False  # cut the windows to the model's positions where those are fewer, with a warning
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What `pyprune prune` is told. Sizes in windows and tokens; `ratio` of the decoder linears' parameters."""
+
+    model: str
+    output: Path
+    method: str
+    ratio: float | None  # None: the one that the method's pattern says
+    method_options: dict[str, Any] = field(default_factory=dict)
+    calibration: str | None = None
+    samples: int = 128
+    sequence_length: int = 2048
+    fits: bool = False  # cut the windows to the model's positions where those are fewer, with a warning
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    cache: Path | None = None
+    resume: bool = False
+    allow_other_bits: bool = False  # resume where threads, processor or versions differ from the run's beginning
+    allow_nonfinite: bool = False
+    trust_remote_code: bool = False
+    evaluation: Evaluation | None = None
+    device_memory: int | None = None  # bytes of a CUDA device that the run stays below
+    verify: bool | None = False  # load the output anew and compare its logits; None: unless it is large

@@ -1,0 +1,128 @@
+"""The plan: what was asked, what every layer keeps and why, what it took; as JSON beside the checkpoint."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from ..allocation.budget import Choice, UnitScores
+from ..architectures import ATTENTION, FFN, LayerShape
+from ..architectures.channel_selection import Selection
+from ..checkpoint import CheckpointReader
+from ..errors import InputError
+from ..runtime.files import read_json
+
+FORMAT = "pyprune-plan-2"
+FILE = "plan.json"
+_DIGEST = "digest"
+TOLERANCE = 0.005  # how far the ratio met may be from the ratio asked before the report says why
+_KEYS = {ATTENTION: "kv_groups", FFN: "intermediate_channels"}
+_PACKAGES = ("pyprune", "torch", "transformers", "triton", "safetensors")
+
+
+def kept_shapes(shapes: list[LayerShape], choice: Choice) -> list[LayerShape]:
+    return [s.kept(len(k[ATTENTION]), len(k[FFN])) for s, k in zip(shapes, choice.layers, strict=True)]
+
+
+def parameter_counts(reader: CheckpointReader, after: int) -> dict[str, tuple[int, int]]:
+    """Parameters before and after, without compensation biases: of the decoder linears (`after`), and of the model."""
+    before = sum(s.parameters for s in reader.shapes)
+    spare = {reader.family.head} if reader.tied else set()
+    model = sum(t.bytes // t.dtype.itemsize for name, t in reader.tensors.items() if name not in spare)
+    return {"decoder_linears": (before, after), "model": (model, model - before + after)}
+
+
+def ratio_summary(asked: float, parameters: dict[str, tuple[int, int]], shapes: list[LayerShape]) -> dict[str, Any]:
+    """Ratio asked and met: share of the decoder linears removed, and of the whole model."""
+    met, of_model = (1 - after / before for before, after in parameters.values())
+    summary: dict[str, Any] = {"asked": asked, "met": met, "of_model": of_model}
+    if abs(met - asked) > TOLERANCE:
+        before, _ = parameters["decoder_linears"]
+        largest = max(s.group_cost * 3 * s.hidden_size for s in shapes) / before
+        summary["note"] = (
+            f"{met:.4f} instead of {asked:g}: whole units are removed, and one KV group is {largest:.2%} of the "
+            "decoder linears (steps are larger with --uniform and --round-to; flap's reference mode counts a group's "
+            "cost as its authors do)"
+        )
+    return summary
+
+
+def layer_entry(kept: dict[str, torch.Tensor], scores: UnitScores) -> dict[str, Any]:
+    """JSON form of one layer: indices of the kept units and the scores of all, six significant digits."""
+    return {name: kept[module].tolist() for module, name in _KEYS.items()} | {
+        "scores": {name: [float(f"{s:.6g}") for s in scores[module].tolist()] for module, name in _KEYS.items()}
+    }
+
+
+def selection_entry(selection: Selection, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """JSON form of one layer of a DISP model: indices of each selection and the logits of all its channels."""
+    scores = {name: [float(f"{one:.6g}") for one in own.tolist()] for name, own in logits.items()}
+    return {name: kept.tolist() for name, kept in selection.items()} | {"scores": scores}
+
+
+def sparse_entry(linears: dict[str, tuple[int, int, float | None]]) -> dict[str, Any]:
+    """JSON form of one layer with zeros: of each linear its weights, how many are zero, and the loss where known."""
+    return {
+        "linears": {
+            name: {"weights": weights, "zeros": zeros} | ({} if loss is None else {"loss": float(f"{loss:.6g}")})
+            for name, (weights, zeros, loss) in linears.items()
+        }
+    }
+
+
+def kept_from_entry(entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {module: torch.tensor(entry[name], dtype=torch.int64) for module, name in _KEYS.items()}
+
+
+def dense_summary(shapes: list[LayerShape]) -> dict[str, int]:
+    """Sizes of the model before this pruning; the largest over the layers where they already differ."""
+    return {
+        "hidden_size": shapes[0].hidden_size,
+        "head_dim": shapes[0].head_dim,
+        "heads_per_group": shapes[0].heads_per_group,
+        "kv_groups": max(s.kv_groups for s in shapes),
+        "intermediate_channels": max(s.intermediate_channels for s in shapes),
+        "layers": len(shapes),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def write_plan(plan: dict[str, Any], folder: Path) -> None:
+    """With a digest of itself, which `whole_plan` compares."""
+    text = json.dumps(plan | {_DIGEST: _digest(plan)}, allow_nan=False)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def whole_plan(folder: Path) -> dict[str, Any]:
+    """The plan of an output as a run wrote it. InputError: it was changed since, or is none."""
+    plan = read_plan(folder)
+    if plan.pop(_DIGEST, None) != _digest(plan):
+        raise InputError(
+            f"{folder / FILE}: not a plan of pyprune, or changed since it was written; name another output"
+        )
+    return plan
+
+
+def _digest(plan: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(plan, sort_keys=True).encode())
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """The plan of an output. InputError: it cannot be read, or is no JSON object."""
+    plan = read_json(folder / FILE)
+    if not isinstance(plan, dict):
+        raise InputError(f"{folder / FILE}: not a plan of pyprune")
+    return plan

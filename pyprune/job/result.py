@@ -1,0 +1,152 @@
+"""What a pruning decided: units removed by layer, channels that blocks select, or zeros; and what is written of it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..allocation.budget import Choice, UnitScores
+from ..architectures import ATTENTION, FFN, LayerShape
+from ..architectures.channel_selection import (
+    ATTENTION_IN,
+    ATTENTION_OUT,
+    FFN_MIDDLE,
+    FFN_OUT,
+    Selection,
+    selected_parameters,
+)
+from ..checkpoint import CheckpointReader, CheckpointWriter
+from ..checkpoint.headers import INDEX
+from ..evaluation.roundtrip import Change
+from ..mask_training.masked_model import hook_places, selection_masks
+from ..modeling.config import registered_config
+from ..modeling.saving import save_config
+from ..modeling.selected import selected_config
+from ..modeling.stock import find_stock
+from ..runtime.files import read_json
+from .record import kept_shapes, layer_entry, selection_entry
+
+
+class Outcome(ABC):
+    """`threshold` is the score that separates kept from removed over the model, where one does."""
+
+    threshold: float | None = None
+
+    @abstractmethod
+    def parameters(self, shapes: list[LayerShape]) -> int:
+        """Of the decoder linears afterwards; shapes: of the dense layers."""
+
+    @abstractmethod
+    def layers(self) -> list[dict[str, Any]]:
+        """The plan's entry of each layer."""
+
+    @abstractmethod
+    def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
+        """config.json beside the shards, with what tensors its class needs besides them."""
+
+    def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
+        """What the output's logits have to be those of: a checkpoint, and what to make of each of its layers.
+
+        Unless said otherwise its own tensors, layer by layer.
+        """
+        return partial, None
+
+
+@dataclass
+class UnitOutcome(Outcome):
+    """KV groups and FFN channels that each layer keeps, and the scores of all."""
+
+    choice: Choice
+    scores: list[UnitScores]
+
+    def __post_init__(self) -> None:
+        self.threshold = self.choice.threshold
+
+    def parameters(self, shapes: list[LayerShape]) -> int:
+        return sum(shape.parameters for shape in kept_shapes(shapes, self.choice))
+
+    def layers(self) -> list[dict[str, Any]]:
+        return [layer_entry(kept, own) for kept, own in zip(self.choice.layers, self.scores, strict=True)]
+
+    def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
+        write_config_of(reader, writer, kept_shapes(reader.shapes, self.choice), biases)
+
+
+def write_config_of(
+    reader: CheckpointReader, writer: CheckpointWriter, shapes: list[LayerShape], biases: dict[str, bool]
+) -> None:
+    """A stock class's configuration where one holds layers of these shapes, with the zero biases that it asks for."""
+    stock = find_stock(reader.family, reader.config, shapes, **biases)
+    if stock is None:
+        save_config(registered_config(reader.family, reader.config, shapes, **biases), writer.partial)
+        return
+    save_config(stock.config, writer.partial)
+    if stock.zero_biases and writer.shards not in writer.done:
+        zeros = {
+            reader.layer_prefix(layer) + name: torch.zeros(stock.layer_tensors[name], dtype=reader.dtype)
+            for layer in range(reader.layers)
+            for name in stock.zero_biases
+        }
+        writer.write(writer.shards, zeros)
+
+
+@dataclass
+class SparseOutcome(Outcome):
+    """Zeros in the linears of layers whose shapes stay. entries: the plan's, of each layer."""
+
+    entries: list[dict[str, Any]]
+
+    def parameters(self, shapes: list[LayerShape]) -> int:
+        zeros = sum(own["zeros"] for entry in self.entries for own in entry["linears"].values())
+        return sum(shape.parameters for shape in shapes) - zeros
+
+    def layers(self) -> list[dict[str, Any]]:
+        return self.entries
+
+    def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
+        write_config_of(reader, writer, reader.shapes, biases)
+
+
+@dataclass
+class SelectionOutcome(Outcome):
+    """Channels that each block reads and writes, and the logits of all."""
+
+    selections: list[Selection]
+    logits: list[dict[str, Tensor]]
+
+    def counts(self) -> list[dict[str, int]]:
+        return [{name: len(kept) for name, kept in own.items()} for own in self.selections]
+
+    def parameters(self, shapes: list[LayerShape]) -> int:
+        return sum(round(selected_parameters(*pair)) for pair in zip(shapes, self.counts(), strict=True))
+
+    def layers(self) -> list[dict[str, Any]]:
+        return [selection_entry(own, logits) for own, logits in zip(self.selections, self.logits, strict=True)]
+
+    def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
+        config = selected_config(reader.family, reader.config, self.counts(), **biases)
+        save_config(config, writer.partial)
+
+    def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
+        """The dense model under masks, with its drivers' kept entries as they were written."""
+        family = reader.family
+
+        def change(layer: int, block: nn.Module) -> None:
+            selection = self.selections[layer]
+            shard = partial / weight_map[reader.layer_prefix(layer) + ATTENTION_IN]
+            with safe_open(shard, framework="pt") as f:
+                for module, rows in ((ATTENTION, ATTENTION_OUT), (FFN, FFN_OUT)):
+                    name = family.driver(module) + ".weight"
+                    weight = block.get_parameter(name).data
+                    columns = selection[FFN_MIDDLE] if module == FFN else torch.arange(weight.shape[1])
+                    written = f.get_tensor(reader.layer_prefix(layer) + name)
+                    weight[selection[rows][:, None], columns] = written.to(weight.dtype)
+            masks = selection_masks(reader.shapes[layer], selection, torch.device("cpu"), torch.float32)
+            hook_places(block, family, lambda place, value: value * masks[place] if place in masks else value)
+
+        weight_map = read_json(partial / INDEX)["weight_map"]
+        return reader.folder, change

@@ -1,0 +1,62 @@
+"""Statistics of single layers, kept as a survey goes, so that one that was killed need not take them again."""
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint import load_cached, metadata_of, save_cached
+from ..errors import InputError
+from ..job.job import Job
+
+
+class LayerLog:
+    """One file a layer in `<file of the whole survey>.layers`.
+
+    A context: the files go when it is left in the normal way, the whole survey being kept, or by an InputError, after
+    which nothing can go on; a killed run leaves them. `writes`: whether this process is the one that writes.
+    `identity`: what the survey follows from.
+    """
+
+    def __init__(self, job: Job, file: Path, identity: dict[str, Any], writes: bool = True) -> None:
+        self.folder = file.with_suffix(".layers")
+        self.writes = writes
+        self._job, self._identity = job, identity
+
+    def read(self, layer: int) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Tensors and metadata of a layer, or None. InputError for a damaged file, or one of another checkpoint."""
+        file = self._file(layer)
+        if not file.is_file():
+            return None
+        try:
+            tensors, metadata = load_cached(file, "statistics of a layer", self._of(layer))
+        except FileNotFoundError:  # another run of the same survey is through
+            return None
+        self._job.reader.content.expect(metadata_of(metadata, "source", file), str(file))
+        return tensors, metadata
+
+    def write(self, layer: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        if self.writes:
+            digests = self._job.reader.content.digests  # of this layer and of all that led to its input
+            with suppress(FileNotFoundError):  # another run of the same survey is through and removed the folder
+                save_cached(tensors, self._file(layer), metadata | {"source": json.dumps(digests)}, self._of(layer))
+
+    def _of(self, layer: int) -> dict[str, Any]:
+        return self._identity | {"layer": layer}
+
+    def __enter__(self) -> "LayerLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.writes and (kind is None or issubclass(kind, InputError)):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # layers of this survey, or other surveys, may be there
+            self.folder.rmdir()
+        with suppress(OSError):
+            self.folder.parent.rmdir()
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:05d}.safetensors"

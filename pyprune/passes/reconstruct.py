@@ -1,0 +1,266 @@
+"""The pass of methods that refit: layer by layer and module by module, each on the pruned output before it."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import repeat
+
+import torch
+from torch import Tensor, nn
+
+from ..allocation.budget import Choice, Kept, UnitScores
+from ..allocation.residual import ErrorCurves
+from ..architectures import ATTENTION, FFN, MODULES
+from ..calibration.second_moments import Curvature, CurvatureObserver, alignment_of
+from ..checkpoint import CheckpointWriter
+from ..forward.hidden_states import HiddenStates, Part
+from ..forward.layer_forward import LayerForward, layer_name
+from ..job.job import Job
+from ..job.record import layer_entry
+from ..job.result import Outcome, UnitOutcome
+from ..methods import LayerStatistics, SecondOrderMethod
+from ..methods.second_order import CURVES, MOMENTS, NONE, Reconstruction
+from ..ops.precision import tf32_products
+from ..runtime import distributed
+from ..runtime.device import Meter
+from .base import Passes, build_dense, stored_layers, widest_driver
+from .calibrate import cached_survey
+from .error_curves import cached_curves
+from .rewrite import rewrite_layer
+
+
+@dataclass
+class Streams:
+    """Hidden states before the layer at hand: of the pruned model, and of the dense one where a target needs it."""
+
+    pruned: HiddenStates
+    dense: HiddenStates | None
+
+    def pairs(self) -> Iterator[tuple[Part, Part | None]]:
+        """Micro-batches of both, (pruned, dense or None)."""
+        dense = self.dense.parts() if self.dense is not None else repeat(None)
+        return zip(self.pruned.parts(), dense, strict=False)
+
+
+class ReconstructionPasses(Passes):
+    """Units are chosen by second moments, and the columns that stay are refitted."""
+
+    def __init__(self, job: Job, writer: CheckpointWriter, method: SecondOrderMethod) -> None:
+        super().__init__(job, writer)
+        self.method = method
+        self.change: Tensor | None = None  # of what reads the stream next: D A [hidden, hidden]
+
+    @torch.no_grad()
+    def decide(self) -> Outcome:
+        self.warn_of_few_tokens(widest_driver(self.reader.shapes))
+        counts = self._counts()
+        self.meter = self.meters["prune"] = Meter(self.device)
+        self.copy_embeddings()
+        forward, last = self.job.forward(), self.reader.layers - 1
+        hidden = forward.embed()
+        streams = Streams(hidden, forward.copy(hidden) if self.method.correction else None)
+        layers: list[Kept] = []
+        scores: list[UnitScores] = []
+        for layer, stored in stored_layers(self.job, "prune", self.meter):
+            if layer + 1 in self.writer.done:
+                kept, own = self._repeat(forward, layer, stored, streams, layer < last)
+            else:
+                kept, own = self._prune(forward, layer, stored, streams, counts[layer], layer < last)
+            layers.append(kept)
+            scores.append(own)
+        self.copy_head()
+        return UnitOutcome(Choice(layers), scores)
+
+    def _counts(self) -> list[dict[str, int]]:
+        curves: list[ErrorCurves] | None = None
+        moments: list[LayerStatistics] | None = None
+        if self.method.survey != NONE:
+            meter = self.meters["survey"] = Meter(self.device)
+            if self.method.survey == CURVES:
+                curves, self.cached = cached_curves(self.job, self.method, meter)
+            elif self.method.survey == MOMENTS:
+                moments, self.cached = cached_survey(self.job, False, meter)
+        return distributed.from_first(lambda: self.method.allocate(self.reader.shapes, self.job.ratio, curves, moments))
+
+    def _prune(
+        self,
+        forward: LayerForward,
+        layer: int,
+        stored: dict[str, Tensor],
+        streams: Streams,
+        counts: dict[str, int],
+        advance: bool,
+    ) -> tuple[Kept, UnitScores]:
+        """Choose, refit and write both modules of a layer; the streams advance past it unless it is the last."""
+        shape, family = self.reader.shapes[layer], self.reader.family
+        source = dict(stored)
+        stored.clear()  # the loader holds it too: what is replaced in `source` is free at once
+        dense = build_dense(self.job, forward, source, layer)
+        norms = self._next_norms(dense, layer)
+        original: nn.Module | None = dense
+        del dense
+        kept: Kept = {module: torch.arange(shape.units(module)) for module in MODULES}
+        scores: UnitScores = {}
+        bias: dict[str, Tensor] = {}
+        weight: dict[str, Tensor] = {}
+        block: nn.Module | None = original
+        for module in MODULES:
+            assert original is not None
+            if self.change is not None:
+                with self.meter.stage("alignment"):
+                    self._align(module, source)
+                block = None
+            if block is None:
+                tensors = rewrite_layer(family, source, shape, kept, bias, weight)
+                block = self.build_pruned(forward, tensors, layer, kept)
+                del tensors
+            curvature = self._observe(forward, original, block, layer, module, streams)
+            own = block.get_parameter(family.driver(module) + ".weight").data
+            block = None
+            if module == FFN:
+                original = None  # the dense layer is through; what follows takes its memory
+            chosen = self._reconstruct(curvature, own, layer, module, counts[module])
+            del curvature, own
+            kept[module], scores[module] = chosen.kept, chosen.scores
+            if self.method.refits:  # else the stored columns are sliced, whatever the compute type
+                weight[module] = chosen.weight
+            if chosen.bias is not None:
+                bias[module] = chosen.bias
+            del chosen
+            tensors = rewrite_layer(family, source, shape, kept, bias, weight)
+            if module == FFN:
+                source.clear()
+                self.write_layer(layer, tensors, layer_entry(kept, scores))
+            if advance or module == ATTENTION:
+                # The next module reads what this one, as it is stored, puts out.
+                block = self.build_pruned(forward, tensors, layer, kept)
+                with self.meter.stage("second forward"):
+                    self._advance(forward, block, layer, module, streams, norms.get(module))
+            del tensors
+        return kept, scores
+
+    def _next_norms(self, block: nn.Module, layer: int) -> dict[str, nn.Module]:
+        """With an alignment, by module, the norm that reads the stream after it: for the FFN the next layer's."""
+        if not self.method.alignment:
+            return {}
+        family = self.reader.family
+        norms = {ATTENTION: block.get_submodule(family.norm(FFN))}
+        if layer + 1 < self.reader.layers:
+            own = block.get_submodule(family.norm(ATTENTION))
+            name = f"{self.reader.layer_prefix(layer + 1)}{family.norm(ATTENTION)}.weight"
+            norms[FFN] = copy.deepcopy(own)
+            weight = self.reader.read([name])[name].to(self.device, self.job.dtype)
+            norms[FFN].load_state_dict({"weight": weight}, assign=True)
+        return norms
+
+    def _align(self, module: str, source: dict[str, Tensor]) -> None:
+        """W ← W (I + β D A) in `source` for the matrices that read the module's norm (`alignment_of`).
+
+        In TF32: what it adds is small, and W is rounded to the stored type in the end.
+        """
+        change, self.change = self.change, None  # D A [hidden, hidden]
+        assert change is not None
+        for matrix in self.reader.family.coupled(module):
+            stored = source[matrix + ".weight"]
+            weight = stored.to(self.device, torch.float32)
+            with tf32_products() if stored.dtype != torch.float32 else nullcontext():
+                aligned = weight.addmm(weight, change, alpha=self.method.alignment)
+            source[matrix + ".weight"] = aligned.to(stored.device, stored.dtype)
+
+    def _repeat(
+        self, forward: LayerForward, layer: int, stored: Mapping[str, Tensor], streams: Streams, advance: bool
+    ) -> tuple[Kept, UnitScores]:
+        """Past a layer that a killed run wrote: both streams advance by what is stored, to the same bits."""
+        kept, scores, tensors = self.restored(layer)
+        if advance:
+            if streams.dense is not None:
+                block = build_dense(self.job, forward, stored, layer)
+                for module in MODULES:
+                    for part in streams.dense.parts():
+                        part.replace(forward.half(block, layer, module, part.value))
+            block = self.build_pruned(forward, tensors, layer, kept)
+            self._advance(forward, block, layer, ATTENTION, streams)
+            self._advance(forward, block, layer, FFN, streams, self._next_norms(block, layer).get(FFN))
+        return kept, scores
+
+    def _advance(
+        self,
+        forward: LayerForward,
+        block: nn.Module,
+        layer: int,
+        module: str,
+        streams: Streams,
+        norm: nn.Module | None = None,
+    ) -> None:
+        """The pruned stream advances past a module; the dense one is past it.
+
+        `norm`: the one that reads the streams next. From what it makes of both follows the change, D A
+        (`alignment_of`), of the matrices behind it; it is left in `change`.
+        """
+        if norm is None:
+            for part in streams.pruned.parts():
+                part.replace(forward.half(block, layer, module, part.value))
+            return
+        where = f"layer {layer} (after {self.reader.family.driver(module)})"
+        hidden_size = self.reader.shapes[layer].hidden_size
+        observer = CurvatureObserver(hidden_size, self.device, where, False, forward.allow_nonfinite)
+        for part, dense in streams.pairs():
+            assert dense is not None
+            result = forward.half(block, layer, module, part.value)
+            part.replace(result)
+            x = norm(result)
+            observer.observe_shortfall(observer.observe(x), norm(dense.value) - x)
+        self.change = alignment_of(observer.finish(), self.method.damping, where)
+        distributed.broadcast_from_first(self.change)
+
+    def _reconstruct(self, curvature: Curvature, weight: Tensor, layer: int, module: str, count: int) -> Reconstruction:
+        where = layer_name(self.reader.family, layer, module)
+        with self.meter.stage("choice and refit"):
+            width = self.reader.shapes[layer].unit_width(module)
+            chosen = self.method.reconstruct(curvature, weight, count, width, where)
+            # Devices of two kinds would round, and in a close call choose, in their own ways.
+            distributed.broadcast_from_first(chosen.kept, chosen.weight, chosen.bias, chosen.scores)
+        if chosen.damping != self.method.damping:
+            self.warnings.append(
+                f"{where}: its Hessian is not positive definite with damping {self.method.damping:g}; "
+                f"{chosen.damping:g} was taken"
+            )
+        return chosen
+
+    def _observe(
+        self,
+        forward: LayerForward,
+        original: nn.Module,
+        block: nn.Module,
+        layer: int,
+        module: str,
+        streams: Streams,
+    ) -> Curvature:
+        """Curvature on the pruned stream; the dense stream, where there is one, advances past the module."""
+        where = layer_name(self.reader.family, layer, module)
+        driver = self.reader.family.driver(module)
+        channels = block.get_parameter(driver + ".weight").shape[1]
+        observer = CurvatureObserver(channels, self.device, where, self.method.centred, forward.allow_nonfinite)
+        rows: list[Tensor] = []
+
+        def observe(x: Tensor) -> None:
+            with self.meter.stage("hessian"):
+                rows[:] = [observer.observe(x)]
+
+        for part, dense in streams.pairs():
+            goal = None
+            if dense is not None:
+                with self.meter.stage("dense forward"):
+                    goal = forward.half(original, layer, module, dense.value)
+                    dense.replace(goal)
+            with self.meter.stage("forward and hessian"), forward.observed(block, {driver: observe}):
+                result = forward.half(block, layer, module, part.value)
+            if goal is not None:
+                with self.meter.stage("shortfall"):
+                    observer.observe_shortfall(rows.pop(), goal - result)
+            rows.clear()
+        curvature = observer.finish()
+        if observer.nonfinite:
+            self.nonfinite[where] = observer.nonfinite
+        return curvature

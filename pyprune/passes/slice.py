@@ -1,0 +1,123 @@
+"""The passes of methods that score and slice: survey and rewrite, or layer by layer on pruned inputs."""
+
+from torch import Tensor
+
+from ..allocation.budget import Choice, Kept, UnitScores, keep_highest
+from ..architectures import MODULES
+from ..checkpoint import CheckpointWriter
+from ..forward.hidden_states import HiddenStates
+from ..forward.layer_forward import LayerForward, layer_name
+from ..job.job import Job
+from ..job.record import layer_entry
+from ..job.result import Outcome, UnitOutcome
+from ..methods import LayerStatistics, ScoringMethod
+from ..runtime import distributed
+from ..runtime.device import Meter
+from .base import Passes, build_dense, stored_layers
+from .calibrate import cached_survey, observe_layer, survey_weights
+from .rewrite import compensation_bias, rewrite_layer
+
+
+class ScoringPasses(Passes):
+    """Units are chosen by scores; kept weights stay as they are."""
+
+    def __init__(self, job: Job, writer: CheckpointWriter, method: ScoringMethod) -> None:
+        super().__init__(job, writer)
+        self.method = method
+
+    def decide(self) -> Outcome:
+        if self.method.sequential:
+            return UnitOutcome(*self._prune_in_sequence())
+        survey = self._survey()
+        for layer, statistics in enumerate(survey):
+            self._count_nonfinite(layer, statistics)
+        scores = self.method.scores(survey, self.reader.shapes)
+        choice = distributed.from_first(lambda: self.method.choose(scores, self.reader.shapes, self.job.ratio))
+        self._prune_by_choice(choice, scores, survey)
+        return UnitOutcome(choice, scores)
+
+    def _count_nonfinite(self, layer: int, statistics: LayerStatistics) -> None:
+        for module in MODULES:
+            if statistics[module].nonfinite:
+                self.nonfinite[layer_name(self.reader.family, layer, module)] = statistics[module].nonfinite
+
+    def _survey(self) -> list[LayerStatistics]:
+        meter = self.meters["survey"] = Meter(self.device)
+        if self.job.windows is None:
+            return survey_weights(self.reader, self.device, meter, self.job.progress)
+        survey, self.cached = cached_survey(self.job, self.method.by_window, meter)
+        return survey
+
+    def _prune_by_choice(self, choice: Choice, scores: list[UnitScores], survey: list[LayerStatistics]) -> None:
+        """Slice every layer as chosen beforehand; no forward."""
+        meter = self.meters["prune"] = Meter(self.device)
+        if self.device.type == "cuda":  # where the layers are on the device, with room: no forward runs
+            self.writer.in_flight = self.writer.MOST_IN_FLIGHT
+        self.copy_embeddings()
+        records = [layer_entry(kept, own) for kept, own in zip(choice.layers, scores, strict=True)]
+        # A shard of a killed run counts only if it keeps the same units as this choice.
+        missing = [layer for layer, record in enumerate(records) if self.writer.record(layer + 1) != record]
+        first = missing[0] if missing else len(records)
+        for layer, source in stored_layers(self.job, "prune", meter, first):
+            if layer in missing:
+                with meter.stage("rewrite"):
+                    pruned = self._rewritten(source, layer, choice.layers[layer], survey[layer])
+                    self.write_layer(layer, pruned, records[layer])
+        self.copy_head()
+
+    def _prune_in_sequence(self) -> tuple[Choice, list[UnitScores]]:
+        """Score, slice and propagate layer by layer: each sees the output of the pruned layers before it."""
+        meter = self.meters["prune"] = Meter(self.device)
+        self.copy_embeddings()
+        counts = self.method.counts(self.reader.shapes, self.job.ratio)
+        forward, last = self.job.forward(), self.reader.layers - 1
+        hidden = forward.embed()
+        layers: list[Kept] = []
+        scores: list[UnitScores] = []
+        for layer, source in stored_layers(self.job, "prune", meter):
+            if layer + 1 in self.writer.done:
+                kept, own, pruned = self.restored(layer)
+            else:
+                kept, own, pruned = self._chosen(forward, layer, source, hidden, counts[layer], meter)
+                self.write_layer(layer, pruned, layer_entry(kept, own))
+            layers.append(kept)
+            scores.append(own)
+            if layer < last:
+                with meter.stage("second forward"):
+                    forward.run(self.build_pruned(forward, pruned, layer, kept), layer, hidden, {})
+            del pruned  # before the next one is made
+        self.copy_head()
+        return Choice(layers), scores
+
+    def _chosen(
+        self,
+        forward: LayerForward,
+        layer: int,
+        source: dict[str, Tensor],
+        hidden: HiddenStates,
+        removed: dict[str, int],
+        meter: Meter,
+    ) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
+        with meter.stage("forward"):
+            block = build_dense(self.job, forward, source, layer)
+            statistics = observe_layer(forward, block, layer, hidden, self.method.by_window, advance=False)
+        del block
+        self._count_nonfinite(layer, statistics)
+        scores = self.method.unit_scores(statistics, self.reader.shapes[layer])
+        kept = distributed.from_first(
+            lambda: {module: keep_highest(scores[module], removed[module]) for module in MODULES}
+        )
+        return kept, scores, self._rewritten(source, layer, kept, statistics)
+
+    def _rewritten(
+        self, tensors: dict[str, Tensor], layer: int, kept: Kept, statistics: LayerStatistics
+    ) -> dict[str, Tensor]:
+        shape, family = self.reader.shapes[layer], self.reader.family
+        bias = {}
+        if self.job.method.biased:
+            for module in MODULES:
+                weight = tensors[family.driver(module) + ".weight"].to(self.device)
+                mean = statistics[module].mean
+                assert mean is not None
+                bias[module] = compensation_bias(weight, mean, kept[module], shape.unit_width(module))
+        return rewrite_layer(family, tensors, shape, kept, bias)

@@ -1,0 +1,102 @@
+"""The pass of methods that zero single weights: layer by layer, each on the sparse ones before it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.channel_statistics import DriverObserver, column_norms
+from ..calibration.second_moments import CurvatureObserver
+from ..checkpoint import CheckpointWriter
+from ..forward.hidden_states import HiddenStates
+from ..forward.layer_forward import LayerForward, Observe
+from ..job.job import Job
+from ..job.record import sparse_entry
+from ..job.result import Outcome, SparseOutcome
+from ..methods.weight_sparsity import LinearInputs, SemiStructuredMethod, inputs_of, linears_of
+from ..runtime import distributed
+from ..runtime.device import Meter
+from .base import Passes, build_dense, stored_layers, widest_driver
+
+
+class SparsifyingPasses(Passes):
+    """Statistics of a layer's every input in one forward, zeros in all its linears, and a forward of the result."""
+
+    def __init__(self, job: Job, writer: CheckpointWriter, method: SemiStructuredMethod) -> None:
+        super().__init__(job, writer)
+        self.method = method
+
+    @torch.no_grad()
+    def decide(self) -> Outcome:
+        if self.method.from_hessian:
+            hidden_size = max(shape.hidden_size for shape in self.reader.shapes)
+            self.warn_of_few_tokens(max(hidden_size, widest_driver(self.reader.shapes)), "a linear layer's input")
+        self.meter = self.meters["prune"] = Meter(self.device)
+        self.copy_embeddings()
+        forward, last = self.job.forward(), self.reader.layers - 1
+        hidden = forward.embed()
+        entries = []
+        for layer, source in stored_layers(self.job, "prune", self.meter):
+            if layer + 1 in self.writer.done:
+                entry, tensors = self.written(layer)
+            else:
+                tensors, entry = self._sparse(forward, layer, source, hidden)
+                self.write_layer(layer, tensors, entry)
+            entries.append(entry)
+            if layer < last:
+                with self.meter.stage("second forward"):
+                    forward.run(forward.build(tensors.items(), layer), layer, hidden, {})
+            del tensors  # before the next ones are made
+        self.copy_head()
+        return SparseOutcome(entries)
+
+    def _sparse(
+        self, forward: LayerForward, layer: int, source: dict[str, Tensor], hidden: HiddenStates
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The layer's tensors with its linears' zeros, and the plan's entry."""
+        family, where = self.reader.family, f"layer {layer}"
+        with self.meter.stage("forward"):
+            inputs = self._observe(forward, build_dense(self.job, forward, source, layer), layer, hidden)
+        with self.meter.stage("choice"):
+            weights = {name: source[name + ".weight"].to(self.device) for name in linears_of(family)}
+            for name, weight in weights.items():
+                column_norms(weight, f"{where} ({name})")  # names NaN and Inf
+            found = self.method.sparsify(family, inputs, weights, self.job.ratio, where)
+            # Devices of two kinds would round, and in a close call choose, in their own ways.
+            distributed.broadcast_from_first(*(own.weight for own in found.values()))
+            new = {name + ".weight": own.weight for name, own in found.items()}
+            tensors = {}
+            for name, stored in source.items():
+                if name in new:
+                    tensors[name] = new[name].to(stored.device, stored.dtype)
+                else:
+                    tensors[name] = stored.clone() if stored.device.type == "cpu" else stored
+        zeros = {name: int((tensors[name + ".weight"] == 0).sum()) for name in found}
+        return tensors, sparse_entry(
+            {name: (tensors[name + ".weight"].numel(), zeros[name], own.loss) for name, own in found.items()}
+        )
+
+    def _observe(self, forward: LayerForward, block: nn.Module, layer: int, hidden: HiddenStates) -> list[LinearInputs]:
+        """Statistics of all inputs of a layer from one forward, which does not advance the hidden states."""
+        observers = {}
+        for names in inputs_of(self.reader.family):
+            weight, where = block.get_parameter(names[0] + ".weight").data, f"layer {layer} ({names[0]})"
+            observers[names] = (
+                CurvatureObserver(weight.shape[1], self.device, where, False, forward.allow_nonfinite)
+                if self.method.from_hessian
+                else DriverObserver(weight, where, False, forward.allow_nonfinite)
+            )
+        observe: dict[str, Observe] = {names[0]: observer.observe for names, observer in observers.items()}
+        forward.run(block, layer, hidden, observe, advance=False)
+        return [self._finished(names, observer) for names, observer in observers.items()]
+
+    def _finished(self, names: tuple[str, ...], observer: CurvatureObserver | DriverObserver) -> LinearInputs:
+        if isinstance(observer, CurvatureObserver):
+            assert self.job.windows is not None
+            inputs = LinearInputs(names, hessian=observer.finish().hessian.mul_(2 / len(self.job.windows)))
+        else:
+            norms = observer.finish().input_squares().sqrt()
+            inputs = LinearInputs(names, norms=norms.to(self.device, torch.float32))
+        if observer.nonfinite:
+            self.nonfinite[observer.where] = observer.nonfinite
+        return inputs

@@ -1,0 +1,190 @@
+"""Survey, plan, prune: from a checkpoint folder and a text to a smaller checkpoint folder."""
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..checkpoint import JOURNAL, CheckpointWriter, changes, check_free, check_space, prove_files
+from ..checkpoint.null_writer import BystanderWriter
+from ..errors import InputError, VerificationError
+from ..job.config import PruneOptions
+from ..job.job import Job
+from ..job.record import FILE, whole_plan
+from ..mask_training.training import FILE as TRAINING
+from ..methods import LearnedMethod
+from ..passes import make_passes
+from ..runtime import distributed
+from ..runtime.device import memory_limit, what_ran_out
+from ..runtime.environment import split
+from ..runtime.faults import explain
+from ..runtime.progress import Progress, silent
+from .finalize import finish
+
+
+def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
+    """Prune a checkpoint; returns the plan (what was written to plan.json).
+
+    Raises InputError for anything wrong with the arguments or the input; then nothing is left behind. A run
+    that was killed, ran out of disk space or device memory, or met a file that could not be read leaves
+    `<output>.partial` with all finished layers, which `resume` finishes; all but the first are InputErrors too. One
+    that ends before its first layer is finished leaves nothing.
+
+    Within `distributed.process_group` every process calls it with the same options; the first one writes.
+    """
+    finished = options.resume and (options.output / FILE).is_file()
+    if not finished:
+        check_free(options.output)  # before the windows, which may cost a whole model's sampling
+    threads = torch.get_num_threads()
+    try:
+        job = Job(options, progress)
+        return _finished(job) if finished else _run(job)
+    finally:
+        torch.set_num_threads(threads)  # a resumed run takes those that it began with
+
+
+def _run(job: Job) -> dict[str, Any]:
+    writer = _writer(job)
+    fresh = not job.begun
+    try:
+        with _explained(job, writer):
+            passes = make_passes(job, writer)
+            writer.begin()
+            try:
+                with memory_limit(job.device, job.options.device_memory):
+                    outcome = passes.execute()
+                writer.flush()
+            except InputError:
+                if fresh:  # this model cannot be pruned so: nothing to resume
+                    writer.discard()
+                raise
+            plan: dict[str, Any] = {}
+            with distributed.first_ahead():
+                if distributed.is_first():
+                    plan = finish(job, writer, passes, outcome)
+            return distributed.from_first(lambda: plan)
+    except BaseException:
+        writer.settle()
+        if fresh and not _worth_resuming(writer):
+            writer.discard()
+        raise
+    finally:
+        writer.close()
+
+
+def _worth_resuming(writer: CheckpointWriter) -> bool:
+    """Whether a layer is finished, or masks are trained in part; the statistics of layers are in the cache."""
+    return any(1 <= shard < writer.shards - 1 for shard in writer.done) or (writer.partial / TRAINING).exists()
+
+
+@contextmanager
+def _explained(job: Job, writer: CheckpointWriter) -> Iterator[None]:
+    """What the system or the device lacks, as an InputError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"{writer.partial}: no space left on the device; free some and repeat{_resuming(writer)}"
+            ) from error
+        if error.filename is None:
+            _raise_limit(error, writer)
+            raise  # a closed terminal, say
+        raise InputError(f"{error.filename}: {error.strerror}; {_kept(writer)}repeat{_resuming(writer)}") from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{job.device}: out of memory: {what_ran_out(error)}; {_kept(writer)}free some and "
+            f"repeat{_resuming(writer)}, or start anew with a smaller --device-memory"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        _raise_limit(error, writer)
+        raise
+
+
+def _raise_limit(error: BaseException, writer: CheckpointWriter) -> None:
+    """InputError: the error is a limit of the system's, which can be raised."""
+    found = explain(error)
+    if found is not None and found[1] == 2:
+        raise InputError(f"{found[0]}; {_kept(writer)}repeat{_resuming(writer)}") from error
+
+
+def _kept(writer: CheckpointWriter) -> str:
+    writer.settle()
+    return f"{writer.partial} keeps the finished layers: " if _worth_resuming(writer) else ""
+
+
+def _resuming(writer: CheckpointWriter) -> str:
+    writer.settle()
+    return " with --resume" if _worth_resuming(writer) else ""
+
+
+def _finished(job: Job) -> dict[str, Any]:
+    """The plan of an output that is already there, if it is whole and what the job would make."""
+    output = job.options.output
+    plan = whole_plan(output)
+    try:
+        asked, _ = split(changes(plan["identity"], json.loads(json.dumps(job.identity))))
+        source, checksums = plan["source"], plan["checksums"]
+        moved = source["files"] != job.source_files
+        changed = job.reader.differing(source["digests"]) if moved else None
+        if not asked and changed is None:
+            prove_files(output, checksums)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{output / FILE}: not a plan of pyprune ({error!r}); name another output") from error
+    except VerificationError as error:
+        raise InputError(f"{output}: finished, but damaged since ({error}); delete it, and prune anew") from error
+    if asked:
+        said = "; ".join(asked.values())
+        raise InputError(f"{output}: finished already, with other settings: {said}; name another output")
+    if changed is not None:
+        raise InputError(
+            f"{job.reader.folder}: the checkpoint has changed since {output} was made of it (tensor {changed}); name "
+            "another output"
+        )
+    if job.options.evaluation is not None and "evaluation" not in plan:
+        raise InputError(f"{output}: finished already, without an evaluation; use `pyprune evaluate` on it")
+    (output / JOURNAL).unlink(missing_ok=True)
+    return plan
+
+
+def _writer(job: Job) -> CheckpointWriter:
+    """The writer of this process: of several the first one's writes, and the others know what was there before."""
+    output, reader = job.options.output, job.reader
+    # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
+    shards = reader.layers + 2
+    if not distributed.is_first():
+        return BystanderWriter(output, shards, distributed.from_first(dict))
+    source: dict[str, Any] = {"files": job.source_files, "digests": {}}
+    if isinstance(job.method, LearnedMethod) and not job.begun:
+        source["digests"] = reader.all_digests()  # training sees the whole model, and its state may outlive a kill
+    writer = CheckpointWriter(output, shards, job.identity, job.options.resume, source)
+    try:
+        check_space(writer.output, _bytes_to_write(job, writer))
+        _compare_source(job, writer)
+        distributed.from_first(lambda: writer.done)
+    except BaseException:
+        writer.close()
+        raise
+    return writer
+
+
+def _compare_source(job: Job, writer: CheckpointWriter) -> None:
+    """Refuse to go on with shards of another checkpoint: at once where its files are not those, else as it is read."""
+    sources, before = writer.sources(), writer.head["source"]
+    changed = job.reader.differing(sources) if before.get("files") != job.source_files else None
+    if changed is not None:
+        raise InputError(
+            f"{job.reader.folder}: the checkpoint has changed since {writer.partial} was begun (tensor {changed}); "
+            "delete that folder to start anew"
+        )
+    before["files"] = job.source_files
+    job.reader.content.expect(sources, str(writer.partial))
+
+
+def _bytes_to_write(job: Job, writer: CheckpointWriter) -> int:
+    outside = sum(job.reader.tensors[n].bytes for n in job.reader.outside_layers())
+    removed = job.ratio * (job.reader.bytes - outside) if job.method.shrinks else 0.0
+    return max(0, int(job.reader.bytes - removed) - sum(entry["bytes"] for entry in writer.done.values()))

@@ -1,0 +1,1 @@
+"""The machine: devices, processes, streams, signals, small files."""
