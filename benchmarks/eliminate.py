@@ -31,7 +31,7 @@ from torch import Tensor
 from pyprune.benchmark.case import forced
 from pyprune.benchmark.cases.slimgpt import SlimGpt, group_sizes, inverse
 from pyprune.ops.dispatch import Problem, eligible_backends
-from pyprune.ops.eliminate import Elimination, Panel, Selection, eliminate, refit
+from pyprune.ops.eliminate import Elimination, EliminationState, Panel, eliminate, refit
 
 GPU_SHAPES = ["11008@0.2", "11008@0.5", "28672@0.2", "4096@0.5"]
 CPU_SHAPES = ["1024@0.2", "2048@0.2"]
@@ -151,7 +151,9 @@ def panels_timed(clock: Clock) -> Iterator[list[float]]:
     def eliminate_channels(
         a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool, panel: Panel, size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        def timed(a: Tensor, g: Tensor, selection: Selection, first: int, lower: Tensor, products: Tensor) -> None:
+        def timed(
+            a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor
+        ) -> None:
             seconds.append(clock(lambda: panel(a, g, selection, first, lower, products)))
 
         return original(a, g, count, keep_factor, tf32, timed, size)

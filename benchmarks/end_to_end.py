@@ -32,16 +32,16 @@ from contest import write_report
 from floors import disk_rates, drop_page_cache, forward_seconds
 from generated import prune_counted, prune_generated
 from layer_profile import LayerProfile
-from make_checkpoint import SHAPES, make_checkpoint
 from transformers import AutoTokenizer
 
 from pyprune.benchmark.machine import describe_machine
 from pyprune.checkpoint import CheckpointReader
 from pyprune.estimation.estimate import estimate
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.methods import make_method
 from pyprune.report.sparse import is_sparse
-from pyprune.runtime.device import resident_peak, select_device, select_dtype, tune_allocators
+from pyprune.runtime.device import configure_allocators, resident_peak, select_device, select_dtype
+from pyprune.testing.random_checkpoint import SHAPES, make_checkpoint
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "models" / "llama-6m-gqa"
 SHARD_LAYERS = 8  # layers a file: published checkpoints have files of a few gigabytes
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=scratch) as own:
         text = Path(own) / "text.txt"
         write_text(text, samples * length)
-        options = PruneOptions(
+        options = PruneConfig(
             str(model), Path(own) / "pruned", arguments.method, arguments.ratio, calibration=str(text),
             samples=samples, sequence_length=length, device=arguments.device, cache=Path(own) / "cache",
             device_memory=int(arguments.device_memory * 1e9) if arguments.device_memory else None,
@@ -170,7 +170,7 @@ def reset_peaks(device: torch.device) -> None:
         clear.write_text("5")  # this process's high-water mark
 
 
-def predict(options: PruneOptions, device: torch.device) -> dict[str, Any]:
+def predict(options: PruneConfig, device: torch.device) -> dict[str, Any]:
     """What `pyprune plan` says of the run."""
     reader = CheckpointReader(Path(options.model))
     dtype = select_dtype(options.dtype, reader.dtype, device)
@@ -241,7 +241,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = argument_parser().parse_args()
-    tune_allocators()  # as the program does
+    configure_allocators()  # as the program does
     with tempfile.TemporaryDirectory() as temporary:
         scratch = arguments.scratch or Path(temporary)
         scratch.mkdir(parents=True, exist_ok=True)

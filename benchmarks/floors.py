@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from generated import GeneratedReader
-from make_checkpoint import make_checkpoint
 
 from pyprune.forward.layer_forward import LayerForward
 from pyprune.runtime.device import select_dtype
+from pyprune.testing.random_checkpoint import make_checkpoint
 
 CHUNK = 16 << 20  # bytes a call: the calls' own cost does not show
 READERS = (1, 4)  # threads: a file system in the network may need several to give what it can

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from contest import contest_parser, prepare_device, start_report, write_report
-from make_checkpoint import SHAPES
 from torch import Tensor
 
 from pyprune.benchmark.cases.layer_steps import EPS, rotated
@@ -24,6 +23,7 @@ from pyprune.ops import rms_norm, rotate_, swiglu_
 from pyprune.ops.rms_norm import rms_norm_reference
 from pyprune.ops.rotary import rotate_reference
 from pyprune.ops.swiglu import swiglu_reference
+from pyprune.testing.random_checkpoint import SHAPES
 
 HEAD_DIM = 128
 Contestants = dict[str, Callable[[], Tensor]]

@@ -12,20 +12,20 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from make_checkpoint import RandomWeights
 from torch import Tensor
 
-from pyprune.checkpoint import CheckpointReader, CheckpointWriter, Digests, LayerLoader
+from pyprune.checkpoint import CheckpointReader, CheckpointWriter, Digests, LayerPrefetcher
 from pyprune.checkpoint.content import Content
 from pyprune.checkpoint.headers import StoredTensor
 from pyprune.checkpoint.shard_file import _host_bytes
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.job.job import Job
 from pyprune.passes import make_passes
 from pyprune.pipeline.finalize import finish
 from pyprune.pipeline.run import prune
 from pyprune.runtime.device import memory_limit
 from pyprune.runtime.progress import Progress
+from pyprune.testing.random_checkpoint import RandomWeights
 
 SEED = 0
 
@@ -60,7 +60,7 @@ class GeneratedReader(CheckpointReader):
 
 
 class GeneratedLoader:
-    """pyprune's `LayerLoader` for a generated model: one layer ahead, and what is waited for is its making."""
+    """pyprune's `LayerPrefetcher` for a generated model: one layer ahead, and what is waited for is its making."""
 
     def __init__(self, reader: GeneratedReader, device: torch.device) -> None:
         self.reader, self.device = reader, device
@@ -90,7 +90,7 @@ class GeneratedLoader:
 class GeneratedJob(Job):
     """A job whose layers are made rather than read."""
 
-    def __init__(self, options: PruneOptions, progress: Progress) -> None:
+    def __init__(self, options: PruneConfig, progress: Progress) -> None:
         super().__init__(options, progress)
         self.reader = GeneratedReader(self.reader.folder, self.device)
         self.loaders: list[GeneratedLoader] = []
@@ -124,7 +124,7 @@ class DiscardingWriter(CheckpointWriter):
         return {name: StoredTensor(Path(), name, shape, "BF16", 0, 0) for name, shape in shapes.items()}
 
 
-def prune_generated(options: PruneOptions, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+def prune_generated(options: PruneConfig, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
     """As `pyprune.pipeline.run.prune` of a folder of headers; the plan, and the traffic (see `traffic`)."""
     job = GeneratedJob(options, progress)
     writer = DiscardingWriter(options.output, job.reader.layers + 2, job.identity, resume=False)
@@ -136,9 +136,9 @@ def prune_generated(options: PruneOptions, progress: Progress) -> tuple[dict[str
     return plan, traffic(job.loaders, writer)
 
 
-def prune_counted(options: PruneOptions, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+def prune_counted(options: PruneConfig, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
     """`pyprune.pipeline.run.prune`; the plan, and the traffic of its loaders and its writer."""
-    loaders: list[LayerLoader] = []
+    loaders: list[LayerPrefetcher] = []
     writers: list[CheckpointWriter] = []
 
     def remembered(kind: Callable[..., Any], made: list[Any]) -> Callable[..., Any]:
@@ -149,14 +149,14 @@ def prune_counted(options: PruneOptions, progress: Progress) -> tuple[dict[str, 
         return make
 
     with (
-        patch("pyprune.job.job.LayerLoader", remembered(LayerLoader, loaders)),
+        patch("pyprune.job.job.LayerPrefetcher", remembered(LayerPrefetcher, loaders)),
         patch("pyprune.pipeline.run.CheckpointWriter", remembered(CheckpointWriter, writers)),
     ):
         plan = prune(options, progress)
     return plan, traffic(loaders, writers[0])
 
 
-def traffic(loaders: Sequence[LayerLoader | GeneratedLoader], writer: CheckpointWriter) -> dict[str, Any]:
+def traffic(loaders: Sequence[LayerPrefetcher | GeneratedLoader], writer: CheckpointWriter) -> dict[str, Any]:
     """Bytes of the layers read, in all passes, and of the shards written; seconds that the passes waited for either."""
     return {
         "bytes_read": sum(loader.bytes_read for loader in loaders),

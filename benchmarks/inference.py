@@ -39,7 +39,6 @@ from typing import Any
 import torch
 from contest import prepare_device, run_table
 from inference_layouts import LAYOUTS, layouts
-from make_checkpoint import SHAPES, checkpoint_config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, StaticCache
@@ -50,6 +49,7 @@ from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.errors import InputError
 from pyprune.forward.fused import fuse, fused_rotary
 from pyprune.modeling import pruned_config
+from pyprune.testing.random_checkpoint import SHAPES, checkpoint_config
 
 MODES = ("eager", "compile", "graph")  # in this order on one model: fused modules stay
 DENSE = "dense"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyprune.allocation.budget import Counts, total_cost
+from pyprune.allocation.budget import RemovedCounts, total_cost
 from pyprune.allocation.common_size import common_counts
 from pyprune.allocation.rounding import check_multiple, rounded_counts
 from pyprune.architectures import ATTENTION, FFN, LayerShape
@@ -37,7 +37,7 @@ def layouts(dense: list[LayerShape], ratio: float, multiple: int, seed: int) -> 
     }
 
 
-def spread_counts(dense: list[LayerShape], ratio: float, seed: int) -> Counts:
+def spread_counts(dense: list[LayerShape], ratio: float, seed: int) -> RemovedCounts:
     """Units that each layer loses when the shares that are kept are drawn, LEAST to MOST, attention and FFN apart.
 
     The same seed gives the same shares. Channels make up for the rounding to whole KV groups, over the whole model.

@@ -25,7 +25,7 @@ from contest import run_table
 from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.checkpoint import CheckpointReader
 from pyprune.exporters.gguf import DTYPES, write_gguf
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune
 from pyprune.runtime.optional import import_extra
 
@@ -92,7 +92,7 @@ def checkpoints(arguments: argparse.Namespace, scratch: Path) -> dict[str, Path]
     for name in arguments.layouts:
         options = {"compensation": "none"} | LAYOUTS[name]
         folders[name] = scratch / name
-        run = PruneOptions(
+        run = PruneConfig(
             str(arguments.model), folders[name], "flap", arguments.ratio, options, str(arguments.calibration),
             samples=arguments.samples, sequence_length=256, device="cpu", cache=scratch / "cache",
         )  # fmt: skip

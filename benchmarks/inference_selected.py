@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from contest import prepare_device, run_table
 from inference import DTYPES, MODES, build, release, timed
-from make_checkpoint import SHAPES, checkpoint_config
 
 from pyprune.architectures import LayerShape, family_of
 from pyprune.architectures.channel_selection import FFN_MIDDLE, SELECTIONS, width
@@ -24,6 +23,7 @@ from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.errors import InputError
 from pyprune.mask_training.budget import kept_share, rounded, shift_to_budget
 from pyprune.modeling import selected_config
+from pyprune.testing.random_checkpoint import SHAPES, checkpoint_config
 
 RATIO = 0.5
 

@@ -154,23 +154,23 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
                 found[name] = perplexity(output, text)
                 shutil.rmtree(output)
                 gc.collect()
-            differences = {name: found[name] / found["theirs"] - 1 for name in runs if name != "theirs"}
+            describe_changes = {name: found[name] / found["theirs"] - 1 for name in runs if name != "theirs"}
             rows.append(
                 {
                     "method": method,
                     "propagated": propagated,
                     "perplexity": found,
-                    "differences": differences,
+                    "differences": describe_changes,
                     "calls": calls["ours"],
                 }
             )
             label = f"{method}, propagated" if propagated else method
-            others = "".join(f"  {name} {found[name]:9.4f} ({by:+.4%})" for name, by in differences.items())
+            others = "".join(f"  {name} {found[name]:9.4f} ({by:+.4%})" for name, by in describe_changes.items())
             print(f"{label:28} theirs {found['theirs']:9.4f}{others}", flush=True)
             if calls["ours"] != expected:
                 failures.append(f"{label}: {calls['ours']} calls of ours, not {expected}")
-            if not propagated and abs(differences["ours"]) > AGREEMENT:
-                failures.append(f"{label}: the perplexities differ by {differences['ours']:+.2%}")
+            if not propagated and abs(describe_changes["ours"]) > AGREEMENT:
+                failures.append(f"{label}: the perplexities differ by {describe_changes['ours']:+.2%}")
     return report | {"failures": failures}
 
 

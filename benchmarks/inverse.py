@@ -33,14 +33,14 @@ CPU_SIZES = [1024, 2048]
 LARGE = 11008  # from here on the target holds
 SLOW = 20000  # larger ones are timed three times
 GPU_BLOCKINGS = [
-    Blocking(swept, updated, split, look_ahead)
-    for swept in (256, 512)
+    Blocking(uses_gauss_jordan, updated, split, look_ahead)
+    for uses_gauss_jordan in (256, 512)
     for updated in (1024, 2048, 4096)
     for split in (0, 64, 128, 256)
     for look_ahead in (False, True)
     if split or updated == 1024
 ]
-CPU_BLOCKINGS = [Blocking(swept, updated) for swept in (128, 256) for updated in (256, 1024)]
+CPU_BLOCKINGS = [Blocking(uses_gauss_jordan, updated) for uses_gauss_jordan in (128, 256) for updated in (256, 1024)]
 
 
 def library(h: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def time_blocks(
         rows.append(asdict(blocking) | {"microseconds": asdict(timing), "error": error})
         marker = "  <- the table's" if BLOCKING.get(h.device.type) == blocking else ""
         print(
-            f"       swept {blocking.swept:>4} updated {blocking.updated:>4} split {blocking.split:>3} "
+            f"       swept {blocking.uses_gauss_jordan:>4} updated {blocking.updated:>4} split {blocking.split:>3} "
             f"ahead {blocking.look_ahead:d}: {timing.median * 1e-3:8.2f} ms, {library_median / timing.median:5.2f} x "
             f"library, error {error:7.1e}{marker}"
         )
@@ -136,8 +136,8 @@ def time_blocks(
 
 
 def blocking_of(text: str) -> Blocking:
-    swept, updated, split, look_ahead = (int(part) for part in text.split(","))
-    return Blocking(swept, updated, split, bool(look_ahead))
+    uses_gauss_jordan, updated, split, look_ahead = (int(part) for part in text.split(","))
+    return Blocking(uses_gauss_jordan, updated, split, bool(look_ahead))
 
 
 def main() -> None:

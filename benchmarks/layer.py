@@ -3,7 +3,7 @@
     python benchmarks/layer.py [--device cuda] [--shapes llama-2-7b llama-2-13b] [--ratio 0.2] [--output FILE.json]
 
 Random weights and hidden states, 128 x 2048 tokens. Ours: the two halves of the layer, each with the fit of what reads
-the stream, dense and pruned stream, Hessian and shortfall, inverse, exact choice, refit, and the second forward.
+the stream, dense and pruned stream, Hessian and stream error, inverse, exact choice, refit, and the second forward.
 Theirs, in plain PyTorch: a float32 product for each window (their running H), a Cholesky inverse of all that is left
 before every choice, heads one by one and channels in dynamic groups, and the second forward. Stages are timed with
 the device idle before and after each.
@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_checkpoint import SHAPES, make_checkpoint
 from torch import Tensor, nn
 
-from pyprune.architectures import ATTENTION, FFN, MODULES, expand
+from pyprune.architectures import ATTENTION, FFN, SUBLAYERS, expand
 from pyprune.benchmark.machine import describe_machine
-from pyprune.calibration.second_moments import CurvatureObserver, alignment_of
+from pyprune.calibration.second_moments import HessianObserver, alignment_of
 from pyprune.checkpoint import CheckpointReader
 from pyprune.forward.layer_forward import LayerForward
 from pyprune.methods.obs import Obs
@@ -33,6 +32,7 @@ from pyprune.methods.slimgpt import dynamic_groups
 from pyprune.ops import add_split_product, damped_inverse, eliminate, lower_gram, refit
 from pyprune.passes.base import ROUND_CHANNELS
 from pyprune.passes.rewrite import pad_channels, rewrite_layer
+from pyprune.testing.random_checkpoint import SHAPES, make_checkpoint
 
 STAGES = ("inputs", "forward", "hessian", "inverse", "choice", "refit", "second forward")
 
@@ -90,10 +90,10 @@ class Layer:
 
     def advance(self, block: nn.Module, module: str, hidden: Tensor) -> None:
         for part in self.parts(hidden):
-            part.copy_(self.forward.half(block, 0, module, part))
+            part.copy_(self.forward.run_sublayer(block, 0, module, part))
 
     def driver_weight(self, block: nn.Module, module: str) -> Tensor:
-        return block.get_parameter(self.reader.family.driver(module) + ".weight").data.float()
+        return block.get_parameter(self.reader.family.output_proj(module) + ".weight").data.float()
 
     def count(self, module: str, ratio: float) -> int:
         return round(ratio * self.shape.units(module))
@@ -103,32 +103,32 @@ class Layer:
 def ours(layer: Layer, ratio: float, stages: Stages) -> None:
     method = Obs()
     pruned, dense = layer.hidden.clone(), layer.hidden.clone()
-    kept = {module: torch.arange(layer.shape.units(module)) for module in MODULES}
+    kept = {module: torch.arange(layer.shape.units(module)) for module in SUBLAYERS}
     weights: dict[str, Tensor] = {}
     original = block = layer.build()
-    for module in MODULES:
+    for module in SUBLAYERS:
         with stages.time("inputs"):
             align(layer, original, module, dense, pruned, method)
-        observer = CurvatureObserver(
+        observer = HessianObserver(
             layer.driver_weight(block, module).shape[1], pruned.device, "layer", method.centred, False
         )
         inputs: list[Tensor] = []
         for dense_part, part in zip(layer.parts(dense), layer.parts(pruned), strict=True):
             with stages.time("forward"):
-                goal = layer.forward.half(original, 0, module, dense_part)
+                goal = layer.forward.run_sublayer(original, 0, module, dense_part)
                 dense_part.copy_(goal)
-                with layer.forward.observed(block, {layer.forward.family.driver(module): inputs.append}):
-                    result = layer.forward.half(block, 0, module, part)
+                with layer.forward.observed(block, {layer.forward.family.output_proj(module): inputs.append}):
+                    result = layer.forward.run_sublayer(block, 0, module, part)
             with stages.time("hessian"):
-                observer.observe_shortfall(observer.observe(inputs.pop()), goal - result)
+                observer.observe_stream_error(observer.observe(inputs.pop()), goal - result)
         width, count = layer.shape.unit_width(module), layer.count(module, ratio)
         with stages.time("hessian"):
-            curvature = observer.finish()
+            second_moments = observer.result()
         with stages.time("inverse"):
-            inverse = damped_inverse(curvature.hessian, method.damping).inverse
+            inverse = damped_inverse(second_moments.hessian, method.damping).inverse
         with stages.time("refit"):
             target = layer.driver_weight(block, module)
-            add_split_product(target, curvature.cross, inverse, method.correction)
+            add_split_product(target, second_moments.cross, inverse, method.correction)
         with stages.time("choice"):
             elimination = eliminate(inverse, lower_gram(target), count, width)
         with stages.time("refit"):
@@ -136,7 +136,7 @@ def ours(layer: Layer, ratio: float, stages: Stages) -> None:
         mask = torch.ones(layer.shape.units(module), dtype=torch.bool)
         mask[elimination.order.cpu()] = False
         kept[module] = mask.nonzero().flatten()
-        del inverse, elimination, target, curvature, observer
+        del inverse, elimination, target, second_moments, observer
         block = layer.build(kept, weights)
         with stages.time("second forward"):
             layer.advance(block, module, pruned)
@@ -145,12 +145,12 @@ def ours(layer: Layer, ratio: float, stages: Stages) -> None:
 def align(layer: Layer, original: nn.Module, module: str, dense: Tensor, pruned: Tensor, method: Obs) -> None:
     """The work of fitting the matrices that read the stream to its change; the layer goes on with its own."""
     norm = original.get_submodule(layer.reader.family.norm(module))
-    observer = CurvatureObserver(layer.shape.hidden_size, pruned.device, "layer", False, False)
+    observer = HessianObserver(layer.shape.hidden_size, pruned.device, "layer", False, False)
     for dense_part, part in zip(layer.parts(dense), layer.parts(pruned), strict=True):
         x = norm(part)
-        observer.observe_shortfall(observer.observe(x), norm(dense_part).float() - x.float())
-    change = alignment_of(observer.finish(), method.damping, "layer")
-    for matrix in layer.reader.family.coupled(module):
+        observer.observe_stream_error(observer.observe(x), norm(dense_part).float() - x.float())
+    change = alignment_of(observer.result(), method.damping, "layer")
+    for matrix in layer.reader.family.input_projs(module):
         weight = original.get_parameter(matrix + ".weight").float()
         weight.addmm(weight, change, alpha=method.alignment).to(pruned.dtype)
 
@@ -159,10 +159,10 @@ def align(layer: Layer, original: nn.Module, module: str, dense: Tensor, pruned:
 def authors(layer: Layer, ratio: float, stages: Stages) -> None:
     """SlimGPT (arXiv 2412.18110, algorithm 1) in plain PyTorch, its Hessian as SparseGPT's code has it."""
     hidden = layer.hidden.clone()
-    kept = {module: torch.arange(layer.shape.units(module)) for module in MODULES}
+    kept = {module: torch.arange(layer.shape.units(module)) for module in SUBLAYERS}
     weights: dict[str, Tensor] = {}
     block = layer.build()
-    for module in MODULES:
+    for module in SUBLAYERS:
         weight = layer.driver_weight(block, module)
         hessian = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
         inputs: list[Tensor] = []
@@ -170,9 +170,9 @@ def authors(layer: Layer, ratio: float, stages: Stages) -> None:
         for part in layer.parts(hidden):
             with (
                 stages.time("forward"),
-                layer.forward.observed(block, {layer.forward.family.driver(module): inputs.append}),
+                layer.forward.observed(block, {layer.forward.family.output_proj(module): inputs.append}),
             ):
-                layer.forward.half(block, 0, module, part)
+                layer.forward.run_sublayer(block, 0, module, part)
             with stages.time("hessian"):
                 for x in inputs.pop():  # a window at a time
                     hessian *= windows / (windows + 1)

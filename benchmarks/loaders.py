@@ -30,7 +30,7 @@ from pyprune.calibration.windows import evaluation_windows
 from pyprune.checkpoint import CheckpointReader
 from pyprune.evaluation.llama_cpp import perplexity_gguf
 from pyprune.exporters import export
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune
 
 WORKER = Path(__file__).with_name("stock_perplexity.py")
@@ -52,7 +52,7 @@ def measure(
     pruned = folder / "pruned"
     options: dict[str, Any] = {"compensation": compensation} | ({"uniform": True} if layout == "uniform" else {})
     plan = prune(
-        PruneOptions(
+        PruneConfig(
             str(model), pruned, method, arguments.ratio, options, calibration=str(arguments.calibration),
             samples=arguments.samples, sequence_length=arguments.calibration_length, device="cpu",
             cache=arguments.output.parent / ".loaders-cache",

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_checkpoint import SHAPES, make_checkpoint
 
 from pyprune.benchmark.machine import describe_machine
 from pyprune.checkpoint import CheckpointReader
+from pyprune.testing.random_checkpoint import SHAPES, make_checkpoint
 
 
 def main() -> None:

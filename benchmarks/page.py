@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from make_checkpoint import SHAPES
 from page_models import learned, loaders, selected_speed, semi_structured, speed, table
 from page_plots import peak_bytes, plot_memory, plot_seconds
+
+from pyprune.testing.random_checkpoint import SHAPES
 
 FOLDER = Path(__file__).resolve().parent
 KERNELS = 6  # of a profile that are shown
@@ -43,22 +44,23 @@ python benchmarks/end_to_end.py llama-2-13b --method flap --ratio 0.2 --scratch 
 python benchmarks/end_to_end.py llama-3.3-70b --method obs --source generated
 ```
 
-Random weights of a published shape (`benchmarks/make_checkpoint.py`), from folder to folder, the input's pages dropped
-from the page cache before; with `generated` the layers are made on the device and what is written is dropped. The
-floor is the higher of two: the forward of one layer times the layers, measured in the same process, and the bytes read
-and written over the disk's own rates.
+Random weights of a published shape (`pyprune/testing/random_checkpoint.py`), from folder to folder, the input's pages
+dropped from the page cache before; with `generated` the layers are made on the device and what is written is dropped.
+The floor is the higher of two: the forward of one layer times the layers, measured in the same process, and the bytes
+read and written over the disk's own rates.
 """
 
 
 BOUNDS = """## What bounds them
 
-- `flap` from disk to disk: the disk. The prune pass writes at the disk's own rate. The survey reads at 1.15 GB/s beside
+- `flap` from disk to disk: the disk. The prune pass writes at the disk's own rate. The calibration pass reads at 1.15
+GB/s beside
   the forward where the same threads alone read 1.4 to 1.6 (the readers share Python's lock with the thread that feeds
   the GPU), and the two passes do not overlap. Six seconds lie outside them: tokens, embeddings, plots, last shards.
 - `obs`: forwards. A layer runs 2.8 of them in the prune pass (dense stream, pruned stream before and after the choice)
-  and a quarter in the survey, at 650 TFLOP/s, products alone at 750. The rest is, by layer of 13 B and 70 B: second
-  moments 0.09 and 0.37 s, the shortfall's products 0.08 and 0.24 s, inverse, choice and fit 0.15 and 0.90 s, in the
-  survey 0.15 and 0.75 s (inverse in split TF32 products, elimination in single ones).
+  and a quarter in the calibration pass, at 650 TFLOP/s, products alone at 750. The rest is, by layer of 13 B and 70 B:
+  second moments 0.09 and 0.37 s, the stream error's products 0.08 and 0.24 s, inverse, choice and fit 0.15 and 0.90 s,
+  in the calibration pass 0.15 and 0.75 s (inverse in split TF32 products, elimination in single ones).
 - The profiler (the runs of 6 layers, of an earlier commit than the whole ones) has the GPU busy for 91 % of the prune
   pass at 13 B, with a set of hidden states in the host and the profiler's own work included, and 97 % at 70 B. The gaps
   lie between small steps and where the host decides.
@@ -158,13 +160,13 @@ def plan_against_measured(runs: dict[str, dict[str, Any]]) -> str:
             f"{of_pass[name]:.1f} / {run['passes'][name]['seconds']:.1f}"
             if name in of_pass and name in run["passes"]
             else "–"
-            for name in ("survey", "prune")
+            for name in ("calibration", "prune")
         ]
         rows.append(row)
     if not rows:
         return ""
     return "## Plan against measured\n\nWhat `pyprune plan` says beforehand / what the run took.\n\n" + table(
-        ["run", "peak memory, GB", "survey, s", "prune, s"], rows
+        ["run", "peak memory, GB", "calibration pass, s", "prune, s"], rows
     )
 
 

@@ -129,7 +129,7 @@ def learned(results: Path) -> str:
 LEARNED = """`python benchmarks/quality.py MODEL --table learned ...` (the command stands there), seed 0, perplexity on
 100 × 1024 tokens. `disp` trains masks for 1500 steps unless said; at perplexities below the dense
 model's the masks have taken up the text's domain, which these small models know badly, and not only
-the ratio: what they lose on the other text is the price. `disp, refitted` fits the drivers to what
+the ratio: what they lose on the other text is the price. `disp, refitted` fits the output projections to what
 the dense modules put out, which undoes part of that on either side.
 """
 

@@ -3,9 +3,9 @@
     python benchmarks/processes.py llama-2-13b --layers 8 --processes 2 --output benchmarks/results/processes-h200.json
 
 Each pruning is a program of its own: `python -m pyprune prune` and `torchrun --nproc-per-node=N -m pyprune prune`, on
-the same random checkpoint (benchmarks/make_checkpoint.py) and text. The passes' seconds are those of plan.json, the
-first process's; kernels are loaded in each run, once for all layers. Sums over blocks of windows round otherwise than
-sums over all, so that a close call may keep another unit: the report counts them, and gives the distance of the
+the same random checkpoint (pyprune/testing/random_checkpoint.py) and text. The passes' seconds are those of plan.json,
+the first process's; kernels are loaded in each run, once for all layers. Sums over blocks of windows round otherwise
+than sums over all, so that a close call may keep another unit: the report counts them, and gives the distance of the
 weights of the layers that keep the same.
 """
 
@@ -21,11 +21,11 @@ import torch
 from contest import write_report
 from end_to_end import METHODS, checkpoint_of, write_text
 from floors import drop_page_cache
-from make_checkpoint import SHAPES
 from safetensors.torch import load_file
 
 from pyprune.benchmark.machine import describe_machine
 from pyprune.runtime.device import select_device
+from pyprune.testing.random_checkpoint import SHAPES
 
 
 def pruned(model: Path, output: Path, text: Path, arguments: argparse.Namespace, processes: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pyprune.benchmark.machine import describe_machine
 from pyprune.calibration.windows import evaluation_windows
 from pyprune.checkpoint import CheckpointReader
 from pyprune.evaluation.perplexity import evaluate
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune
 from pyprune.runtime.device import select_device, select_dtype
 
@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "slimgpt, uniform": ("slimgpt", {"schedule": "uniform"}),
     "obs": ("obs", {}),
     "obs, bias": ("obs", {"compensation": "bias"}),
-    "obs, whole survey": ("obs", {"survey_samples": 128}),
+    "obs, whole calibration pass": ("obs", {"allocation_samples": 128}),
     "obs, full share": ("obs", {"target_share": 1.0}),
     "obs, inputs as they are": ("obs", {"input_share": 0.0}),
     "obs, own target": ("obs", {"target": "weights"}),
@@ -133,7 +133,7 @@ def main() -> None:
                     method, options = table[variant]
                     folder = Path(scratch) / f"{model.name}-{variant}-{ratio}-{seed}"
                     result = prune(
-                        PruneOptions(
+                        PruneConfig(
                             str(model),
                             folder,
                             method,

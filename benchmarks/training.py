@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from contest import contest_parser, prepare_device, run_table
 from inference import build, release
-from make_checkpoint import SHAPES, checkpoint_config
 
-from pyprune.architectures import MODULES, family_of
+from pyprune.architectures import SUBLAYERS, family_of
 from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.estimation.training_memory import training_memory
 from pyprune.mask_training.disp_learner import SelectionLearner
@@ -27,6 +26,7 @@ from pyprune.mask_training.masked_model import MaskedModel
 from pyprune.mask_training.policy_learner import UnitLearner
 from pyprune.mask_training.training import Learner
 from pyprune.methods import make_method
+from pyprune.testing.random_checkpoint import SHAPES, checkpoint_config
 
 RATIO = 0.5
 WARM_UP = 3
@@ -49,7 +49,7 @@ def measure(name: str, checkpointing: bool, arguments: argparse.Namespace, devic
     if name == "disp":
         learner = SelectionLearner(masked, shapes, windows, RATIO, None, GATES["reinmax"], 1e-3, 6.0, 0)
     else:
-        start = [{module: torch.zeros(shape.units(module)) for module in MODULES} for shape in shapes]
+        start = [{module: torch.zeros(shape.units(module)) for module in SUBLAYERS} for shape in shapes]
         learner = UnitLearner(masked, shapes, windows, RATIO, start, 0.02, 0)
     seconds = []
     for number in range(WARM_UP + arguments.repeat):

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from make_checkpoint import make_checkpoint  # noqa: E402
+from pyprune.testing.random_checkpoint import make_checkpoint  # noqa: E402
 
 # A fresh process after each of hundreds of prunings would take minutes; tests of just that say --verify.
 os.environ["PYPRUNE_VERIFY"] = "0"
@@ -64,7 +64,7 @@ def demo_model() -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a random checkpoint: `tiny_checkpoint(family="qwen2", layers=4, ...) -> folder`.
 
-    The arguments and their small default sizes are those of benchmarks/make_checkpoint.py. A folder is made
+    The arguments and their small default sizes are those of pyprune/testing/random_checkpoint.py. A folder is made
     once a session for each set of arguments: read it only, or copy it.
     """
     made: dict[str, Path] = {}

@@ -1,8 +1,8 @@
 """What holds of an accelerated tool, checked in its own Python: `python integration_checks.py llm-compressor`.
 
-tests/test_integrations_seams.py runs the same on small packages that have the tools' seams. Only pyprune, PyTorch and
-the tool are imported. Prints one line of JSON: largest error of ours as a multiple of the tool's own, both against
-float64.
+tests/test_integrations_seams.py runs the same on small packages that have the tools' patch points. Only pyprune,
+PyTorch and the tool are imported. Prints one line of JSON: largest error of ours as a multiple of the tool's own, both
+against float64.
 """
 
 import json
@@ -88,7 +88,7 @@ def llm_compressor_seams() -> dict[str, Any]:
 
 
 def gptq_hessian(module: nn.Linear, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(H [1, C, C] as quantize_weight gets it, N) by the functions that stand at the seams now."""
+    """(H [1, C, C] as quantize_weight gets it, N) by the functions that stand at the patch points now."""
     seams = llm_compressor_seams()
     hessian, count = seams["gptq.make_empty_hessian"](module, device=torch.device("cpu")), torch.zeros(())
     for x in batches:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from pyprune.architectures import ATTENTION, FFN, GRANITE, SMOLLM3, Family, LayerShape, family_of
-from pyprune.architectures.channel_selection import SELECTIONS, Selection, select_layer, width
-from pyprune.mask_training.masked_model import hook_places, selection_masks
+from pyprune.architectures.channel_selection import SELECTIONS, ChannelSelection, select_layer, width
+from pyprune.mask_training.masked_model import hook_points, selection_masks
 from pyprune.modeling import selected_config
 from pyprune.ops.rms_norm import rms_norm_reference
 from pyprune.passes.train_masks import index_tensors
@@ -40,7 +40,7 @@ _OTHERS: dict[str, tuple[Family, dict[str, Any]]] = {
     ),
 }
 NAMES = (*families.FAMILIES, *_OTHERS)
-Made = tuple[Family, Any, list[Selection]]
+Made = tuple[Family, Any, list[ChannelSelection]]
 
 
 def dense_model(
@@ -75,16 +75,16 @@ def dense_and_selections(
 
 
 def add_driver_biases(family: Family, model: Any) -> None:
-    """A bias on every driver, as a compensation adds one."""
+    """A bias on every output projection, as a compensation adds one."""
     generator = torch.Generator().manual_seed(12)
     for block in model.get_submodule(family.layers):
         for module in (ATTENTION, FFN):
-            linear = block.get_submodule(family.driver(module))
+            linear = block.get_submodule(family.output_proj(module))
             bias = torch.randn(linear.out_features, generator=generator).to(linear.weight.dtype)
             linear.bias = nn.Parameter(bias)
 
 
-def random_selections(shapes: list[LayerShape], seed: int = 0, count: int | None = None) -> list[Selection]:
+def random_selections(shapes: list[LayerShape], seed: int = 0, count: int | None = None) -> list[ChannelSelection]:
     """For each layer, sorted channels at random: a third to all of them, or `count` everywhere."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -95,7 +95,7 @@ def random_selections(shapes: list[LayerShape], seed: int = 0, count: int | None
     return [{name: kept(width(shape, name)) for name in SELECTIONS} for shape in shapes]
 
 
-def selected_tensors(family: Family, dense: Any, selections: list[Selection]) -> dict[str, Tensor]:
+def selected_tensors(family: Family, dense: Any, selections: list[ChannelSelection]) -> dict[str, Tensor]:
     """All tensors of the model with the selections, by full name."""
     layers = dense.get_submodule(family.layers)
     tensors = {name: t for name, t in dense.state_dict().items() if not name.startswith(f"{family.layers}.")}
@@ -105,15 +105,15 @@ def selected_tensors(family: Family, dense: Any, selections: list[Selection]) ->
     return tensors
 
 
-def dense_selected_config(family: Family, dense: Any, selections: list[Selection]) -> Any:
+def dense_selected_config(family: Family, dense: Any, selections: list[ChannelSelection]) -> Any:
     """The configuration for `selected_tensors`."""
     counts = [{name: len(kept) for name, kept in own.items()} for own in selections]
     block = dense.get_submodule(family.layers)[0]
-    biased = (block.get_submodule(family.driver(module)).bias is not None for module in (ATTENTION, FFN))
+    biased = (block.get_submodule(family.output_proj(module)).bias is not None for module in (ATTENTION, FFN))
     return selected_config(family, dense.config, counts, *biased)
 
 
-def selected_model(family: Family, dense: Any, selections: list[Selection]) -> Any:
+def selected_model(family: Family, dense: Any, selections: list[ChannelSelection]) -> Any:
     """The materialised model, in the dense one's type."""
     config = dense_selected_config(family, dense, selections)
     model = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
@@ -121,12 +121,12 @@ def selected_model(family: Family, dense: Any, selections: list[Selection]) -> A
     return model.eval()
 
 
-def mask_by_selections(family: Family, dense: Any, selections: list[Selection]) -> None:
+def mask_by_selections(family: Family, dense: Any, selections: list[ChannelSelection]) -> None:
     """Have the dense model multiply by masks of 0 and 1 what the materialised one leaves out."""
     shapes = family.shapes(dense.config)
     for block, shape, selection in zip(dense.get_submodule(family.layers), shapes, selections, strict=True):
         masks = selection_masks(shape, selection, CPU, dense.dtype)
-        hook_places(block, family, lambda place, value, own=masks: value * own[place] if place in own else value)
+        hook_points(block, family, lambda place, value, own=masks: value * own[place] if place in own else value)
 
 
 def widen_norms(family: Family, model: Any) -> None:

@@ -14,7 +14,7 @@ from pyprune.allocation.budget import (
     total_cost,
     uniform_counts,
 )
-from pyprune.architectures import ATTENTION, FFN, MODULES, LayerShape
+from pyprune.architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from pyprune.errors import InputError
 
 LLAMA_7B = LayerShape(4096, 128, 32, 1, 11008)
@@ -40,13 +40,13 @@ def models(draw: st.DrawFn) -> tuple[list[LayerShape], list[dict[str, torch.Tens
         LayerShape(64, head_dim, draw(st.integers(2, 8)), r, draw(st.integers(16, 96)))
         for _ in range(draw(st.integers(1, 6)))
     ]
-    scores = [{m: torch.randn(s.units(m), generator=generator, dtype=torch.float64) for m in MODULES} for s in shapes]
+    scores = [{m: torch.randn(s.units(m), generator=generator, dtype=torch.float64) for m in SUBLAYERS} for s in shapes]
     return shapes, scores
 
 
 def removed_cost(shapes: list[LayerShape], layers: list[dict[str, torch.Tensor]]) -> float:
     return sum(
-        (s.units(m) - len(kept[m])) * s.unit_cost(m) for s, kept in zip(shapes, layers, strict=True) for m in MODULES
+        (s.units(m) - len(kept[m])) * s.unit_cost(m) for s, kept in zip(shapes, layers, strict=True) for m in SUBLAYERS
     )
 
 
@@ -62,11 +62,11 @@ def test_global_choice_meets_the_budget_and_keeps_the_best(
         return
     budget = ratio * total_cost(shapes)
     choice = choose_globally(scores, shapes, budget)
-    coarsest = max(s.unit_cost(m) for s in shapes for m in MODULES)
+    coarsest = max(s.unit_cost(m) for s in shapes for m in SUBLAYERS)
     assert abs(removed_cost(shapes, choice.layers) - budget) <= coarsest / 2 + 1e-9
     kept_scores, removed_scores = [], []
     for own, kept in zip(scores, choice.layers, strict=True):
-        for module in MODULES:
+        for module in SUBLAYERS:
             assert len(kept[module]) >= 1
             assert torch.equal(kept[module], kept[module].sort().values)
             mask = torch.zeros(len(own[module]), dtype=torch.bool)

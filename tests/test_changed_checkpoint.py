@@ -13,7 +13,7 @@ from command_line import run
 from safetensors.torch import load_file
 
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -59,14 +59,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_statistics_of_other_weights_are_not_used(
     model: Path, arguments: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    assert not run(capsys, *arguments("first", method)).json["survey_cached"]
-    assert run(capsys, *arguments("second", method)).json["survey_cached"]
+    assert not run(capsys, *arguments("first", method)).json["calibration_cached"]
+    assert run(capsys, *arguments("second", method)).json["calibration_cached"]
     edit_unsampled(model)
     outcome = run(capsys, *arguments("third", method))
-    assert not outcome.json["survey_cached"]
+    assert not outcome.json["calibration_cached"]
     assert any("other weights" in warning for warning in outcome.json["warnings"])
     fresh = run(capsys, *arguments("fourth", method), "--cache", tmp_path / "fresh")
-    assert not fresh.json["survey_cached"]
+    assert not fresh.json["calibration_cached"]
     third, fourth = weights(tmp_path / "third"), weights(tmp_path / "fourth")
     assert all(torch.equal(third[name], tensor) for name, tensor in fourth.items())
     outcome = run(capsys, *arguments("first", method), "--resume")
@@ -78,10 +78,10 @@ def test_a_copy_of_the_checkpoint_is_the_same_one(
     model: Path, arguments: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another time and inode, the same bytes."""
-    assert not run(capsys, *arguments("first", "flap")).json["survey_cached"]
+    assert not run(capsys, *arguments("first", "flap")).json["calibration_cached"]
     shutil.copyfile(model / "model.safetensors", model / "copy")
     os.replace(model / "copy", model / "model.safetensors")
-    assert run(capsys, *arguments("second", "flap")).json["survey_cached"]
+    assert run(capsys, *arguments("second", "flap")).json["calibration_cached"]
     assert run(capsys, *arguments("first", "flap"), "--resume").status == 0
 
 
@@ -97,9 +97,9 @@ def test_a_change_that_hides_from_size_and_time_is_found_as_it_is_read(
     assert not list(tmp_path.glob("second*"))
 
 
-def options(model: Path, text: Path, output: Path, **changes: Any) -> PruneOptions:
+def options(model: Path, text: Path, output: Path, **changes: Any) -> PruneConfig:
     named = {"samples": 4, "sequence_length": 32, "device": "cpu", "cache": output.parent / "cache"} | changes
-    return PruneOptions(str(model), output, "obs", 0.3, {}, str(text), **named)
+    return PruneConfig(str(model), output, "obs", 0.3, {}, str(text), **named)
 
 
 def kill_at(shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def kill_at(shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def unfinished(model: Path, shared_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PruneOptions:
+def unfinished(model: Path, shared_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PruneConfig:
     """A run of one thread that was killed in the middle; the options that resume it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -127,7 +127,7 @@ def unfinished(model: Path, shared_text: Path, tmp_path: Path, monkeypatch: pyte
     return options(model, shared_text, tmp_path / "out", resume=True)
 
 
-def test_a_resumed_run_refuses_another_checkpoint(unfinished: PruneOptions, model: Path) -> None:
+def test_a_resumed_run_refuses_another_checkpoint(unfinished: PruneConfig, model: Path) -> None:
     from pyprune.errors import InputError
 
     edit_unsampled(model)
@@ -136,7 +136,7 @@ def test_a_resumed_run_refuses_another_checkpoint(unfinished: PruneOptions, mode
 
 
 def test_a_resume_takes_the_threads_that_the_run_began_with(
-    unfinished: PruneOptions, model: Path, shared_text: Path, tmp_path: Path
+    unfinished: PruneConfig, model: Path, shared_text: Path, tmp_path: Path
 ) -> None:
     threads = torch.get_num_threads()
     try:
@@ -153,7 +153,7 @@ def test_a_resume_takes_the_threads_that_the_run_began_with(
 
 @pytest.mark.parametrize("name", ["transformers", "pyprune", "processor"])
 def test_what_cannot_be_had_again_is_said(
-    unfinished: PruneOptions, model: Path, shared_text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    unfinished: PruneConfig, model: Path, shared_text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pyprune.errors import InputError
     from pyprune.job import job

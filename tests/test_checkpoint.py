@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyprune.checkpoint import CheckpointReader, CheckpointWriter, check_space, checkpoint_folder
+from pyprune.checkpoint import CheckpointReader, CheckpointWriter, check_disk_space, checkpoint_folder
 from pyprune.errors import InputError, VerificationError
 
 
@@ -334,8 +334,8 @@ def test_output_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_no_space_is_said_before_the_start(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"MB free, the output needs 1000000000000.0 MB"):
-        check_space(tmp_path / "out", 10**18)
-    check_space(tmp_path / "out", 1)
+        check_disk_space(tmp_path / "out", 10**18)
+    check_disk_space(tmp_path / "out", 1)
 
 
 def test_a_full_disk_is_an_enospc_error_and_loses_nothing(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_moments_from_cpp(tmp_path: Path) -> None:
 
 
 def test_hessian_is_compiled_and_linked(hessian: Path) -> None:
-    """What it reports where there is no driver is CUDA's own text."""
+    """What it reports where there is no output projection is CUDA's own text."""
     assert os.access(hessian, os.X_OK)
     if not torch.cuda.is_available():
         run = subprocess.run([hessian], capture_output=True, text=True)

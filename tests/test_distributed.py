@@ -112,11 +112,11 @@ def test_two_processes_prune_as_one_does(model: Path, text: Path, tmp_path: Path
 
 
 def test_three_processes_share_one_survey(model: Path, text: Path, tmp_path: Path) -> None:
-    """7 windows over three (3, 2, 2); the cached survey answers for three processes, not for one."""
+    """7 windows over three (3, 2, 2); the cached calibration pass answers for three processes, not for one."""
     for name, processes, cached in (("a", 3, False), ("b", 3, True), ("c", 1, False)):
         run = run_together(tmp_path / "logs", *[pruning(model, text, tmp_path / name, "--json")] * processes)
         assert statuses(run) == [0] * processes, run
-        assert json.loads(run[0].out)["survey_cached"] is cached
+        assert json.loads(run[0].out)["calibration_cached"] is cached
     assert [layer["kv_groups"] for layer in read_plan(tmp_path / "a")["layers"]] == [
         layer["kv_groups"] for layer in read_plan(tmp_path / "c")["layers"]
     ]
@@ -129,7 +129,7 @@ def test_wrong_input_is_one_line(model: Path, text: Path, tmp_path: Path) -> Non
         (pruning(tmp_path / "none", text, output), "none"),
         (pruning(model, tmp_path / "none.txt", output), "cannot be read"),
         (pruning(model, text, output, "--samples", 1), "1 windows for 2 processes"),
-        (pruning(model, text, output, "--method", "obs", "--survey-samples", 1), "1 windows for 2 processes"),
+        (pruning(model, text, output, "--method", "obs", "--allocation-samples", 1), "1 windows for 2 processes"),
         (pruning(model, text, output, "--device", "cuda:0"), "is one for 2 processes"),
         (pruning(model, text, output, "--ratio", "x"), "--help"),
     ):
@@ -154,16 +154,16 @@ def test_bad_activations_are_one_line(model: Path, text: Path, tmp_path: Path, m
 
 
 def fail_in_a_layer() -> None:
-    from pyprune.calibration.second_moments import CurvatureObserver
+    from pyprune.calibration.second_moments import HessianObserver
 
-    finish = CurvatureObserver.finish
+    finish = HessianObserver.finish
 
-    def fail(self: CurvatureObserver) -> Any:
+    def fail(self: HessianObserver) -> Any:
         if self.where.startswith("layer 2 "):
             raise InputError(f"{self.where}: this process cannot go on")
         return finish(self)
 
-    CurvatureObserver.finish = fail  # type: ignore[method-assign]
+    HessianObserver.finish = fail  # type: ignore[method-assign]
 
 
 def test_failure_of_one_process_ends_the_others(model: Path, text: Path, tmp_path: Path) -> None:

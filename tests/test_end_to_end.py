@@ -12,9 +12,9 @@ from end_to_end import argument_parser, run
 from floors import CHUNK, disk_rates
 from generated import DiscardingWriter, GeneratedLoader, GeneratedReader
 from layer_profile import summary
-from make_checkpoint import make_checkpoint
 
 from pyprune.checkpoint import CheckpointReader
+from pyprune.testing.random_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = {

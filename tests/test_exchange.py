@@ -34,18 +34,20 @@ def check_exchange() -> None:
         # Rounded once to float32, from float64 sums.
         torch.testing.assert_close(merged.mean.double(), mean, rtol=2**-24 * 1.001, atol=0)
         torch.testing.assert_close(merged.m2.double(), m2, rtol=2**-24 * 1.001, atol=0)
-        first = distributed.from_first(lambda: merged.m2)
+        first = distributed.broadcast_object(lambda: merged.m2)
         assert torch.equal(merged.m2, first)
 
-        assert distributed.own_windows(torch.arange(7)[:, None]).flatten().tolist() == [[0, 1, 2], [3, 4], [5, 6]][rank]
+        assert (
+            distributed.local_windows(torch.arange(7)[:, None]).flatten().tolist() == [[0, 1, 2], [3, 4], [5, 6]][rank]
+        )
         with pytest.raises(InputError, match="2 windows for 3 processes"):
-            distributed.own_windows(torch.zeros(2, 5))
+            distributed.local_windows(torch.zeros(2, 5))
         assert distributed.totals(rank, 10) == [3, 30]
         assert distributed.smallest(5 - rank) == 3
         rows = torch.full((rank + 1, 2), float(rank))
         assert distributed.gathered(rows)[:, 0].tolist() == [0, 1, 1, 2, 2, 2]
         whole = torch.full((3, 4), rank)
-        distributed.broadcast_from_first(None, whole.T, whole[:, 1:2])
+        distributed.broadcast_(None, whole.T, whole[:, 1:2])
         assert whole.eq(0).all()
         total = torch.ones(2, 2) * rank
         distributed.all_reduce_(total, None)
@@ -61,11 +63,11 @@ def test_one_process_exchanges_nothing() -> None:
     """Every tensor is handed back as it is, the same object."""
     tensor = torch.tensor([1.0, torch.nan])
     distributed.all_reduce_(tensor)
-    distributed.broadcast_from_first(tensor)
-    assert distributed.gathered(tensor) is distributed.own_windows(tensor) is tensor
-    assert distributed.from_first(lambda: tensor) is tensor
+    distributed.broadcast_(tensor)
+    assert distributed.gathered(tensor) is distributed.local_windows(tensor) is tensor
+    assert distributed.broadcast_object(lambda: tensor) is tensor
     assert distributed.totals(3, 4) == [3, 4]
-    assert (distributed.rank(), distributed.world_size(), distributed.is_first()) == (0, 1, True)
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main_process()) == (0, 1, True)
 
 
 def test_reference_fluctuation_in_the_order_of_all_windows() -> None:
@@ -88,11 +90,11 @@ def test_each_process_has_its_own_device(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.own_device("auto") == distributed.own_device("cuda") == torch.device("cuda:1")
+    assert distributed.local_device("auto") == distributed.local_device("cuda") == torch.device("cuda:1")
     assert current == [torch.device("cuda:1")] * 2
-    assert distributed.own_device("cpu") == torch.device("cpu")
+    assert distributed.local_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="'cuda:0' is one for 2 processes"):
-        distributed.own_device("cuda:0")
+        distributed.local_device("cuda:0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(InputError, match="3 processes for 2 CUDA"):
-        distributed.own_device("auto")
+        distributed.local_device("auto")

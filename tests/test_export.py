@@ -16,24 +16,24 @@ import pytest
 import torch
 from command_line import run
 from families import FAMILIES, family_checkpoint
-from make_checkpoint import make_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyprune
-from pyprune.allocation.budget import Choice
-from pyprune.architectures import ATTENTION, FFN, MODULES
+from pyprune.allocation.budget import KeptUnits
+from pyprune.architectures import ATTENTION, FFN, SUBLAYERS
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
 from pyprune.evaluation import roundtrip as verify
 from pyprune.evaluation.roundtrip import VerificationError, layered_logits, verify_roundtrip
 from pyprune.exporters import FORMATS, export
 from pyprune.exporters.gguf_export import ROUNDINGS, q8_0
-from pyprune.job.result import UnitOutcome
+from pyprune.job.result import UnitResult
 from pyprune.modeling.config import registered_config
 from pyprune.modeling.stock import Stock, find_stock
 from pyprune.passes.rewrite import rewrite_layer
 from pyprune.pipeline import finalize as finish
 from pyprune.runtime.progress import silent
+from pyprune.testing.random_checkpoint import make_checkpoint
 
 FLOAT32 = torch.float32
 IDS = torch.randint(97, (1, 64), generator=torch.Generator().manual_seed(5))
@@ -80,7 +80,7 @@ def pruned(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
         tensors, shapes = reader.read(reader.outside_layers()), []
         for layer, shape in enumerate(reader.shapes):
             kept = {ATTENTION: torch.arange(sizes[layer][0]), FFN: torch.arange(sizes[layer][1])}
-            bias = {m: torch.randn(shape.hidden_size, generator=generator) * 0.3 for m in MODULES} if biased else {}
+            bias = {m: torch.randn(shape.hidden_size, generator=generator) * 0.3 for m in SUBLAYERS} if biased else {}
             own = rewrite_layer(reader.family, reader.read_layer(layer), shape, kept, bias)
             tensors |= {reader.layer_prefix(layer) + name: tensor for name, tensor in own.items()}
             shapes.append(shape.kept(*sizes[layer]))
@@ -401,7 +401,7 @@ def test_uniform_prune_with_biases_is_written_in_a_stock_class(
     assert "residual_multiplier 0.5 in config.json: only 1 is supported in granite" in line
 
 
-UNITS = UnitOutcome(Choice([]), [])  # proved against what was written itself
+UNITS = UnitResult(KeptUnits([]), [])  # proved against what was written itself
 
 
 def test_prune_proves_what_it_wrote(

@@ -17,7 +17,7 @@ from pyprune.errors import InputError
 from pyprune.evaluation.llama_cpp import logits_gguf, perplexity_gguf, tokens_gguf
 from pyprune.evaluation.perplexity import perplexity
 from pyprune.exporters.gguf import write_gguf
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune
 
 pytest.importorskip("gguf")
@@ -163,7 +163,7 @@ def test_bad_files_and_ids(
 def test_a_trained_model_pruned(compensation: str, demo_model: Path, shared_dir: Path, tmp_path: Path) -> None:
     """Layers of different sizes, with biases on o_proj and down_proj and without: tokens, logits, perplexity."""
     text = shared_dir / "data" / "wikitext2-test.txt"
-    options = PruneOptions(
+    options = PruneConfig(
         model=str(demo_model),
         output=tmp_path / "pruned",
         method="flap",

@@ -37,7 +37,7 @@ TEXTS = [
     "½ Äpfel",
     "The river was wide, and nobody had crossed it since the bridge fell in the winter of 1887.",
     "We're told that the ferryman's house stood on the other bank; that isn't what the old maps show.",
-    "In 1902 a survey counted 3,417 people in the valley (1,204 of them children) and 96 mills.",
+    "In 1902 a calibration pass counted 3,417 people in the valley (1,204 of them children) and 96 mills.",
     "The mills ground wheat, barley and oats: about 12.5 tonnes a day, six days a week.",
     "By the end of the century most of them had closed, and the people had moved to the towns.",
     "for (int i = 0; i < 10; ++i) {  total += weights[i] * inputs[i];  }",

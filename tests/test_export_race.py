@@ -15,13 +15,13 @@ from pyprune.errors import InputError
 from pyprune.exporters import exclusive
 from pyprune.exporters.exclusive import exclusive_file
 
-PLACES = {"hard link": (), "exclusive rename": ("link",), "reservation": ("link", "renameat2")}
+HOOK_POINTS = {"hard link": (), "exclusive rename": ("link",), "reservation": ("link", "renameat2")}
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(params=HOOK_POINTS)
 def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One that has hard links, one that has not, and one that has no exclusive rename either."""
-    lacks = PLACES[request.param]
+    lacks = HOOK_POINTS[request.param]
 
     def refuse(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")

@@ -5,21 +5,21 @@ import torch
 from torch import Tensor
 
 from pyprune.architectures import ATTENTION, FFN, LayerShape
-from pyprune.calibration.channel_statistics import DriverObserver, DriverStatistics
+from pyprune.calibration.channel_statistics import ChannelObserver, ChannelStatistics
 from pyprune.errors import InputError
 from pyprune.methods import make_method
 from pyprune.methods.flap import Flap, reference_threshold, standardise
 
 
-def golden_statistics() -> DriverStatistics:
+def golden_statistics() -> ChannelStatistics:
     """C=4, L=3, N=4, O=3: x[k,t,c] = sin(0.7(k+1) + 0.31 t (c+1)), W[o,c] = cos(0.5 o + 0.9 c)."""
     k, t, c = torch.meshgrid(torch.arange(4), torch.arange(3), torch.arange(4), indexing="ij")
     x = torch.sin(0.7 * (k + 1) + 0.31 * t * (c + 1))
     o, j = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
-    observer = DriverObserver(torch.cos(0.5 * o + 0.9 * j), "golden", by_window=True, allow_nonfinite=False)
+    observer = ChannelObserver(torch.cos(0.5 * o + 0.9 * j), "golden", by_window=True, allow_nonfinite=False)
     observer.observe(x[:1])
     observer.observe(x[1:])
-    return observer.finish()
+    return observer.result()
 
 
 def close(value: Tensor, golden: list[float]) -> None:
@@ -59,9 +59,9 @@ def naive_recurrence(x: Tensor) -> Tensor:
 def test_closed_form_is_the_authors_recurrence() -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(7, 11, 5, generator=generator) * torch.tensor([1.0, 0.1, 10, 1, 1]) + 2
-    observer = DriverObserver(torch.randn(3, 5), "naive", by_window=True, allow_nonfinite=False)
+    observer = ChannelObserver(torch.randn(3, 5), "naive", by_window=True, allow_nonfinite=False)
     observer.observe(x)
-    value = observer.finish().reference_fluctuation
+    value = observer.result().reference_fluctuation
     assert value is not None
     # The window moments are float32 and merged in float64: a few units in the last place of float32.
     torch.testing.assert_close(value, naive_recurrence(x), rtol=1e-5, atol=0)
@@ -70,9 +70,9 @@ def test_closed_form_is_the_authors_recurrence() -> None:
 def test_exact_scores_follow_the_formulas_in_float64() -> None:
     generator = torch.Generator().manual_seed(1)
     x, w = torch.randn(3, 50, 8, generator=generator), torch.randn(6, 8, generator=generator)
-    observer = DriverObserver(w, "exact", by_window=False, allow_nonfinite=False)
+    observer = ChannelObserver(w, "exact", by_window=False, allow_nonfinite=False)
     observer.observe(x)
-    s = observer.finish()
+    s = observer.result()
     tokens, weight = x.double().reshape(-1, 8), w.double()
     variance, squares = tokens.var(0), (tokens**2).sum(0) / 3
     expected = {
@@ -93,10 +93,10 @@ def test_exact_scores_follow_the_formulas_in_float64() -> None:
     torch.testing.assert_close(magnitude, weight.norm(dim=0), rtol=2e-6, atol=0)
 
 
-def statistics(fluctuation: Tensor) -> DriverStatistics:
+def statistics(fluctuation: Tensor) -> ChannelStatistics:
     """Statistics whose WIFV score is `fluctuation`."""
     ones = torch.ones(len(fluctuation))
-    return DriverStatistics(ones, ones, count=2, windows=1, mean=0 * ones, m2=fluctuation.float())
+    return ChannelStatistics(ones, ones, count=2, windows=1, mean=0 * ones, m2=fluctuation.float())
 
 
 def test_adaptive_unit_scores_are_means_of_z_scores_over_kv_groups() -> None:

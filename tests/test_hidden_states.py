@@ -30,7 +30,7 @@ def test_parts_are_read_and_replaced_in_order(device: str, on_device: bool, batc
     assert hidden.on_device == (on_device or device == "cpu")
     for _ in range(3):
         rows = []
-        for part in hidden.parts():
+        for part in hidden.micro_batches():
             assert part.value.device.type == device
             rows.append(len(part.value))
             part.replace(part.value * 2 + 1)
@@ -47,11 +47,11 @@ def test_the_next_part_waits_for_the_buffer() -> None:
     hidden = HiddenStates.empty((9, 300, 1000), torch.float32, torch.device("cuda"), 1, on_device=False)
     hidden.data.copy_(torch.arange(9.0)[:, None, None].expand(9, 300, 1000))
     sums = []
-    for part in hidden.parts():
+    for part in hidden.micro_batches():
         torch.cuda._sleep(2_000_000)
         sums.append(part.value.mean())
         part.replace(part.value + 1)
-    for part in hidden.parts():
+    for part in hidden.micro_batches():
         torch.cuda._sleep(2_000_000)
         sums.append(part.value.mean())
     assert torch.stack(sums).tolist() == [*range(9), *range(1, 10)]
@@ -61,7 +61,7 @@ def test_the_next_part_waits_for_the_buffer() -> None:
 def test_a_copy_has_memory_of_its_own(device: str) -> None:
     hidden = states(device, True, 2)
     other = hidden.copy(on_device=False)
-    for part in other.parts():
+    for part in other.micro_batches():
         part.replace(torch.zeros_like(part.value))
     if device == "cuda":
         torch.cuda.synchronize()

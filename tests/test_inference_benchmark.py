@@ -13,11 +13,11 @@ import torch
 from inference import DENSE, Decoder, Prefill, build, floor_seconds, forward
 from inference import argument_parser as inference_parser
 from inference_layouts import LAYOUTS, layouts
-from make_checkpoint import ARCHITECTURES, SHAPES, checkpoint_config
 
 from pyprune.architectures import FAMILIES, LLAMA, LayerShape
 from pyprune.forward.fused import fuse, fused_rotary
 from pyprune.modeling import pruned_config
+from pyprune.testing.random_checkpoint import ARCHITECTURES, SHAPES, checkpoint_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("prefill", "decode")

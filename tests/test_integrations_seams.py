@@ -1,4 +1,4 @@
-"""Accelerated tools: on small packages with the tools' seams, and on the tools themselves where a Python has them.
+"""Accelerated tools: small packages with the tools' patch points, and the tools themselves if installed.
 
 PYPRUNE_LLM_COMPRESSOR and PYPRUNE_GPTQMODEL may name such a Python (default: this one); without one the slow tests are
 skipped.
@@ -26,8 +26,8 @@ from pyprune.integrations.patching import Calls, check_version, with_names
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = sorted(SUPPORTED)
 
-# What llm-compressor's modules have where the seams are, from the formulas: H of GPTQ is 2·Σ x xᵀ, of SparseGPT the
-# mean 2/N·Σ x xᵀ over batch items, and both walk the columns of the upper factor of (H + damping)^-1.
+# What llm-compressor's modules have where the patch points are, from the formulas: H of GPTQ is 2·Σ x xᵀ, of SparseGPT
+# the mean 2/N·Σ x xᵀ over batch items, and both walk the columns of the upper factor of (H + damping)^-1.
 LLM_COMPRESSOR = {
     "modifiers/gptq/helpers.py": """
 import torch
@@ -198,7 +198,7 @@ def write_package(folder: Path, files: dict[str, str]) -> None:
 
 @pytest.fixture
 def small_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Packages `llmcompressor` and `gptqmodel` of the newest supported versions that have the seams."""
+    """Packages `llmcompressor` and `gptqmodel` of the newest supported versions that have the patch points."""
     packages = tmp_path / "packages"
     names = {releases.distribution: releases.last for releases in SUPPORTED.values()}
     write_package(packages / "llmcompressor", LLM_COMPRESSOR)
@@ -222,20 +222,23 @@ def test_small_tools(small_tools: Path, tool: str) -> None:
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_one_block_at_a_time(small_tools: Path, tool: str) -> None:
-    seams = {"llm-compressor": integration_checks.llm_compressor_seams, "gptqmodel": integration_checks.gptqmodel_seams}
-    originals = seams[tool]()
+    points = {
+        "llm-compressor": integration_checks.llm_compressor_seams,
+        "gptqmodel": integration_checks.gptqmodel_seams,
+    }
+    originals = points[tool]()
     block = accelerate(tool)
     with block:
-        inside = seams[tool]()
+        inside = points[tool]()
         assert inside != originals
         for second in (block, accelerate(tool)):
             with pytest.raises(InputError, match=f"^{tool} is accelerated already; leave the first block.*$"):
                 second.__enter__()
-        assert seams[tool]() == inside
-    assert seams[tool]() == originals
+        assert points[tool]() == inside
+    assert points[tool]() == originals
     with block as calls:  # another time, after it was left
         assert calls == Calls()
-    assert seams[tool]() == originals
+    assert points[tool]() == originals
     with pytest.raises(RuntimeError, match="never entered"):
         block.__exit__(None, None, None)
 
@@ -288,17 +291,17 @@ def test_changed_tools_are_refused(small_tools: Path, change: str) -> None:
     tool, file, source, message = CHANGES[change]
     path = small_tools / SUPPORTED[tool].distribution / file
     path.write_text(path.read_text() + source)
-    seams: dict[str, Callable[[], dict[str, Any]]] = {
+    points: dict[str, Callable[[], dict[str, Any]]] = {
         "llm-compressor": integration_checks.llm_compressor_seams,
         "gptqmodel": integration_checks.gptqmodel_seams,
     }
-    before = None if change == "gone" else seams[tool]()
+    before = None if change == "gone" else points[tool]()
     for _ in range(2):
         with pytest.raises(InputError, match=message) as refused:
             accelerate(tool).__enter__()
         assert "\n" not in str(refused.value)
         assert "nothing was replaced" in str(refused.value)
-    assert change == "gone" or seams[tool]() == before
+    assert change == "gone" or points[tool]() == before
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -11,13 +11,13 @@ from command_line import run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pyprune.architectures import ATTENTION, FFN, MODULES
+from pyprune.architectures import ATTENTION, FFN, SUBLAYERS
 from pyprune.architectures.channel_selection import ATTENTION_OUT, FFN_OUT, SELECTIONS, width
-from pyprune.checkpoint import CheckpointReader, stored_model
+from pyprune.checkpoint import CheckpointReader, inspect_checkpoint
 from pyprune.errors import InputError
 from pyprune.forward.layer_forward import LayerForward
 from pyprune.job import job as jobs
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.mask_training import training
 from pyprune.mask_training.budget import TOLERANCE, kept_share
 from pyprune.mask_training.masked_model import masking_hooks, selection_masks
@@ -46,9 +46,9 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def options(model: Path, text: Path, output: Path, method: str, ratio: float = 0.4, **changes: Any) -> PruneOptions:
+def options(model: Path, text: Path, output: Path, method: str, ratio: float = 0.4, **changes: Any) -> PruneConfig:
     own = {"steps": 6, **changes.pop("method_options", {})}
-    return PruneOptions(
+    return PruneConfig(
         str(model), output, method, ratio, own, str(text), samples=6, sequence_length=32, device="cpu",
         cache=output.parent / "cache", **changes,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def test_disp_writes_a_model_that_is_the_masked_one(
             assert len(layer[name]) % multiple == 0 or len(layer[name]) == dense
             assert len(layer["scores"][name]) == dense
     assert len(plan["training"]["loss"]) == 6
-    assert stored_model(tmp_path / "out")[1] == torch.bfloat16
+    assert inspect_checkpoint(tmp_path / "out")[1] == torch.bfloat16
     assert not (tmp_path / "out" / training.FILE).exists()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Channels that the FFN adds to" in page
@@ -92,7 +92,7 @@ def test_policy_writes_a_pruned_model(model: Path, text: Path, tmp_path: Path) -
     plan = prune(options(model, text, tmp_path / "out", "policy", verify=True))
     assert plan["verification"]["verified"]
     assert abs(plan["ratio"]["met"] - 0.4) <= 0.03  # a KV group is six percent of this model
-    assert plan["passes"].keys() == {"survey", "train", "prune"}
+    assert plan["passes"].keys() == {"calibration", "train", "prune"}
     for layer in plan["layers"]:
         assert 1 <= len(layer["kv_groups"]) <= 3
     biased = prune(options(model, text, tmp_path / "biased", "policy", method_options={"compensation": "bias"}))
@@ -145,7 +145,7 @@ def test_the_seed_decides(method: str, model: Path, text: Path, tmp_path: Path) 
 
 
 def test_refit_comes_nearer_to_the_whole_modules(model: Path, text: Path, tmp_path: Path) -> None:
-    """What drivers put out on their kept rows, against the whole module's on the same hidden states, layer by layer."""
+    """Outputs of the kept rows against those of the dense sublayer on the same hidden states, layer by layer."""
     reader = CheckpointReader(model)
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(reader.config.vocab_size, (32, 32), generator=generator)
@@ -160,7 +160,7 @@ def test_refit_comes_nearer_to_the_whole_modules(model: Path, text: Path, tmp_pa
     masks = selection_masks(reader.shapes[0], selection, CPU, torch.float32)
 
     def output(block: torch.nn.Module, module: str, hidden: Tensor) -> Tensor:
-        return forward.half(block, 0, module, hidden) - hidden
+        return forward.run_sublayer(block, 0, module, hidden) - hidden
 
     with torch.no_grad():
         dense = forward.build(reader.stream_layer(0), 0)
@@ -170,7 +170,7 @@ def test_refit_comes_nearer_to_the_whole_modules(model: Path, text: Path, tmp_pa
         for changed in (False, True):
             block = forward.build(reader.stream_layer(0), 0)
             for module, out in ((ATTENTION, ATTENTION_OUT), (FFN, FFN_OUT)):
-                name = reader.family.driver(module) + ".weight"
+                name = reader.family.output_proj(module) + ".weight"
                 rows = selection[out]
                 columns = selection["ffn_middle"] if module == FFN else torch.arange(fitted[name].shape[1])
                 if changed:
@@ -181,14 +181,14 @@ def test_refit_comes_nearer_to_the_whole_modules(model: Path, text: Path, tmp_pa
                     hidden[FFN] = hidden[ATTENTION] + output(block, ATTENTION, hidden[ATTENTION])
         plain, better = (forward.build(reader.stream_layer(0), 0) for _ in range(2))
         for module, out in ((ATTENTION, ATTENTION_OUT), (FFN, FFN_OUT)):
-            name, rows = reader.family.driver(module) + ".weight", selection[out]
+            name, rows = reader.family.output_proj(module) + ".weight", selection[out]
             columns = selection["ffn_middle"] if module == FFN else torch.arange(fitted[name].shape[1])
             better.get_parameter(name).data[rows[:, None], columns] = fitted[name]
             target = output(dense, module, hidden[module])[..., rows]
             for which, block in (("plain", plain), ("fitted", better)):
                 with masking_hooks(block, reader.family, masks):
                     errors[module, which] = (output(block, module, hidden[module])[..., rows] - target).square().sum()
-    for module in MODULES:
+    for module in SUBLAYERS:
         assert errors[module, "fitted"] < 0.9 * errors[module, "plain"], errors
     with masking_hooks(better, reader.family, masks), torch.no_grad():
         expected = hidden[FFN] + output(better, FFN, hidden[FFN])
@@ -209,7 +209,7 @@ def test_plan_says_what_training_takes(model: Path, capsys: pytest.CaptureFixtur
         shown = run(capsys, "plan", model, "--method", method, "--ratio", 0.4, "--steps", 10, "--json")
         assert shown.status == 0, shown.err
         steps = {step["pass"]: step["flops"] for step in shown.json["passes"]}
-        assert ("survey" in steps) == (method == "policy")
+        assert ("calibration" in steps) == (method == "policy")
         assert steps["train"] > 0
         named = run(capsys, "plan", model, "--method", method, "--ratio", 0.4, "--on", "h100", "--json").json
         assert named["peak_memory_by_pass"]["train"] > 0
@@ -255,7 +255,7 @@ def test_refuses_in_one_line(
         said = refusal(capsys, tmp_path, model, short, "--method", method, "--ratio", 0.4)
         assert "tokens" in said
         assert "32" in said
-    monkeypatch.setattr(jobs, "whole_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(jobs, "usable_memory", lambda device: 1 << 20)
     for method in METHODS:
         said = line("--method", method, "--ratio", 0.4)
         assert f"{method} trains on the whole model: that takes 1.1 GB of device memory" in said
@@ -269,12 +269,12 @@ def test_activations_are_computed_twice_where_memory_is_short(
     prune(options(model, text, tmp_path / "plain", "disp"))
     memory = jobs.training_memory(CheckpointReader(model), jobs.make_method("disp", {}), 32, torch.float32)
     between = (memory.peak(True) + memory.peak(False)) // 2 + (1 << 30)
-    monkeypatch.setattr(jobs, "whole_memory", lambda device: between)
+    monkeypatch.setattr(jobs, "usable_memory", lambda device: between)
     job = jobs.Job(options(model, text, tmp_path / "out", "disp"), silent)
     assert job.recompute
     prune(options(model, text, tmp_path / "out", "disp"))
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
-    assert devices.whole_memory(CPU) > between
+    assert devices.usable_memory(CPU) > between
 
 
 @pytest.mark.shared
@@ -283,7 +283,7 @@ def test_masked_and_materialised_models_of_trained_ones(name: str, shared_dir: P
     """Verified against the dense model under the masks; a few steps from the warm start gain."""
     model, text = shared_dir / "models" / name, shared_dir / "data" / "wikitext2-valid.txt"
     own = {"steps": 12, "warm_windows": 4, "learning_rate": 5e-3}
-    run_options = PruneOptions(
+    run_options = PruneConfig(
         str(model), tmp_path / "out", "disp", 0.3, own, str(text), samples=12, sequence_length=128, device="cpu",
         cache=tmp_path / "cache", verify=True,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyprune.architectures import FFN, MODULES, LayerShape
+from pyprune.architectures import FFN, SUBLAYERS, LayerShape
 from pyprune.architectures.channel_selection import FFN_MIDDLE, SELECTIONS, selected_parameters, width
 from pyprune.checkpoint import CheckpointReader
 from pyprune.checkpoint.load_model import load_model
@@ -156,7 +156,7 @@ def masked(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Made:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_masks_of_ones_change_nothing_and_units_are_cut_like_weights(name: str, masked: Made) -> None:
-    """A masked KV group or FFN channel is one whose driver columns are zero."""
+    """A masked KV group or FFN channel is one whose output projection columns are zero."""
     reader, model, windows = masked(name)
     shapes = reader.shapes
     dense = model.losses(windows)
@@ -172,8 +172,8 @@ def test_masks_of_ones_change_nothing_and_units_are_cut_like_weights(name: str, 
     by_masks = model.losses(windows)
     model.masks = [{} for _ in shapes]
     for block, own in zip(model.blocks, masks, strict=True):
-        for module, mask in zip(MODULES, own.values(), strict=True):
-            block.get_parameter(reader.family.driver(module) + ".weight").data.mul_(mask)
+        for module, mask in zip(SUBLAYERS, own.values(), strict=True):
+            block.get_parameter(reader.family.output_proj(module) + ".weight").data.mul_(mask)
     torch.testing.assert_close(model.losses(windows), by_masks, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(by_masks, dense, rtol=1e-6)
 
@@ -229,7 +229,7 @@ def test_moment_importance_is_wifvs(masked: Made) -> None:
     with model.observed(lambda layer, place, value: seen.append(value) if (layer, place) == (1, FFN_MIDDLE) else None):
         model.losses(windows)
     expected = torch.cat([value.flatten(0, -2) for value in seen]).square().sum(0)
-    expected *= model.blocks[1].get_parameter(reader.family.driver(FFN) + ".weight").square().sum(0)
+    expected *= model.blocks[1].get_parameter(reader.family.output_proj(FFN) + ".weight").square().sum(0)
     found = moment_importance(model, reader.shapes, windows, lambda done, total: None)
     torch.testing.assert_close(found[1][FFN_MIDDLE], expected.detach())
 
@@ -327,7 +327,7 @@ def test_epochs_see_every_window_once() -> None:
 
 
 def unit_learner(model: MaskedModel, reader: CheckpointReader, windows: Tensor, rate: float = 0.05) -> UnitLearner:
-    scores = [{m: torch.randn(s.units(m), generator=seeded(5)).double() for m in MODULES} for s in reader.shapes]
+    scores = [{m: torch.randn(s.units(m), generator=seeded(5)).double() for m in SUBLAYERS} for s in reader.shapes]
     return UnitLearner(model, reader.shapes, windows, 0.4, start_logits(scores, comparable=True), rate, 0)
 
 
@@ -351,7 +351,7 @@ def test_policy_finds_what_is_worth_most(tmp_path: Path) -> None:
     shapes = [LayerShape(32, 8, 2, 1, 40)] * 2
     worth = [torch.linspace(0, 0.2, 40), torch.linspace(0.4, 0, 40)]
     windows = torch.arange(8)[:, None].repeat(1, 4) * 5
-    start = [{m: torch.zeros(s.units(m), dtype=torch.float64) for m in MODULES} for s in shapes]
+    start = [{m: torch.zeros(s.units(m), dtype=torch.float64) for m in SUBLAYERS} for s in shapes]
     learner = UnitLearner(Additive(worth), shapes, windows, 0.4, start, 0.05, 0)
 
     def kept_worth() -> float:
@@ -366,11 +366,11 @@ def test_policy_finds_what_is_worth_most(tmp_path: Path) -> None:
 
 
 def test_start_logits_keep_the_order() -> None:
-    scores = [{m: torch.randn(GQA.units(m), generator=seeded(k)).double() * 10**k for m in MODULES} for k in range(2)]
+    scores = [{m: torch.randn(GQA.units(m), generator=seeded(k)).double() * 10**k for m in SUBLAYERS} for k in range(2)]
     within = start_logits(scores, comparable=False)
     over = start_logits(scores, comparable=True)
     for own, one, other in zip(scores, within, over, strict=True):
-        for module in MODULES:
+        for module in SUBLAYERS:
             assert torch.equal(own[module].argsort(), one[module].argsort())
             assert torch.equal(own[module].argsort(), other[module].argsort())
     assert float(within[0][FFN].std()) == pytest.approx(float(within[1][FFN].std()))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyprune.checkpoint import CheckpointReader, LayerLoader, content
+from pyprune.checkpoint import CheckpointReader, LayerPrefetcher, content
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 LAYERS = 4
@@ -33,11 +33,11 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "LEAF_BYTES", content.LEAF_BYTES)
 
 
-def loader_of(reader: CheckpointReader, path: str, threads: int = 3, chunk_bytes: int = 1000) -> LayerLoader:
+def loader_of(reader: CheckpointReader, path: str, threads: int = 3, chunk_bytes: int = 1000) -> LayerPrefetcher:
     """`path`: "mapped", "copied" (the way of CUDA with a CPU as its device), or "cuda"."""
     device = torch.device("cuda" if path == "cuda" else "cpu")
     content.LEAF_BYTES = 2  # which divides all chunks of these tests
-    loader = LayerLoader(reader, device, threads=threads, chunk_bytes=chunk_bytes)
+    loader = LayerPrefetcher(reader, device, threads=threads, chunk_bytes=chunk_bytes)
     loader._mapped = path == "mapped"
     return loader
 
@@ -223,7 +223,7 @@ def test_a_file_that_is_gone(reader: CheckpointReader, path: str) -> None:
 def test_host_memory_does_not_grow_on_a_cpu(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Anonymous memory, that of copies: 2 MB of buffers and threads, beside layers of 25 MB in mapped files."""
     folder = tiny_checkpoint(family="llama", layers=4, hidden_size=1024, heads=8, intermediate_size=3072)
-    loader = LayerLoader(CheckpointReader(folder), torch.device("cpu"))
+    loader = LayerPrefetcher(CheckpointReader(folder), torch.device("cpu"))
     peak = before = anonymous_bytes()
     for tensors in loader.layers():
         assert sum(t.nbytes for t in tensors.values()) > 24e6
@@ -263,7 +263,7 @@ def test_memory_is_not_overwritten_while_the_device_reads_it(large: CheckpointRe
     expected = [sum(float(t.double().sum()) for t in large.read_layer(k).values()) for k in range(large.layers)]
     stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
     with torch.cuda.stream(stream):
-        sums = delayed_sums(LayerLoader(large, torch.device("cuda"), threads=4, chunk_bytes=1 << 20).layers())
+        sums = delayed_sums(LayerPrefetcher(large, torch.device("cuda"), threads=4, chunk_bytes=1 << 20).layers())
         found = torch.stack(sums).cpu()
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-6)
 
@@ -274,7 +274,7 @@ def test_two_layers_of_device_memory(large: CheckpointReader) -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    for _ in LayerLoader(large, torch.device("cuda"), threads=4, chunk_bytes=1 << 20).layers():
+    for _ in LayerPrefetcher(large, torch.device("cuda"), threads=4, chunk_bytes=1 << 20).layers():
         torch.cuda._sleep(10_000_000)
     assert torch.cuda.max_memory_allocated() - before < 2.1 * layer
 
@@ -282,7 +282,7 @@ def test_two_layers_of_device_memory(large: CheckpointReader) -> None:
 @pytest.mark.gpu
 def test_closing_early_leaves_later_memory_alone(large: CheckpointReader) -> None:
     """Copies that are under way when the caller gives up must not land in what takes the memory next."""
-    layers: Any = LayerLoader(large, torch.device("cuda"), threads=4, chunk_bytes=1 << 20).layers()
+    layers: Any = LayerPrefetcher(large, torch.device("cuda"), threads=4, chunk_bytes=1 << 20).layers()
     next(layers)
     layers.close()
     fresh = [torch.zeros(1 << 20, device="cuda") for _ in range(20)]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_checkpoint import SHAPES, RandomWeights, _tensor_shapes, checkpoint_config, make_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pyprune.testing.random_checkpoint import SHAPES, RandomWeights, _tensor_shapes, checkpoint_config, make_checkpoint
 
 CASES = [
     {"family": "llama"},

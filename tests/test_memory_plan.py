@@ -16,8 +16,8 @@ from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
 from pyprune.estimation.estimate import estimate, pass_flops
 from pyprune.estimation.memory import Sizes, plan_memory
-from pyprune.estimation.time import KNOWN, pass_seconds
-from pyprune.job.config import PruneOptions
+from pyprune.estimation.time import GPU_RATES, pass_seconds
+from pyprune.job.config import PruneConfig
 from pyprune.methods import make_method
 from pyprune.pipeline.run import prune
 from pyprune.runtime.device import check_room, memory_limit
@@ -87,7 +87,7 @@ def test_predictions_of_measured_runs(file: Path) -> None:
     peak = measured["peak_memory"]["device_reserved_bytes"]
     assert plan_memory(run_sizes, budget).peak == pytest.approx(peak, rel=0.15)
     if measured["source"] == "generated":
-        for name, seconds in pass_seconds(run_sizes, KNOWN["h200"]).items():
+        for name, seconds in pass_seconds(run_sizes, GPU_RATES["h200"]).items():
             own = measured["passes"][name]
             warm = own["seconds"] - own["layers"][0]["seconds"]  # the first layer loads the kernels
             assert seconds * (len(shape) - 1) / len(shape) == pytest.approx(warm, rel=0.3), name
@@ -108,8 +108,8 @@ def test_a_gpu_that_is_not_here(method: str, tiny_checkpoint: Callable[..., Path
 
 def test_flops_of_a_survey_on_fewer_windows() -> None:
     shapes = SHAPES["llama-2-13b"][:2]
-    few, all_ = (pass_flops(shapes, make_method("obs", {"survey_samples": n}), 0.2, 128, 64) for n in (32, 500))
-    assert few["survey"] == pytest.approx(all_["survey"] / 4)
+    few, all_ = (pass_flops(shapes, make_method("obs", {"allocation_samples": n}), 0.2, 128, 64) for n in (32, 500))
+    assert few["calibration"] == pytest.approx(all_["calibration"] / 4)
     assert few["prune"] == all_["prune"]
 
 
@@ -142,10 +142,10 @@ def test_a_run_stays_in_its_budget(method: str, demo_model: Path, tmp_path: Path
 BUDGET = 400 * 10**6
 
 
-def limited(method: str, model: Path, folder: Path, budget: int | None = BUDGET) -> PruneOptions:
+def limited(method: str, model: Path, folder: Path, budget: int | None = BUDGET) -> PruneConfig:
     text = folder / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4000)
-    return PruneOptions(
+    return PruneConfig(
         str(model), folder / "out", method, 0.3, {}, str(text), 64, 256, device="cuda", device_memory=budget
     )
 

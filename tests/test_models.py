@@ -9,7 +9,7 @@ from families import FAMILIES, family_checkpoint
 from transformers import AutoModelForCausalLM
 
 import pyprune  # noqa: F401 (registers the pruned classes)
-from pyprune.architectures import ATTENTION, FFN, MODULES
+from pyprune.architectures import ATTENTION, FFN, SUBLAYERS
 from pyprune.checkpoint import CheckpointReader
 from pyprune.forward.layer_forward import LayerForward
 from pyprune.modeling import pruned_config
@@ -37,13 +37,13 @@ def test_layer_by_layer_equals_the_whole_model(checkpoint: Path) -> None:
         expected = whole(ids, output_hidden_states=True).hidden_states
         eager = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=FLOAT32, attn_implementation="eager")
         eager_states = eager(ids, output_hidden_states=True).hidden_states
-    seen: dict[str, list[torch.Tensor]] = {m: [] for m in MODULES}
+    seen: dict[str, list[torch.Tensor]] = {m: [] for m in SUBLAYERS}
     for layer in range(reader.layers - 1):
         torch.testing.assert_close(hidden.data, expected[layer], rtol=1e-5, atol=1e-5)
         # The oracle is not sdpa alone: eager attention with transformers' own mask is causal as well.
         torch.testing.assert_close(hidden.data, eager_states[layer], rtol=1e-3, atol=1e-4)
         block = forward.build(reader.stream_layer(layer), layer)
-        forward.run(block, layer, hidden, {reader.family.driver(m): seen[m].append for m in MODULES})
+        forward.run(block, layer, hidden, {reader.family.output_proj(m): seen[m].append for m in SUBLAYERS})
     torch.testing.assert_close(hidden.data, expected[reader.layers - 1], rtol=1e-5, atol=1e-5)
     for module, width in ((ATTENTION, reader.shapes[0].group_width * reader.shapes[0].kv_groups), (FFN, 160)):
         assert torch.cat(seen[module][:2]).shape == (3, 19, width)
@@ -53,7 +53,7 @@ def test_layer_by_layer_equals_the_whole_model(checkpoint: Path) -> None:
 def test_pruned_model_equals_the_dense_one_with_its_units_zeroed(
     checkpoint: Path, tmp_path: Path, biased: bool
 ) -> None:
-    """Zeroing the driver's columns removes exactly what the units contribute: the oracle for GQA, biases, norms."""
+    """Zeroed columns of the output projection remove exactly what the units contribute: oracle for GQA, biases."""
     reader, ids = CheckpointReader(checkpoint), windows()
     generator = torch.Generator().manual_seed(9)
     dense = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=FLOAT32)
@@ -62,22 +62,22 @@ def test_pruned_model_equals_the_dense_one_with_its_units_zeroed(
         kept = {}
         own = reader.read_layer(layer)
         bias = {}
-        for module in MODULES:
+        for module in SUBLAYERS:
             count = max(1, shape.units(module) * (layer + 1) // (reader.layers + 1))
             kept[module] = torch.randperm(shape.units(module), generator=generator)[:count].sort().values
-            driver = dense.model.layers[layer].get_submodule(reader.family.driver(module))
-            mean = torch.randn(driver.weight.shape[1], generator=generator)
+            output_proj = dense.model.layers[layer].get_submodule(reader.family.output_proj(module))
+            mean = torch.randn(output_proj.weight.shape[1], generator=generator)
             width = shape.unit_width(module)
             columns = (kept[module][:, None] * width + torch.arange(width)).flatten()
-            removed = torch.ones(driver.weight.shape[1], dtype=torch.bool)
+            removed = torch.ones(output_proj.weight.shape[1], dtype=torch.bool)
             removed[columns] = False
             if biased:
-                bias[module] = compensation_bias(driver.weight.data, mean, kept[module], width)
-                expected = driver.weight.data[:, removed] @ mean[removed]
+                bias[module] = compensation_bias(output_proj.weight.data, mean, kept[module], width)
+                expected = output_proj.weight.data[:, removed] @ mean[removed]
                 torch.testing.assert_close(bias[module], expected, rtol=1e-5, atol=1e-6)
-                previous = torch.zeros(shape.hidden_size) if driver.bias is None else driver.bias.data
-                driver.bias = torch.nn.Parameter(previous + expected)
-            driver.weight.data[:, removed] = 0
+                previous = torch.zeros(shape.hidden_size) if output_proj.bias is None else output_proj.bias.data
+                output_proj.bias = torch.nn.Parameter(previous + expected)
+            output_proj.weight.data[:, removed] = 0
         pruned = rewrite_layer(reader.family, own, shape, kept, bias)
         tensors |= {reader.layer_prefix(layer) + name: t for name, t in pruned.items()}
         shapes.append(shape.kept(len(kept[ATTENTION]), len(kept[FFN])))

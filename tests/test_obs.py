@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pyprune.architectures import expand
-from pyprune.calibration.second_moments import CurvatureObserver
+from pyprune.calibration.second_moments import HessianObserver
 from pyprune.calibration.windows import calibration_windows
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.methods import SecondOrderMethod, make_method
 from pyprune.methods.obs import ALLOCATIONS, Obs
 from pyprune.pipeline.run import prune
@@ -27,7 +27,7 @@ DAMPING = 0.01
 
 
 class Layer:
-    """Random correlated inputs with a mean, a weight, and a shortfall that goes with the inputs; float64."""
+    """Random correlated inputs with a mean, a weight, and a stream error that goes with the inputs; float64."""
 
     def __init__(self, channels: int, outputs: int, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -37,28 +37,28 @@ class Layer:
 
         self.x = normal(6 * channels, channels) @ (normal(channels, channels) / channels**0.5) + normal(channels)
         self.weight = normal(outputs, channels)
-        self.shortfall = self.x @ normal(channels, outputs) * 0.1 + normal(len(self.x), outputs) + normal(outputs)
+        self.stream_error = self.x @ normal(channels, outputs) * 0.1 + normal(len(self.x), outputs) + normal(outputs)
 
     def reconstruct(self, method: SecondOrderMethod, count: int, width: int) -> Any:
-        observer = CurvatureObserver(self.x.shape[1], torch.device("cpu"), "here", method.centred, False)
-        observer.observe_shortfall(observer.observe(self.x), self.shortfall)
-        curvature = observer.finish()
+        observer = HessianObserver(self.x.shape[1], torch.device("cpu"), "here", method.centred, False)
+        observer.observe_stream_error(observer.observe(self.x), self.stream_error)
+        second_moments = observer.result()
         # Statistics in float64: the observer's own are float32.
         mean = self.x.mean(0) if method.centred else torch.zeros(self.x.shape[1], dtype=torch.float64)
-        offset = self.shortfall.mean(0) if method.centred else torch.zeros(self.weight.shape[0], dtype=torch.float64)
-        x, r = self.x - mean, self.shortfall - offset
-        for own, exact in ((curvature.hessian, x.T @ x), (curvature.cross, r.T @ x)):
+        offset = self.stream_error.mean(0) if method.centred else torch.zeros(self.weight.shape[0], dtype=torch.float64)
+        x, r = self.x - mean, self.stream_error - offset
+        for own, exact in ((second_moments.hessian, x.T @ x), (second_moments.cross, r.T @ x)):
             assert own is not None
             assert (own - exact).abs().max() <= 1e-4 * exact.abs().max()
-        curvature.hessian, curvature.cross = x.T @ x, r.T @ x
+        second_moments.hessian, second_moments.cross = x.T @ x, r.T @ x
         if method.centred:
-            curvature.mean, curvature.shortfall = mean, offset
-        return method.reconstruct(curvature, self.weight, count, width, "here")
+            second_moments.mean, second_moments.stream_error = mean, offset
+        return method.reconstruct(second_moments, self.weight, count, width, "here")
 
     def least_squares(self, kept: Tensor, share: float, centred: bool) -> tuple[Tensor, Tensor]:
         """The minimiser of |W x + share r - W' x_K - b|^2 + damping |W' - W_K|^2, by its normal equations."""
         ones = torch.ones(len(self.x), 1, dtype=torch.float64)
-        goal = self.x @ self.weight.T + share * self.shortfall
+        goal = self.x @ self.weight.T + share * self.stream_error
         x = self.x - self.x.mean(0) if centred else self.x
         penalty = DAMPING * (x**2).sum(0).mean()
         inputs = torch.cat([self.x[:, kept], ones], 1) if centred else self.x[:, kept]
@@ -97,7 +97,7 @@ def test_nothing_removed_still_corrects() -> None:
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_without_compensation_only_the_choice_is_made(width: int) -> None:
-    """The units are those of a fit to the driver's own output; their weights, also of a dead channel, stay."""
+    """The units are those of a fit to the projection's own output; their weights, also of a dead channel, stay."""
     layer = Layer(16, 8)
     layer.x[:, 5] = 0
     chosen = layer.reconstruct(Obs(compensation="none"), 8 // width, width)
@@ -137,9 +137,7 @@ def text(tmp_path: Path) -> Path:
 
 def pruned(model: Path, text: Path, output: Path, method: str, ratio: float = 0.4, **options: Any) -> dict[str, Any]:
     return prune(
-        PruneOptions(
-            str(model), output, method, ratio, options, str(text), samples=16, sequence_length=64, device="cpu"
-        )
+        PruneConfig(str(model), output, method, ratio, options, str(text), samples=16, sequence_length=64, device="cpu")
     )
 
 
@@ -185,9 +183,9 @@ def test_every_allocation(tiny_checkpoint: Callable[..., Path], demo_model: Path
     assert len(set(sizes["uniform"])) == 1
     assert sizes["log"] == sorted(sizes["log"], reverse=True)
     assert len({tuple(own) for own in sizes.values()}) >= 4
-    # The survey is kept, and another ratio reads it.
+    # The calibration pass is kept, and another ratio reads it.
     again = pruned(model, text, tmp_path / "again", "obs", ratio=0.2)
-    assert again["passes"]["survey"]["cached"] is True
+    assert again["passes"]["calibration"]["cached"] is True
 
 
 def test_what_reads_the_stream_is_fitted_to_its_change(
@@ -274,7 +272,7 @@ def test_allow_nonfinite_counts_what_it_left_out(
 ) -> None:
     model = tiny_checkpoint(family="llama", dtype="float32", layers=3, tokenizer=demo_model)
     bad = overflowing(model, tmp_path / "bad")
-    options = PruneOptions(
+    options = PruneConfig(
         str(bad), tmp_path / "out", "obs", 0.3, {}, str(text), samples=16, sequence_length=64, device="cpu",
         allow_nonfinite=True,
     )  # fmt: skip
@@ -291,20 +289,20 @@ def test_a_hessian_that_needs_more_damping_is_reported(
 ) -> None:
     """No real Hessian is indefinite, so one is made so: by a negative eigenvalue of 5 % of its diagonal's mean."""
     model = tiny_checkpoint(family="llama", dtype="float32", layers=2, tokenizer=demo_model)
-    finish = CurvatureObserver.finish
+    finish = HessianObserver.finish
 
-    def spoiled(self: CurvatureObserver, share: float) -> Any:
-        curvature = finish(self)
-        values, vectors = torch.linalg.eigh(curvature.hessian)
-        mean = float(curvature.hessian.diagonal().mean())
+    def spoiled(self: HessianObserver, share: float) -> Any:
+        second_moments = finish(self)
+        values, vectors = torch.linalg.eigh(second_moments.hessian)
+        mean = float(second_moments.hessian.diagonal().mean())
         vector = vectors[:, 0]
-        curvature.hessian -= (float(values[0]) + share * mean) * torch.outer(vector, vector)
-        return curvature
+        second_moments.hessian -= (float(values[0]) + share * mean) * torch.outer(vector, vector)
+        return second_moments
 
-    monkeypatch.setattr(CurvatureObserver, "finish", lambda self: spoiled(self, 0.05))
+    monkeypatch.setattr(HessianObserver, "finish", lambda self: spoiled(self, 0.05))
     plan = pruned(model, text, tmp_path / "raised", "slimgpt")
     assert any("layer 1 (mlp.down_proj)" in w and "0.1 was taken" in w for w in plan["warnings"])
-    monkeypatch.setattr(CurvatureObserver, "finish", lambda self: spoiled(self, 50.0))
+    monkeypatch.setattr(HessianObserver, "finish", lambda self: spoiled(self, 50.0))
     with pytest.raises(InputError, match=r"layer 0 \(self_attn.o_proj\): the Hessian is not positive definite"):
         pruned(model, text, tmp_path / "hopeless", "slimgpt")
 

@@ -176,7 +176,7 @@ def test_float32_wide_units(channels: int, width: int, count: int, device: str) 
 
 @pytest.fixture(scope="module")
 def model_problems(request: pytest.FixtureRequest) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """(damped Hessian, weight, head_dim) of drivers of a trained model over 16 × 512 tokens, float64."""
+    """(damped Hessian, weight, head_dim) of output projections of a trained model over 16 × 512 tokens, float64."""
     from transformers import AutoModelForCausalLM
 
     from pyprune.calibration.windows import calibration_windows
@@ -186,13 +186,13 @@ def model_problems(request: pytest.FixtureRequest) -> dict[str, tuple[Tensor, Te
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = str(shared / "data" / "wikitext2-valid.txt")
     windows = calibration_windows(text, folder, model.config, 16, 512, 0, torch.device("cpu"), torch.float32)
-    drivers = {}
+    output_projs = {}
     for layer in (0, 5, 11):
         block = model.model.layers[layer]
-        drivers |= {f"{layer} o_proj": block.self_attn.o_proj, f"{layer} down_proj": block.mlp.down_proj}
+        output_projs |= {f"{layer} o_proj": block.self_attn.o_proj, f"{layer} down_proj": block.mlp.down_proj}
     hessians = {
-        name: torch.zeros(driver.in_features, driver.in_features, dtype=torch.float64)
-        for name, driver in drivers.items()
+        name: torch.zeros(output_proj.in_features, output_proj.in_features, dtype=torch.float64)
+        for name, output_proj in output_projs.items()
     }
 
     def collect(name: str) -> object:
@@ -202,15 +202,15 @@ def model_problems(request: pytest.FixtureRequest) -> dict[str, tuple[Tensor, Te
 
         return hook
 
-    for name, driver in drivers.items():
-        driver.register_forward_pre_hook(collect(name))
+    for name, output_proj in output_projs.items():
+        output_proj.register_forward_pre_hook(collect(name))
     with torch.inference_mode():
         for window in windows:
             model(window.unsqueeze(0))
     problems = {}
     for name, hessian in hessians.items():
         hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
-        weight = drivers[name].weight.detach().double()
+        weight = output_projs[name].weight.detach().double()
         problems[name] = (hessian, weight, model.config.head_dim)
     return problems
 
@@ -220,10 +220,10 @@ def model_problems(request: pytest.FixtureRequest) -> dict[str, tuple[Tensor, Te
 @pytest.mark.parametrize("share", [0.2, 0.5])
 @pytest.mark.parametrize("driver", ["down_proj", "o_proj"])
 def test_float32_sets_on_a_trained_model(
-    driver: str, share: float, backend: str, device: str, model_problems: dict[str, tuple[Tensor, Tensor, int]]
+    output_proj: str, share: float, backend: str, device: str, model_problems: dict[str, tuple[Tensor, Tensor, int]]
 ) -> None:
     for layer in (0, 5, 11):
-        hessian, weight, _ = model_problems[f"{layer} {driver}"]
+        hessian, weight, _ = model_problems[f"{layer} {output_proj}"]
         count = int(share * len(hessian))
         exact = run(hessian, weight, count)
         with forced(backend, device):

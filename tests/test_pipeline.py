@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune import modeling
-from pyprune.architectures import ATTENTION, FFN, MODULES
+from pyprune.architectures import ATTENTION, FFN, SUBLAYERS
 from pyprune.calibration import text as calibration
 from pyprune.checkpoint import CheckpointReader
 from pyprune.forward.layer_forward import LayerForward
 from pyprune.job.record import kept_from_entry, read_plan
 from pyprune.ops import dispatch as backends
-from pyprune.passes.calibrate import survey_of
+from pyprune.passes.calibrate import statistics_of
 from pyprune.passes.rewrite import compensation_bias, rewrite_layer
 
 SMALL = ("--calibration", "self", "--samples", 24, "--sequence-length", 64, "--device", "cpu")
@@ -41,7 +41,7 @@ def test_flap_end_to_end(demo_model: Path, tmp_path: Path, capsys: pytest.Captur
     assert result["ratio"] == plan["ratio"]["met"] == pytest.approx(0.3, abs=0.005)
     assert result["seconds"] > 0
     assert result["peak_memory_bytes"] > 0
-    assert result["survey_cached"] is False
+    assert result["calibration_cached"] is False
     assert plan["evaluation"]["pruned"]["perplexity"] > plan["evaluation"]["dense"]["perplexity"] > 1
 
     # What is on disk is what the plan says, recounted from the tensors.
@@ -63,7 +63,7 @@ def test_flap_end_to_end(demo_model: Path, tmp_path: Path, capsys: pytest.Captur
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     assert type(loaded) is modeling.PRUNED_CLASSES["llama"][2]
     ids = torch.randint(2, 8192, (2, 48), generator=torch.Generator().manual_seed(1))
-    in_memory = prune_in_memory(demo_model, plan, next((tmp_path / ".pyprune-cache").glob("survey-*.safetensors")))
+    in_memory = prune_in_memory(demo_model, plan, next((tmp_path / ".pyprune-cache").glob("calibration-*.safetensors")))
     assert torch.equal(logits(loaded, ids), logits(in_memory, ids))
     cached = loaded.generate(ids[:1], max_new_tokens=12, do_sample=False)
     assert torch.equal(cached, loaded.generate(ids[:1], max_new_tokens=12, do_sample=False, use_cache=False))
@@ -73,16 +73,16 @@ def prune_in_memory(model_folder: Path, plan: dict[str, Any], survey_file: Path)
     """The dense model with its layers replaced by pruned ones, through no file of the output."""
     reader = CheckpointReader(model_folder)
     with safe_open(survey_file, framework="pt") as f:
-        survey = survey_of(survey_file, load_file(survey_file), f.metadata(), reader.shapes)
+        survey = statistics_of(survey_file, load_file(survey_file), f.metadata(), reader.shapes)
     tensors, shapes = {}, []
     for layer, shape in enumerate(reader.shapes):
         kept = kept_from_entry(plan["layers"][layer])
         own = reader.read_layer(layer)
         bias = {}
-        for module in MODULES:
+        for module in SUBLAYERS:
             mean = survey[layer][module].mean
             assert mean is not None
-            weight = own[reader.family.driver(module) + ".weight"]
+            weight = own[reader.family.output_proj(module) + ".weight"]
             bias[module] = compensation_bias(weight, mean, kept[module], shape.unit_width(module))
         pruned = rewrite_layer(reader.family, own, shape, kept, bias)
         tensors |= {reader.layer_prefix(layer) + name: t for name, t in pruned.items()}
@@ -105,10 +105,10 @@ def test_another_ratio_runs_no_forward(
     monkeypatch.setattr(calibration, "load_model", lambda *a, **k: (calls.append(1), load(*a, **k))[1])
     second = run(capsys, "prune", demo_model, tmp_path / "b", "--ratio", 0.5, *SMALL, "--json").json
     assert not calls
-    assert (first["survey_cached"], second["survey_cached"]) == (False, True)
+    assert (first["calibration_cached"], second["calibration_cached"]) == (False, True)
     # Another seed is another text: the cache must not answer for it.
     other = run(capsys, "prune", demo_model, tmp_path / "c", "--ratio", 0.5, *SMALL, "--seed", 1, "--json").json
-    assert other["survey_cached"] is False
+    assert other["calibration_cached"] is False
     assert calls
 
 
@@ -167,11 +167,11 @@ def test_wanda_sp_sees_the_pruned_prefix(demo_model: Path, tmp_path: Path, capsy
     mixed = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     mixed.model.layers[2] = dense.model.layers[2]
     inputs: list[torch.Tensor] = []
-    driver = mixed.model.layers[2].mlp.down_proj
-    driver.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].double()))
+    output_proj = mixed.model.layers[2].mlp.down_proj
+    output_proj.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].double()))
     logits(mixed, ids)
     squares = torch.cat(inputs).flatten(0, 1).pow(2).sum(0) / len(ids)
-    expected = driver.weight.double().abs().mean(0) * squares.sqrt()
+    expected = output_proj.weight.double().abs().mean(0) * squares.sqrt()
     scores = torch.tensor(plan["layers"][2]["scores"]["intermediate_channels"], dtype=torch.float64)
     torch.testing.assert_close(scores, expected.detach(), rtol=1e-4, atol=0)
     lowest = scores.argsort()[: 704 - 352]
@@ -271,7 +271,7 @@ def test_a_survey_answers_only_for_what_it_was_made_of(
         model = tiny_checkpoint(family="llama", dtype="float32", tokenizer=demo_model, seed=seed)
         outcome = run(capsys, "prune", model, tmp_path / name, *fixed, *changes, "--json")
         assert outcome.status == 0, outcome.err
-        return outcome.json["survey_cached"]
+        return outcome.json["calibration_cached"]
 
     assert not cached("first")
     assert cached("same")
@@ -281,9 +281,9 @@ def test_a_survey_answers_only_for_what_it_was_made_of(
     assert not cached("samples", "--samples", 5)
     assert not cached("model", seed=1)
     assert not cached("allowed", "--allow-nonfinite")
-    for file in (tmp_path / ".pyprune-cache").glob("survey-*"):
+    for file in (tmp_path / ".pyprune-cache").glob("calibration-*"):
         file.write_bytes(b"damaged")
-    assert "damaged survey" in run(capsys, "prune", tiny_checkpoint(
+    assert "damaged calibration pass" in run(capsys, "prune", tiny_checkpoint(
         family="llama", dtype="float32", tokenizer=demo_model, seed=0), tmp_path / "last", *fixed).err  # fmt: skip
 
 

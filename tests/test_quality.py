@@ -10,7 +10,7 @@ from pyprune.calibration.windows import evaluation_windows
 from pyprune.checkpoint import CheckpointReader
 from pyprune.checkpoint.load_model import load_model
 from pyprune.evaluation.perplexity import perplexity
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def test_order_of_the_methods(demo_model: Path, shared_dir: Path, tmp_path: Path
     def pruned(method: str, **options: Any) -> float:
         output = tmp_path / "-".join([method, *map(str, options.values())])
         text = None if method == "magnitude" else str(shared_dir / "data" / "wikitext2-valid.txt")
-        run = PruneOptions(
+        run = PruneConfig(
             str(demo_model), output, method, 0.5, options, text, samples=64, sequence_length=256, device="cpu"
         )
         assert abs(prune(run)["ratio"]["met"] - 0.5) <= 0.005

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyprune.calibration.text import sample_from_model
 from pyprune.evaluation.perplexity import perplexity
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune
 
 pytestmark = pytest.mark.slow
@@ -122,9 +122,7 @@ def test_gptq_of_a_pruned_model(
     pruned, output = tmp_path / "pruned", tmp_path / "quantised"
     options: dict[str, Any] = {"uniform": True, "allocation": "uniform", "round_to": GROUP}
     prune(
-        PruneOptions(
-            str(demo_model), pruned, "obs", 0.5, options, "self", samples=32, sequence_length=128, device="cpu"
-        )
+        PruneConfig(str(demo_model), pruned, "obs", 0.5, options, "self", samples=32, sequence_length=128, device="cpu")
     )
     sizes = AutoConfig.from_pretrained(pruned)
     assert (sizes.model_type, sizes.num_key_value_heads, sizes.intermediate_size) == ("llama", 2, 3 * GROUP)
@@ -167,7 +165,7 @@ def test_gptq_of_a_pruned_model(
 def test_widths_that_no_group_divides(llm_compressor: str, demo_model: Path, tmp_path: Path) -> None:
     """llm-compressor refuses them before it computes anything, so any tokens do: hence --round-to."""
     pruned, output = tmp_path / "pruned", tmp_path / "quantised"
-    prune(PruneOptions(str(demo_model), pruned, "magnitude", 0.5, {"uniform": True}, device="cpu"))
+    prune(PruneConfig(str(demo_model), pruned, "magnitude", 0.5, {"uniform": True}, device="cpu"))
     sizes = AutoConfig.from_pretrained(pruned)
     assert sizes.intermediate_size % GROUP
     tokens = torch.arange(2 * GROUP).view(2, GROUP)

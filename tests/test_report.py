@@ -31,7 +31,7 @@ def make_plan(
         return {"seconds": seconds, "peak_memory_bytes": 5 << 20, "cached": False, "layers": each}
 
     plan = {
-        "format": "pyprune-plan-2",
+        "format": "pyprune-plan-3",
         "model": "models/llama",
         "method": "flap",
         "options": {"mode": "exact", "squared": False},
@@ -60,7 +60,7 @@ def make_plan(
             for _ in range(layers)
         ],
         "threshold": -0.25,
-        "passes": {"survey": run(12.34), "prune": run(1.5)},
+        "passes": {"calibration": run(12.34), "prune": run(1.5)},
         "peak_memory_bytes": 5 << 20,
         "warnings": [],
         "seconds": 150.4,
@@ -108,7 +108,7 @@ def test_the_page_says_what_the_plan_says(tmp_path: Path) -> None:
         "Parameters of the model 6,524,160 5,197,764 -20.33%",
         "Size of the weights 12.44 MiB 9.91 MiB -20.33%",
         "5.2M parameters, from 6.52M",
-        "survey 12.3 s 5.00 MiB prune 1.5 s 5.00 MiB in all 2 min 30 s 5.00 MiB",
+        "calibration pass 12.3 s 5.00 MiB prune 1.5 s 5.00 MiB in all 2 min 30 s 5.00 MiB",
         "pruned by flap (mode exact, squared false)",
         "Calibration windows 128 windows of 512 tokens Calibration fingerprint ab12",
         "Backend of channel_moments cpu Versions pyprune 0.1.0, torch 2.11.0",
@@ -128,7 +128,7 @@ def test_what_may_be_absent_or_present(tmp_path: Path) -> None:
         threshold=None,
     )
     plan["ratio"]["note"] = "A layer kept its last unit."
-    plan["passes"]["survey"] |= {"cached": True, "layers": []}
+    plan["passes"]["calibration"] |= {"cached": True, "layers": []}
     text = text_of(page_of(plan, tmp_path))
     for expected in (
         "120.50 perplexity, from 98.37",
@@ -137,17 +137,17 @@ def test_what_may_be_absent_or_present(tmp_path: Path) -> None:
         "Same most likely token as dense 71.50%",
         "Evaluated on 20 windows of 1024 tokens of test.txt.",
         "A layer kept its last unit.",
-        "survey 12.3 s 5.00 MiB statistics from the cache",
+        "calibration pass 12.3 s 5.00 MiB statistics from the cache",
         "Calibration none: the method needs no data",
         "Attention: heads (32 channels a head)",
     ):
         assert expected in text
     assert "threshold" not in text
 
-    del plan["passes"]["survey"]
+    del plan["passes"]["calibration"]
     plan["passes"]["prune"]["layers"] = []
     page = page_of(plan, tmp_path)
-    assert "survey" not in text_of(page)
+    assert "calibration" not in text_of(page)
     assert len(plots_of(page)) == 4
 
 
@@ -167,7 +167,7 @@ def test_kept_units_are_drawn_to_scale(layers: int, tmp_path: Path) -> None:
 
 def test_times_are_drawn_to_scale(tmp_path: Path) -> None:
     plan = make_plan()
-    for number, layer in enumerate(plan["passes"]["survey"]["layers"]):
+    for number, layer in enumerate(plan["passes"]["calibration"]["layers"]):
         layer["seconds"] = 0.1 * (number + 1)
     *_, times, memory = plots_of(page_of(plan, tmp_path))
     survey = bar_heights(times, report_plots.ATTENTION)
@@ -224,6 +224,6 @@ def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="format is 'pyprune-plan-9': this version reads 'pyprune-plan-2'"):
+    with pytest.raises(InputError, match="format is 'pyprune-plan-9': this version reads 'pyprune-plan-3'"):
         write_report(make_plan(format="pyprune-plan-9"), tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
 from pyprune.cli.main import main
 from pyprune.errors import InputError
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune
 
 LAYERS = 12
@@ -29,21 +29,21 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pyprune.pipeline.run", "pyprune.cli.main"])
 
 
-def options(model: Path, text: Path, output: Path, method: str, **changes: Any) -> PruneOptions:
+def options(model: Path, text: Path, output: Path, method: str, **changes: Any) -> PruneConfig:
     calibration = None if method == "magnitude" else str(text)
-    return PruneOptions(
+    return PruneConfig(
         str(model), output, method, 0.4, calibration=calibration, samples=8, sequence_length=32, device="cpu",
         cache=output.parent / "cache", **changes,
     )  # fmt: skip
 
 
-def start(run: PruneOptions) -> Any:
+def start(run: PruneConfig) -> Any:
     process = SERVER.Process(target=prune, args=(run,))
     process.start()
     return process
 
 
-def finish(run: PruneOptions) -> None:
+def finish(run: PruneConfig) -> None:
     process = start(run)
     process.join()
     assert process.exitcode == 0
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_read_in_the_middle(
 ) -> None:
     """One line with the file, the tensor and what to do; the layers before it stay, --resume does the rest."""
     model, text = model_and_text
-    prune(options(model, text, tmp_path / "whole", method))  # and so the survey is there
+    prune(options(model, text, tmp_path / "whole", method))  # and so the calibration pass is there
     place = CheckpointReader(model).layer_tensors(7)["mlp.up_proj.weight"]
     preadv = os.preadv
 
@@ -185,7 +185,7 @@ def test_a_disk_that_fills_up_in_the_middle(
             *("prune", model, disk / "out", "--method", "flap", "--ratio", 0.4, "--calibration", text, "--samples", 8),
             *("--sequence-length", 32, "--device", "cpu", "--cache", tmp_path / "cache"),
         )
-        monkeypatch.setattr("pyprune.pipeline.run.check_space", lambda *_: None)
+        monkeypatch.setattr("pyprune.pipeline.run.check_disk_space", lambda *_: None)
         for more in ((), ("--resume",)):  # nor is anything lost where none was freed
             outcome = run_command(capsys, *arguments, *more)
             assert outcome.status == 2
@@ -260,9 +260,9 @@ def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
 def test_shards_that_keep_other_units_are_written_again(
     model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The survey of the killed run is gone and the new one differs: nothing of the old choice may remain."""
+    """The calibration pass of the killed run is gone and the new one differs: nothing of the old choice may remain."""
     from pyprune.checkpoint import load_cached
-    from pyprune.passes.calibrate import save_survey, survey_of
+    from pyprune.passes.calibrate import save_statistics, statistics_of
 
     model, text = model_and_text
     write = CheckpointWriter.write
@@ -276,15 +276,15 @@ def test_shards_that_keep_other_units_are_written_again(
         patch.setattr(CheckpointWriter, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             prune(options(model, text, tmp_path / "out", "flap"))
-    (file,) = (tmp_path / "cache").glob("survey-*")
+    (file,) = (tmp_path / "cache").glob("calibration-*")
     with safe_open(file, framework="pt") as f:
         identity = json.loads(f.metadata()["identity"])
-    tensors, metadata = load_cached(file, "survey", identity)
-    survey = survey_of(file, tensors, metadata, CheckpointReader(model).shapes)
+    tensors, metadata = load_cached(file, "calibration", identity)
+    survey = statistics_of(file, tensors, metadata, CheckpointReader(model).shapes)
     for statistics in survey[1].values():
         assert statistics.m2 is not None
         statistics.m2 = statistics.m2.flip(0).contiguous()
-    save_survey(file, survey, identity, {"source": metadata["source"]})
+    save_statistics(file, survey, identity, {"source": metadata["source"]})
     plan = prune(options(model, text, tmp_path / "out", "flap", resume=True))
     shapes = CheckpointReader(tmp_path / "out").shapes
     for shape, layer in zip(shapes, plan["layers"], strict=True):

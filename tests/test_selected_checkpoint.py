@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune.architectures.channel_selection import FFN_MIDDLE, SELECTIONS
 from pyprune.calibration.text import consecutive_windows, tokenize
-from pyprune.checkpoint import CheckpointReader, CheckpointWriter, stored_model
+from pyprune.checkpoint import CheckpointReader, CheckpointWriter, inspect_checkpoint
 from pyprune.checkpoint.load_model import load_model
 from pyprune.errors import InputError
 from pyprune.evaluation.perplexity import perplexity
@@ -64,7 +64,7 @@ def test_saved_and_loaded_bit_for_bit(dtype: torch.dtype, make: Callable[..., Ma
     for name in INDEXED:
         assert layer.get_buffer(name).dtype == torch.int32
         assert torch.equal(layer.get_buffer(name).long(), selections[1][name])
-    config, stored_type = stored_model(tmp_path / "saved")
+    config, stored_type = inspect_checkpoint(tmp_path / "saved")
     assert stored_type == dtype
     assert config.selections == [{name: len(own[name]) for name in SELECTIONS} for own in selections]
 
@@ -100,7 +100,7 @@ def test_loads_from_shards_of_the_writer(dtype: torch.dtype, make: Callable[...,
         assert file.read_bytes() == (tmp_path / "theirs").read_bytes()
     expected = logits(selected_model(family, dense, selections), ids())
     assert torch.equal(logits(load_model(tmp_path / "out", CPU, dtype), ids()), expected)
-    assert stored_model(tmp_path / "out")[1] == dtype
+    assert inspect_checkpoint(tmp_path / "out")[1] == dtype
 
 
 @pytest.fixture

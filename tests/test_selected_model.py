@@ -64,7 +64,7 @@ def test_masked_equals_materialised(name: str, dtype: torch.dtype, biased: bool,
 
 
 def test_layers_of_a_pruned_model_differ_in_all_sizes(make: Callable[..., Made], tmp_path: Path) -> None:
-    """With a bias on its drivers; the attention's implementation can be changed as in any model."""
+    """With a bias on its output projections; the attention's implementation can be changed as in any model."""
     family, dense, _ = make("llama-mha")
     shapes = [shape.kept(1 + layer, 40 + 8 * layer) for layer, shape in enumerate(family.shapes(dense.config))]
     config = pruned_config(family, dense.config, shapes, o_proj_bias=True, down_proj_bias=True)

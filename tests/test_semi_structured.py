@@ -18,7 +18,7 @@ from pyprune.calibration.windows import calibration_windows
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
 from pyprune.job import job as jobs
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.methods.pattern import parse_pattern
 from pyprune.methods.weight_sparsity import linears_of
 from pyprune.ops.sparsify import sparsify_reference
@@ -47,9 +47,9 @@ def text(tmp_path: Path) -> Path:
 
 def options(
     model: Path, text: Path, output: Path, method: str, pattern: str = "2:4", ratio: float | None = None, **changes: Any
-) -> PruneOptions:
+) -> PruneConfig:
     own = {"pattern": pattern, **changes.pop("method_options", {})}
-    return PruneOptions(
+    return PruneConfig(
         str(model), output, method, ratio, own, str(text), samples=SAMPLES, sequence_length=LENGTH, device="cpu",
         cache=output.parent / "cache", **changes,
     )  # fmt: skip

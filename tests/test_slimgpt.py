@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyprune.calibration.second_moments import Curvature
+from pyprune.calibration.second_moments import SecondMoments
 from pyprune.errors import InputError
 from pyprune.methods import make_method, second_order
 from pyprune.methods.slimgpt import SlimGpt, dynamic_groups
@@ -63,7 +63,7 @@ def test_what_goes_and_is_singular_is_refused_by_name(width: int, monkeypatch: p
     found = DampedInverse(inverse, 0.0, torch.zeros(8, dtype=torch.bool))
     monkeypatch.setattr(second_order, "damped_inverse", lambda *_: found)
     with pytest.raises(InputError, match=r"layers\.3 o_proj: .*raise --damping"):
-        SlimGpt().reconstruct(Curvature(inverse, 9), weight, 3, width, "layers.3 o_proj")
+        SlimGpt().reconstruct(SecondMoments(inverse, 9), weight, 3, width, "layers.3 o_proj")
 
 
 def test_dynamic_groups_are_the_authors() -> None:

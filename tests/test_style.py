@@ -1,7 +1,9 @@
 """The sources are formatted, lint-free and typed."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,16 +21,43 @@ def test_sources(command: tuple[str, ...]) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_imports_go_one_way() -> None:
-    """Imports go one way: cli, pipeline, methods, ops, kernels."""
-    below = {
-        "ops": ("methods", "architectures", "checkpoint", "pipeline", "modeling", "forward"),
-        "methods": ("checkpoint", "pipeline", "modeling", "forward", "cli"),
-        "architectures": ("methods", "pipeline", "checkpoint", "modeling", "ops"),
-    }
-    for package, forbidden in below.items():
-        for file in (ROOT / "pyprune" / package).glob("*.py"):
-            for line in file.read_text().splitlines():
-                if line.startswith(("from", "import")):
-                    imported = line.split()[1].lstrip(".").removeprefix("pyprune.").split(".")[0]
-                    assert imported not in forbidden, f"{file}: {line}"
+# From the top floor down: a room imports from its own floor's other rooms never, from lower ones as it likes.
+FLOORS = (
+    *("cli", "testing", "benchmark", "api", "pipeline", "passes", "report", "job", "estimation", "exporters"),
+    *("methods", "evaluation", "mask_training", "calibration", "forward", "checkpoint", "integrations", "modeling"),
+    *("ops", "allocation", "architectures", "runtime", "errors"),
+)
+
+
+def imported_rooms(file: Path) -> Iterator[tuple[str, str]]:
+    """(room, statement) of every import of a file, wherever in it it stands."""
+    package = file.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            path = [*package[: len(package) - node.level + 1]] if node.level else []
+            path += node.module.split(".") if node.module else []
+            names = [path[1]] if len(path) > 1 else [alias.name for alias in node.names]
+            yield from ((name, ast.unparse(node)) for name in names if path[:1] == ["pyprune"])
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                head, _, rest = alias.name.partition(".")
+                if head == "pyprune" and rest:
+                    yield rest.split(".")[0], ast.unparse(node)
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_imports_run_down_the_floors(room: str) -> None:
+    folder = ROOT / "pyprune" / room
+    for file in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        for name, statement in imported_rooms(file):
+            if name in FLOORS:
+                assert FLOORS.index(name) >= FLOORS.index(room), f"{file}: {statement}"
+            else:
+                assert name in ("triton_kernels", "_core", "__version__"), f"{file}: {statement}"
+
+
+def test_every_room_has_a_floor() -> None:
+    package = ROOT / "pyprune"
+    rooms = {folder.name for folder in package.iterdir() if any(folder.glob("*.py"))}
+    assert rooms <= set(FLOORS)
+    assert {file.stem for file in package.glob("*.py")} == {"__init__", "__main__", "errors"}

@@ -1,4 +1,4 @@
-"""Surveys: how deep error curves go and which cached ones will do; a killed survey goes on at the layer it was at."""
+"""Depth of error curves, which cached ones suffice; a killed calibration pass continues at its layer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from pyprune.architectures import ATTENTION, FFN, LayerShape
 from pyprune.checkpoint import save_cached
 from pyprune.checkpoint.content import Content
 from pyprune.errors import InputError
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.passes import calibrate as survey
 from pyprune.passes import error_curves as curves
 from pyprune.passes.layer_cache import LayerLog
@@ -38,7 +38,7 @@ def curve(length: int, negligible: int) -> torch.Tensor:
 def test_a_deeper_file_gives_what_a_survey_of_this_depth_would(tmp_path: Path) -> None:
     heads = {ATTENTION: torch.arange(4, dtype=torch.float64)}
     ordinary, dead = heads | {FFN: curve(61, 5)}, heads | {FFN: curve(100, 70)}
-    shallow = heads | {FFN: curve(61, 45)}  # negligible at 4 tenths, where a survey would go on, but not at 6
+    shallow = heads | {FFN: curve(61, 45)}  # negligible at 4 tenths, where a calibration pass would go on, but not at 6
     files = [(tmp_path / f"{tenths}.safetensors", {"tenths": tenths}) for tenths in (4, 6, 10)]
     job: Any = SimpleNamespace(reader=SimpleNamespace(shapes=[SHAPE, SHAPE], layers=2), accepts=lambda *_: True)
 
@@ -95,9 +95,9 @@ def test_a_killed_survey_goes_on(
     text = tmp_path / "text.txt"
     text.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(400)))
 
-    def options(name: str) -> PruneOptions:
+    def options(name: str) -> PruneConfig:
         folder = tmp_path / name
-        return PruneOptions(str(model), folder / "out", method, 0.4, {}, str(text), 8, 32, device="cpu", resume=True)
+        return PruneConfig(str(model), folder / "out", method, 0.4, {}, str(text), 8, 32, device="cpu", resume=True)
 
     prune(options("whole"))
     original, calls = getattr(module, observe), 0

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune import InputError
 from pyprune.evaluation.tasks import evaluate_tasks
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune
 from pyprune.runtime.progress import silent
 
@@ -73,7 +73,7 @@ def pruned(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model without 30 % of its decoder linears: layers that differ, with biases."""
     output = tmp_path_factory.mktemp("model") / "pruned"
     sizes = {"samples": 24, "sequence_length": 64, "device": "cpu"}
-    prune(PruneOptions(str(demo_model), output, "flap", 0.3, calibration="self", **sizes), silent)
+    prune(PruneConfig(str(demo_model), output, "flap", 0.3, calibration="self", **sizes), silent)
     assert json.loads((output / "config.json").read_text())["model_type"] == "pyprune_llama"
     return output
 

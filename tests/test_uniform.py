@@ -19,23 +19,23 @@ from pyprune.allocation.common_size import cheapest_counts, common_counts
 from pyprune.allocation.depth_schedule import incremental_counts
 from pyprune.allocation.residual import ErrorCurves, residual_counts
 from pyprune.allocation.rounding import above, below, nearest, rounded_counts, worth_by_errors
-from pyprune.architectures import ATTENTION, FFN, MODULES, LayerShape
+from pyprune.architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.job.record import read_plan
 from pyprune.methods import METHODS, make_method
 from pyprune.methods.base import COMPENSATIONS
 from pyprune.pipeline.run import prune
 
-Counts = list[dict[str, int]]
+RemovedCounts = list[dict[str, int]]
 
 
-def kept_cost(shapes: list[LayerShape], counts: Counts) -> float:
+def kept_cost(shapes: list[LayerShape], counts: RemovedCounts) -> float:
     return total_cost(shapes) - sum(c[ATTENTION] * s.group_cost + c[FFN] for c, s in zip(counts, shapes, strict=True))
 
 
-def kept_channels(shapes: list[LayerShape], counts: Counts) -> list[int]:
+def kept_channels(shapes: list[LayerShape], counts: RemovedCounts) -> list[int]:
     return [s.intermediate_channels - c[FFN] for s, c in zip(shapes, counts, strict=True)]
 
 
@@ -78,7 +78,7 @@ def test_rounded_channels_meet_the_budget(
     shapes: list[LayerShape], ratio: float, multiple: int, seed: int, how: str
 ) -> None:
     curves = random_curves(shapes, seed)
-    scores = [{m: own[m].diff(prepend=torch.zeros(1, dtype=torch.float64)) for m in MODULES} for own in curves]
+    scores = [{m: own[m].diff(prepend=torch.zeros(1, dtype=torch.float64)) for m in SUBLAYERS} for own in curves]
     try:
         if how == "residual":
             counts = residual_counts(curves, shapes, ratio, multiple)
@@ -90,9 +90,11 @@ def test_rounded_channels_meet_the_budget(
             method = make_method("flap", {"structure": how, "round_to": multiple, **manual})
             method.check(shapes, ratio)
             choice = method.choose(scores, shapes, ratio)
-            counts = [{m: s.units(m) - len(k[m]) for m in MODULES} for s, k in zip(shapes, choice.layers, strict=True)]
+            counts = [
+                {m: s.units(m) - len(k[m]) for m in SUBLAYERS} for s, k in zip(shapes, choice.layers, strict=True)
+            ]
             for own, kept in zip(scores, choice.layers, strict=True):  # the lowest of each layer went
-                for module in MODULES:
+                for module in SUBLAYERS:
                     removed = torch.ones(len(own[module]), dtype=torch.bool)
                     removed[kept[module]] = False
                     assert not removed.any() or own[module][removed].max() <= own[module][kept[module]].min()
@@ -292,7 +294,7 @@ def pruned(tiny: Path, text: Path, cache: Path, tmp_path: Path) -> Pruned:
         method: str, ratio: float, model: Path = tiny, output: str = "out", resume: bool = False, **options: Any
     ) -> dict[str, Any]:
         return prune(
-            PruneOptions(
+            PruneConfig(
                 str(model), tmp_path / output, method, ratio, options, str(text), 16, 64, device="cpu", cache=cache,
                 resume=resume,
             )
@@ -345,10 +347,10 @@ def test_a_survey_serves_all_sizes(pruned: Pruned) -> None:
         free = pruned(method, 0.4, output=method)
         assert len(sizes(free)) > 1
         alike = pruned(method, 0.4, output=f"{method}-uniform", uniform=True)
-        assert alike["passes"]["survey"]["cached"]
+        assert alike["passes"]["calibration"]["cached"]
         assert len(sizes(alike)) == 1
         multiple = pruned(method, 0.4, output=f"{method}-32", round_to=32)
-        assert multiple["passes"]["survey"]["cached"]
+        assert multiple["passes"]["calibration"]["cached"]
         assert len(sizes(multiple)) > 1
         assert all(channels % 32 == 0 for _, channels in sizes(multiple))
         before = multiple["parameters"]["decoder_linears"][0]
@@ -376,12 +378,12 @@ def test_without_compensation_weights_are_as_they_were(pruned: Pruned, tiny: Pat
     for layer, own in enumerate(plan["layers"]):
         before, after = dense.read_layer(layer), result.read_layer(layer)
         kept = {ATTENTION: torch.tensor(own["kv_groups"]), FFN: torch.tensor(own["intermediate_channels"])}
-        for module in MODULES:
-            for name, (dimension, index) in family.unit_rows(dense.shapes[layer], module, kept[module]).items():
+        for module in SUBLAYERS:
+            for name, (dimension, index) in family.unit_slices(dense.shapes[layer], module, kept[module]).items():
                 expected = before[name + ".weight"].index_select(dimension, index)
                 assert torch.equal(after[name + ".weight"], expected), name
     refitted = pruned("obs", 0.4, output="refitted")
-    assert refitted["passes"]["survey"]["cached"]
+    assert refitted["passes"]["calibration"]["cached"]
     assert sizes(refitted) == sizes(plan)
     # The dense layer before layer 0 is the same for both: the choice there is, too.
     assert refitted["layers"][0]["kv_groups"] == plan["layers"][0]["kv_groups"]

@@ -26,7 +26,7 @@ from pyprune.architectures import LayerShape
 from pyprune.checkpoint import CheckpointReader
 from pyprune.integrations.vllm import MODELS, register
 from pyprune.integrations.vllm.tensor_parallel import check_tensor_parallel
-from pyprune.job.config import PruneOptions
+from pyprune.job.config import PruneConfig
 from pyprune.modeling import PRUNED_CLASSES, pruned_config
 from pyprune.pipeline.run import prune
 from pyprune.runtime.progress import silent
@@ -67,7 +67,7 @@ def pruned(
     kv_groups: tuple[int, ...] = KV_GROUPS,
     biased: bool = True,
 ) -> Path:
-    """A checkpoint of random weights whose layers have the sizes above, with biases on the drivers if `biased`."""
+    """A random checkpoint whose layers have the sizes above, with output projection biases if `biased`."""
     reader = CheckpointReader(tiny_checkpoint(dtype="float32", **DENSE_SIZES, **VARIANTS[variant]))
     shapes = [s.kept(g, c) for s, g, c in zip(reader.shapes, kv_groups, CHANNELS, strict=True)]
     config = pruned_config(reader.family, reader.config, shapes, biased, biased)
@@ -288,7 +288,7 @@ def test_a_pruned_model(demo_model: Path, tmp_path: Path) -> None:
     """A trained model, pruned with compensation biases, in the checkpoint's own bfloat16 (the biases are float32)."""
     output = tmp_path / "pruned"
     sizes = {"samples": 24, "sequence_length": 64, "device": "cpu"}
-    prune(PruneOptions(str(demo_model), output, "flap", 0.3, calibration="self", **sizes), silent)
+    prune(PruneConfig(str(demo_model), output, "flap", 0.3, calibration="self", **sizes), silent)
     config = AutoConfig.from_pretrained(output)
     assert config.is_heterogeneous
     assert config.o_proj_bias

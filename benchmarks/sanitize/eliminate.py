@@ -6,7 +6,7 @@ import pyprune._core as core
 import torch
 from torch import Tensor
 
-from pyprune.ops.eliminate import Selection, core_arguments, eliminate_channels, eliminate_panel_reference
+from pyprune.ops.eliminate import EliminationState, core_arguments, eliminate_channels, eliminate_panel_reference
 
 PANEL = 16  # short, so that a few removals already cross panels
 
@@ -22,7 +22,7 @@ def elimination_is_right(channels: int, count: int, multiprocessors: int, keep_f
     plan = core.eliminate_cuda_plan(channels, multiprocessors)
     workspace = torch.zeros(plan["workspace_bytes"], dtype=torch.uint8, device="cuda")
 
-    def panel(a: Tensor, g: Tensor, selection: Selection, first: int, lower: Tensor, products: Tensor) -> None:
+    def panel(a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor) -> None:
         lower.fill_(float("nan"))
         products.fill_(float("nan"))
         core.eliminate_panel_cuda(

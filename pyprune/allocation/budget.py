@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..architectures import ATTENTION, FFN, MODULES, LayerShape
+from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from ..errors import InputError
 
-Counts = list[dict[str, int]]  # by layer: module -> units removed
-Kept = dict[str, Tensor]  # module -> sorted indices of the units that stay, int64
-UnitScores = dict[str, Tensor]  # module -> [units] float64, higher is more important
+RemovedCounts = list[dict[str, int]]  # by layer: sublayer -> units removed
+Kept = dict[str, Tensor]  # sublayer -> sorted indices of the units that stay, int64
+UnitScores = dict[str, Tensor]  # sublayer -> [units] float64, higher is more important
 
 
 @dataclass(frozen=True)
-class Choice:
+class KeptUnits:
     """Kept units of every layer; `threshold` is the score that separates kept from removed, where one does."""
 
     layers: list[Kept]
@@ -45,7 +45,7 @@ def check_ratio(shapes: list[LayerShape], ratio: float, least: int = 1) -> None:
 
 def uniform_counts(
     shapes: list[LayerShape], ratio: float, attention_ratio: float | None = None, least: int = 1
-) -> Counts:
+) -> RemovedCounts:
     """Units removed in every layer when all layers lose the same share.
 
     `attention_ratio` sets the attention's own ratio (the "manual" structures of FLAP).
@@ -75,7 +75,7 @@ def layer_counts(shape: LayerShape, ratio: float, least: int = 1) -> dict[str, i
     """Units that one layer loses: int(ratio * groups) KV groups, and FFN channels for the rest of its budget.
 
     With few KV groups int() falls far short (3 of 12 heads at 0.3 is 0.25), so that methods would be compared at
-    different sizes; the shortfall is taken from the FFN of the same layer, rounded to the nearest channel.
+    different sizes; the stream error is taken from the FFN of the same layer, rounded to the nearest channel.
     """
     groups, channels = _split(shape, ratio, ratio)
     most = shape.intermediate_channels - least
@@ -103,16 +103,16 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
     return order[removed:].sort().values
 
 
-def choose_by_counts(scores: list[UnitScores], counts: Counts) -> Choice:
-    return Choice(
-        [{m: keep_highest(own[m], count[m]) for m in MODULES} for own, count in zip(scores, counts, strict=True)]
+def choose_by_counts(scores: list[UnitScores], counts: RemovedCounts) -> KeptUnits:
+    return KeptUnits(
+        [{m: keep_highest(own[m], count[m]) for m in SUBLAYERS} for own, count in zip(scores, counts, strict=True)]
     )
 
 
-def counts_of(choice: Choice, shapes: list[LayerShape]) -> Counts:
+def counts_of(choice: KeptUnits, shapes: list[LayerShape]) -> RemovedCounts:
     """Units that each layer loses by a choice."""
     return [
-        {m: shape.units(m) - len(kept[m]) for m in MODULES} for kept, shape in zip(choice.layers, shapes, strict=True)
+        {m: shape.units(m) - len(kept[m]) for m in SUBLAYERS} for kept, shape in zip(choice.layers, shapes, strict=True)
     ]
 
 
@@ -120,12 +120,13 @@ def choose_globally(
     scores: list[UnitScores],
     shapes: list[LayerShape],
     budget: float,
-    modules: tuple[str, ...] = MODULES,
+    modules: tuple[str, ...] = SUBLAYERS,
     least: int = 1,
-) -> Choice:
+) -> KeptUnits:
     """Remove the lowest units of the whole model until their cost is as near to `budget` as one unit allows.
 
-    The best KV group and the `least` best channels of a layer are out of reach. Modules not named keep all their units.
+    The best KV group and the `least` best channels of a layer are out of reach. Sublayers not named keep all their
+    units.
     """
     entries = _Units(scores, shapes, modules, least)
     order = torch.sort(entries.score, stable=True).indices
@@ -138,17 +139,17 @@ def choose_globally(
     removed = torch.zeros(len(entries.score), dtype=torch.bool)
     removed[order[:count]] = True
     threshold = float(entries.score[order[count]]) if count < len(order) else None
-    return Choice(entries.kept(~removed), threshold)
+    return KeptUnits(entries.kept(~removed), threshold)
 
 
-def choose_above(scores: list[UnitScores], shapes: list[LayerShape], threshold: float, least: int = 1) -> Choice:
+def choose_above(scores: list[UnitScores], shapes: list[LayerShape], threshold: float, least: int = 1) -> KeptUnits:
     """Keep what scores strictly above the threshold, and the best KV group and `least` channels of a layer."""
-    entries = _Units(scores, shapes, MODULES, least)
-    return Choice(entries.kept((entries.score > threshold) | entries.protected), threshold)
+    entries = _Units(scores, shapes, SUBLAYERS, least)
+    return KeptUnits(entries.kept((entries.score > threshold) | entries.protected), threshold)
 
 
 class _Units:
-    """Every unit of the named modules in one row: score, cost, and whether it is among the best, which stay."""
+    """Every unit of the named sublayers in one row: score, cost, and whether it is among the best, which stay."""
 
     def __init__(
         self, scores: list[UnitScores], shapes: list[LayerShape], modules: tuple[str, ...], least: int
@@ -156,12 +157,12 @@ class _Units:
         self.scores, self.modules = scores, modules
         rows, costs, protected = [], [], []
         for own, shape in zip(scores, shapes, strict=True):
-            for module in modules:
-                rows.append(own[module])
-                costs.append(torch.full((len(own[module]),), shape.unit_cost(module), dtype=torch.float64))
-                best = torch.zeros(len(own[module]), dtype=torch.bool)
-                order = torch.sort(own[module], descending=True, stable=True).indices
-                best[order[: least if module == FFN else 1]] = True
+            for sublayer in modules:
+                rows.append(own[sublayer])
+                costs.append(torch.full((len(own[sublayer]),), shape.unit_cost(sublayer), dtype=torch.float64))
+                best = torch.zeros(len(own[sublayer]), dtype=torch.bool)
+                order = torch.sort(own[sublayer], descending=True, stable=True).indices
+                best[order[: least if sublayer == FFN else 1]] = True
                 protected.append(best)
         self.score, self.cost = torch.cat(rows), torch.cat(costs)
         self.protected = torch.cat(protected)
@@ -170,12 +171,12 @@ class _Units:
         layers, start = [], 0
         for own in self.scores:
             kept = {}
-            for module in MODULES:
-                if module in self.modules:
-                    stop = start + len(own[module])
-                    kept[module] = mask[start:stop].nonzero().flatten()
+            for sublayer in SUBLAYERS:
+                if sublayer in self.modules:
+                    stop = start + len(own[sublayer])
+                    kept[sublayer] = mask[start:stop].nonzero().flatten()
                     start = stop
                 else:
-                    kept[module] = torch.arange(len(own[module]))
+                    kept[sublayer] = torch.arange(len(own[sublayer]))
             layers.append(kept)
         return layers

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..architectures import ATTENTION, FFN, LayerShape
 from ..errors import InputError
-from .budget import Counts, check_attention_ratio, total_cost
+from .budget import RemovedCounts, check_attention_ratio, total_cost
 from .residual import ErrorCurves
 from .rounding import nearest
 
@@ -52,7 +52,7 @@ def common_sizes(shapes: list[LayerShape], ratio: float, multiple: int) -> list[
 
 def common_counts(
     shapes: list[LayerShape], ratio: float, multiple: int = 1, attention_ratio: float | None = None
-) -> Counts:
+) -> RemovedCounts:
     """Units that each layer loses, so that all keep the same: KV groups lose `ratio` of their number, rounded down.
 
     FFN channels make up the rest, to the nearest multiple; where they cannot, more KV groups go, or fewer.
@@ -72,7 +72,9 @@ def common_counts(
     return counts_to(best, shapes)
 
 
-def cheapest_counts(curves: list[ErrorCurves], shapes: list[LayerShape], ratio: float, multiple: int = 1) -> Counts:
+def cheapest_counts(
+    curves: list[ErrorCurves], shapes: list[LayerShape], ratio: float, multiple: int = 1
+) -> RemovedCounts:
     """Units that each layer loses, so that all keep the same: the size whose errors, over all layers, are smallest.
 
     Errors are those of the channels that meet the budget exactly, so that of two sizes the one that rounding makes
@@ -91,5 +93,5 @@ def cheapest_counts(curves: list[ErrorCurves], shapes: list[LayerShape], ratio: 
     return counts_to(min(common_sizes(shapes, ratio, multiple), key=error), shapes)
 
 
-def counts_to(size: LayerSize, shapes: list[LayerShape]) -> Counts:
+def counts_to(size: LayerSize, shapes: list[LayerShape]) -> RemovedCounts:
     return [{ATTENTION: s.kv_groups - size.kv_groups, FFN: s.intermediate_channels - size.channels} for s in shapes]

@@ -4,14 +4,14 @@ import math
 
 from ..architectures import LayerShape
 from ..errors import InputError
-from .budget import Counts, check_ratio, layer_counts
+from .budget import RemovedCounts, check_ratio, layer_counts
 
 SCHEDULES = ("log", "linear", "uniform")
 
 
 def incremental_counts(
     shapes: list[LayerShape], ratio: float, schedule: str, first: float | None, least: int = 1
-) -> Counts:
+) -> RemovedCounts:
     """Units that each layer loses: r_i = r_0 + (r_last - r_0) f(i), the same for KV groups and FFN channels.
 
     `schedule`: log f(i) = ln(i + 1) / ln(n); linear f(i) = i / (n - 1); uniform f(i) = 1. `first` is r_0 as a share

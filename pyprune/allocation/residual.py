@@ -1,8 +1,9 @@
 """Residual allocation: how many units each layer loses, from the error that their loss leaves in the residual stream.
 
-One survey of the dense model gives, for both drivers of every layer, the error of removing the n least important
-units after refitting the rest, relative to the energy of the residual stream right after the module. Units are then
-removed globally along the lower convex hulls of these curves, the flattest slopes first, until the budget is met.
+One calibration pass of the dense model gives, for both output projections of every layer, the error of removing the n
+least important units after refitting the rest, relative to the energy of the residual stream right after the sublayer.
+Units are then removed globally along the lower convex hulls of these curves, the flattest slopes first, until the
+budget is met.
 """
 
 import math
@@ -12,11 +13,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..architectures import ATTENTION, FFN, MODULES, LayerShape
-from .budget import Counts, check_ratio, total_cost
+from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
+from .budget import RemovedCounts, check_ratio, total_cost
 from .rounding import rounded_counts, worth_by_errors
 
-ErrorCurves = dict[str, Tensor]  # module -> [units] float64: entry n is the error after n removals; entry 0 is 0
+ErrorCurves = dict[str, Tensor]  # sublayer -> [units] float64: entry n is the error after n removals; entry 0 is 0
 
 
 # An FFN's curve ends where it lost so many times the ratio: to eliminate all of 28672 channels takes longer than the
@@ -31,15 +32,15 @@ def deepest_cut(ratio: float) -> int:
 
 @dataclass(frozen=True)
 class Segment:
-    """An edge of a curve's lower convex hull: `units` units of one module, at `slope` error for a unit of cost."""
+    """An edge of a curve's lower convex hull: `units` units of one sublayer, at `slope` error for a unit of cost."""
 
     slope: float
     layer: int
-    module: str
+    sublayer: str
     units: int
 
 
-def hull_segments(errors: Tensor, unit_cost: float, layer: int, module: str) -> list[Segment]:
+def hull_segments(errors: Tensor, unit_cost: float, layer: int, sublayer: str) -> list[Segment]:
     """The lower convex hull of the points (n * unit_cost, errors[n]), edge by edge; slopes increase."""
     values = errors.tolist()
     hull: list[int] = []
@@ -50,10 +51,12 @@ def hull_segments(errors: Tensor, unit_cost: float, layer: int, module: str) -> 
                 break
             hull.pop()
         hull.append(n)
-    return [Segment((values[b] - values[a]) / ((b - a) * unit_cost), layer, module, b - a) for a, b in pairwise(hull)]
+    return [Segment((values[b] - values[a]) / ((b - a) * unit_cost), layer, sublayer, b - a) for a, b in pairwise(hull)]
 
 
-def residual_counts(curves: list[ErrorCurves], shapes: list[LayerShape], ratio: float, multiple: int = 1) -> Counts:
+def residual_counts(
+    curves: list[ErrorCurves], shapes: list[LayerShape], ratio: float, multiple: int = 1
+) -> RemovedCounts:
     """Units that each layer loses, so that their cost is within half a channel below to half above the budget.
 
     A segment that no longer fits is taken in part, in whole units; what is then left goes to the segments after it.
@@ -65,21 +68,23 @@ def residual_counts(curves: list[ErrorCurves], shapes: list[LayerShape], ratio: 
         (
             segment
             for layer, (own, shape) in enumerate(zip(curves, shapes, strict=True))
-            for module in MODULES
-            for segment in hull_segments(own[module][: ends[layer][module]], shape.unit_cost(module), layer, module)
+            for sublayer in SUBLAYERS
+            for segment in hull_segments(
+                own[sublayer][: ends[layer][sublayer]], shape.unit_cost(sublayer), layer, sublayer
+            )
         ),
         key=lambda segment: segment.slope,
     )
-    counts = [dict.fromkeys(MODULES, 0) for _ in shapes]
+    counts = [dict.fromkeys(SUBLAYERS, 0) for _ in shapes]
     rest = ratio * total_cost(shapes)
     # Edges of one curve come in the order of their slopes, so each begins where the one before it was taken whole;
     # once one was cut short, later edges of that curve are only continued, never jumped to.
     for segment in segments:
-        cost = shapes[segment.layer].unit_cost(segment.module)
+        cost = shapes[segment.layer].unit_cost(segment.sublayer)
         # Whole KV groups are never taken beyond the budget: channels fill what one leaves, to the nearest.
-        fits = rest / cost if segment.module == ATTENTION else rest / cost + 0.5
+        fits = rest / cost if segment.sublayer == ATTENTION else rest / cost + 0.5
         take = min(segment.units, max(0, int(fits)))
-        counts[segment.layer][segment.module] += take
+        counts[segment.layer][segment.sublayer] += take
         rest -= take * cost
     return rounded_counts(counts, shapes, ratio, multiple, worth_by_errors([own[FFN] for own in curves], shapes))
 
@@ -87,7 +92,7 @@ def residual_counts(curves: list[ErrorCurves], shapes: list[LayerShape], ratio: 
 def error_curve(removal_errors: Tensor, tokens: int, energy: float) -> Tensor:
     """[units] float64 on the CPU from errors at removal [units - 1]: mean over tokens, relative to `energy`.
 
-    `energy` is the mean over tokens of the squared norm of the residual stream right after the module.
+    `energy` is the mean over tokens of the squared norm of the residual stream right after the sublayer.
     """
     errors = torch.cat([removal_errors.new_zeros(1), removal_errors]).double().cpu()
     return torch.cumsum(errors, 0) / (tokens * energy)

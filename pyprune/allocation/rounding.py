@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..architectures import ATTENTION, FFN, LayerShape
 from ..errors import InputError
-from .budget import Counts, UnitScores, total_cost
+from .budget import RemovedCounts, UnitScores, total_cost
 
 # (layer, fewer, more) -> what the layer's channels are worth that it keeps with `more` and not with `fewer`, on average
 Worth = Callable[[int, int, int], float]
@@ -44,8 +44,8 @@ def nearest(channels: float, whole: int, multiple: int) -> int:
 
 
 def rounded_counts(
-    counts: Counts, shapes: list[LayerShape], ratio: float, multiple: int, worth: Worth | None = None
-) -> Counts:
+    counts: RemovedCounts, shapes: list[LayerShape], ratio: float, multiple: int, worth: Worth | None = None
+) -> RemovedCounts:
     """The same KV groups, and channels in multiples, so that the model meets the ratio within half a multiple.
 
     counts: what each layer loses, no more than leaves it `multiple` channels. worth: unless given, a layer goes up

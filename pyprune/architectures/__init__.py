@@ -1,7 +1,7 @@
 """The model families that pyprune knows. A new one is one file beside these."""
 
 from ..errors import InputError
-from .family import ATTENTION, FFN, MODULES, Family, LayerShape, expand
+from .family import ATTENTION, FFN, SUBLAYERS, Family, LayerShape, expand
 from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -33,9 +33,9 @@ __all__ = [
     "ATTENTION",
     "FAMILIES",
     "FFN",
-    "MODULES",
     "PRUNED_PREFIX",
     "SELECTED_PREFIX",
+    "SUBLAYERS",
     "Family",
     "LayerShape",
     "expand",

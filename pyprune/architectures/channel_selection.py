@@ -24,7 +24,7 @@ FFN_MIDDLE = "ffn_middle"
 FFN_OUT = "ffn_out"
 SELECTIONS = (ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_MIDDLE, FFN_OUT)
 
-Selection = dict[str, Tensor]  # of one layer: name -> sorted indices of the channels that stay, int64
+ChannelSelection = dict[str, Tensor]  # of one layer: name -> sorted indices of the channels that stay, int64
 
 Count = TypeVar("Count", int, float, Tensor)
 
@@ -55,14 +55,14 @@ def slices(family: Family) -> dict[str, tuple[tuple[int, str], ...]]:
     Dimension 0: output rows (and the bias); dimension 1: input columns.
     """
     return {
-        **dict.fromkeys(family.coupled(ATTENTION), ((1, ATTENTION_IN),)),
-        family.driver(ATTENTION): ((0, ATTENTION_OUT),),
-        **dict.fromkeys(family.coupled(FFN), ((0, FFN_MIDDLE), (1, FFN_IN))),
-        family.driver(FFN): ((0, FFN_OUT), (1, FFN_MIDDLE)),
+        **dict.fromkeys(family.input_projs(ATTENTION), ((1, ATTENTION_IN),)),
+        family.output_proj(ATTENTION): ((0, ATTENTION_OUT),),
+        **dict.fromkeys(family.input_projs(FFN), ((0, FFN_MIDDLE), (1, FFN_IN))),
+        family.output_proj(FFN): ((0, FFN_OUT), (1, FFN_MIDDLE)),
     }
 
 
-def select_layer(family: Family, tensors: Mapping[str, Tensor], selection: Selection) -> dict[str, Tensor]:
+def select_layer(family: Family, tensors: Mapping[str, Tensor], selection: ChannelSelection) -> dict[str, Tensor]:
     """The layer's tensors, named within the layer, with what is not selected cut out; the others as they are."""
     cut = slices(family)
     selected = {}

@@ -1,4 +1,4 @@
-"""What a model family looks like: the names of its drivers and coupled matrices, and the shape of a layer."""
+"""A model family: the names of its projections and norms, and the shape of a layer."""
 
 import importlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 ATTENTION = "attention"
 FFN = "ffn"
-MODULES = (ATTENTION, FFN)
+SUBLAYERS = (ATTENTION, FFN)
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,19 @@ class LayerShape:
 
     @property
     def input_widths(self) -> tuple[int, int, int, int]:
-        """Channels of the layer's four inputs of linears: behind each norm, and of each driver."""
+        """Channels of the layer's four inputs of linears: behind each norm, and of each output projection."""
         return (self.hidden_size, self.kv_groups * self.group_width, self.hidden_size, self.intermediate_channels)
 
-    def units(self, module: str) -> int:
-        return self.kv_groups if module == ATTENTION else self.intermediate_channels
+    def units(self, sublayer: str) -> int:
+        return self.kv_groups if sublayer == ATTENTION else self.intermediate_channels
 
-    def unit_width(self, module: str) -> int:
-        """Input columns of the module's driver that one unit owns."""
-        return self.group_width if module == ATTENTION else 1
+    def unit_width(self, sublayer: str) -> int:
+        """Input columns of the sublayer's output projection that one unit owns."""
+        return self.group_width if sublayer == ATTENTION else 1
 
-    def unit_cost(self, module: str) -> float:
-        """Parameters of one unit of the module, in FFN channels (3 * hidden_size parameters each)."""
-        return self.group_cost if module == ATTENTION else 1.0
+    def unit_cost(self, sublayer: str) -> float:
+        """Parameters of one unit of the sublayer, in FFN channels (3 * hidden_size parameters each)."""
+        return self.group_cost if sublayer == ATTENTION else 1.0
 
     def kept(self, kv_groups: int, intermediate_channels: int) -> "LayerShape":
         return LayerShape(self.hidden_size, self.head_dim, kv_groups, self.heads_per_group, intermediate_channels)
@@ -83,7 +83,7 @@ class Family:
     embeddings: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
-    drivers: tuple[tuple[str, str], ...] = ((ATTENTION, "self_attn.o_proj"), (FFN, "mlp.down_proj"))
+    output_projs: tuple[tuple[str, str], ...] = ((ATTENTION, "self_attn.o_proj"), (FFN, "mlp.down_proj"))
     norms: tuple[tuple[str, str], ...] = ((ATTENTION, "input_layernorm"), (FFN, "post_attention_layernorm"))
     query: str = "self_attn.q_proj"
     key_value: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
@@ -91,20 +91,20 @@ class Family:
     sliding: Callable[[Any, int], bool] = lambda config, layer: False
     check: Callable[[Any], None] = lambda config: None
 
-    def driver(self, module: str) -> str:
-        """Name within a layer of the module's driver, the matrix whose input columns are pruned."""
-        return dict(self.drivers)[module]
+    def output_proj(self, sublayer: str) -> str:
+        """Name within a layer of the sublayer's output projection, the matrix whose input columns are pruned."""
+        return dict(self.output_projs)[sublayer]
 
-    def norm(self, module: str) -> str:
-        """Name within a layer of the norm whose output the module reads."""
-        return dict(self.norms)[module]
+    def norm(self, sublayer: str) -> str:
+        """Name within a layer of the norm whose output the sublayer reads."""
+        return dict(self.norms)[sublayer]
 
-    def coupled(self, module: str) -> tuple[str, ...]:
-        """Names within a layer of the matrices that read the module's norm: their rows go with the driver's columns."""
-        return (self.query, *self.key_value) if module == ATTENTION else self.gate_up
+    def input_projs(self, sublayer: str) -> tuple[str, ...]:
+        """Names within a layer of the input projections, whose rows go with the output projection's columns."""
+        return (self.query, *self.key_value) if sublayer == ATTENTION else self.gate_up
 
     def source(self, kind: str = "modeling") -> Any:
-        """transformers' module of the family's classes."""
+        """transformers' sublayer of the family's classes."""
         return importlib.import_module(f"transformers.models.{self.name}.{kind}_{self.name}")
 
     def _class(self, suffix: str, kind: str = "modeling") -> Any:
@@ -147,12 +147,12 @@ class Family:
         """Decoder layer `layer` of transformers' own class with that layer's own sizes and compensation biases.
 
         Build it under `torch.device("meta")` to allocate nothing. `config.o_proj_bias` and `config.down_proj_bias`
-        (absent in a stock configuration) put a bias on the drivers of a family that has none there.
+        (absent in a stock configuration) put a bias on the output projections of a family that has none there.
         """
         block = self.layer_class(config.per_layer_config[layer], layer)
-        for module, flag in ((ATTENTION, "o_proj_bias"), (FFN, "down_proj_bias")):
+        for sublayer, flag in ((ATTENTION, "o_proj_bias"), (FFN, "down_proj_bias")):
             if getattr(config, flag, False):
-                parent, name = self.driver(module).split(".")
+                parent, name = self.output_proj(sublayer).split(".")
                 linear = getattr(getattr(block, parent), name)
                 if linear.bias is None:
                     biased = nn.Linear(
@@ -173,17 +173,18 @@ class Family:
         with torch.device("meta"):
             return {name: tuple(t.shape) for name, t in self.build_layer(config, layer).state_dict().items()}
 
-    def unit_rows(self, shape: LayerShape, module: str, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
+    def unit_slices(self, shape: LayerShape, sublayer: str, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Which slices of which matrices belong to the kept units: name -> (dimension, indices).
 
-        Dimension 1 is the driver's input; dimension 0 the output rows of a coupled matrix (and of its bias).
+        Dimension 1 is the output projection's input; dimension 0 the output rows of the input projections (and of its
+        bias).
         """
-        if module == FFN:
+        if sublayer == FFN:
             slices = dict.fromkeys(self.gate_up, (0, kept))
         else:
             slices = {self.query: (0, expand(kept, shape.group_width))}
             slices |= dict.fromkeys(self.key_value, (0, expand(kept, shape.head_dim)))
-        slices[self.driver(module)] = (1, expand(kept, shape.unit_width(module)))
+        slices[self.output_proj(sublayer)] = (1, expand(kept, shape.unit_width(sublayer)))
         return slices
 
 

@@ -48,7 +48,7 @@ class Model:
     def group(self) -> int:
         return self.heads // self.kv_heads
 
-    def drivers(self) -> dict[str, int]:
+    def output_projs(self) -> dict[str, int]:
         """The linears whose inputs are pruned, and how many input channels each has."""
         return {"o": self.heads * self.head_dim, "down": self.intermediate}
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..cli.options import names
 from ..errors import InputError
 from ..ops import tuning
 from ..runtime.files import write_json
+from ..runtime.names import split_names
 from ..runtime.progress import Progress
 from .case import Case
 from .machine import describe_machine
@@ -85,7 +85,7 @@ class Run:
             rates = measure_rates(Timer(self.device, RATE_REPEAT))
             self.document = new_document(self.machine, self.device.type, rates.document(), self.tuned)
         rates = Rates(**self.document["rates"])
-        runner = Runner(self.device, timer, rates, names(self.options["backend_names"]), self.options["compiled"])
+        runner = Runner(self.device, timer, rates, split_names(self.options["backend_names"]), self.options["compiled"])
         # What was not correct is tried again.
         held = {row["id"]: row for row in self.document["rows"] if not row["faults"]}
         self.document["rows"] = list(held.values())

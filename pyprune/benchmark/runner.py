@@ -26,7 +26,7 @@ UNSUPPORTED = "unsupported"
 
 
 @dataclass
-class Outcome:
+class Measurement:
     """What became of a contestant. status: one of the words above; reason: why it was not timed."""
 
     contestant: Contestant
@@ -76,7 +76,7 @@ class Runner:
         return row
 
     def run(self, case: Case) -> dict[str, Any]:
-        outcomes: list[Outcome] = []
+        outcomes: list[Measurement] = []
         allowed: Errors = {}
         reason = ""
         try:
@@ -107,12 +107,12 @@ class Runner:
             "faults": [f"{o.contestant.name}: {o.status}: {o.reason}" for o in outcomes if o.is_fault],
         }
 
-    def compete(self, case: Case, problem: Problem) -> tuple[list[Outcome], Errors]:
+    def compete(self, case: Case, problem: Problem) -> tuple[list[Measurement], Errors]:
         rivals = [*problem.rivals]
         if self.compiled:
             rivals += [compiled_rival(rival) for rival in problem.rivals if rival.compilable]
-        own = [Outcome(c) for c in on_backends(problem.own, case.backends(self.device, self.wanted))]
-        others = [Outcome(rival) for rival in rivals]
+        own = [Measurement(c) for c in on_backends(problem.own, case.backends(self.device, self.wanted))]
+        others = [Measurement(rival) for rival in rivals]
         for outcome in [*others, *own]:
             self.check(outcome, problem)
         yardstick = next(outcome for outcome in others if outcome.contestant.name == problem.yardstick)
@@ -124,7 +124,7 @@ class Runner:
                 self.time(outcome)
         return [*own, *others], allowed
 
-    def check(self, outcome: Outcome, problem: Problem) -> None:
+    def check(self, outcome: Measurement, problem: Problem) -> None:
         """Call once: the result's errors, and what the call allocates."""
 
         def call() -> None:
@@ -138,14 +138,14 @@ class Runner:
 
         self.guarded(outcome, call)
 
-    def time(self, outcome: Outcome) -> None:
+    def time(self, outcome: Measurement) -> None:
         def call() -> None:
             contestant = outcome.contestant
             outcome.figures = asdict(self.timer.within(SECONDS, contestant.run, contestant.prepare))
 
         self.guarded(outcome, call)
 
-    def guarded(self, outcome: Outcome, call: Callable[[], None]) -> None:
+    def guarded(self, outcome: Measurement, call: Callable[[], None]) -> None:
         """Whatever a contestant raises is its outcome; a device that broke down ends the run."""
         own = outcome.contestant.kind == OURS
         try:
@@ -182,7 +182,7 @@ class Runner:
             torch.cuda.empty_cache()
 
 
-def judge(outcome: Outcome, allowed: Errors, yardstick: Outcome) -> None:
+def judge(outcome: Measurement, allowed: Errors, yardstick: Measurement) -> None:
     """Our result is wrong unless each of its errors is within the limit."""
     if outcome.status != TIMED:
         return

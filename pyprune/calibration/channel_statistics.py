@@ -1,4 +1,4 @@
-"""What a pass learns about one driver: moments of its input channels and norms of its weight columns."""
+"""What a pass learns about one output projection: moments of its input channels and norms of its weight columns."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from ..runtime import distributed
 
 
 @dataclass
-class DriverStatistics:
-    """Statistics of one driver W (out x in) and its input X (tokens x in). All tensors are [in], on the CPU.
+class ChannelStatistics:
+    """Statistics of one output projection W (out x in) and its input X (tokens x in). All tensors are [in], on the CPU.
 
     `weight_squares` = Σ_o W_oj² and `weight_mean` = mean_o |W_oj|, float32. Without a text `count` is 0 and the
     moments are None. `nonfinite` entries of the input were NaN or Inf and counted as zero. `reference_fluctuation`
@@ -69,12 +69,12 @@ class ReferenceFluctuation:
         return self.sum / max(self.windows - 1, 1)
 
 
-class DriverObserver:
-    """Accumulates the statistics of one driver while inputs pass by.
+class ChannelObserver:
+    """Accumulates the statistics of one output projection while inputs pass by.
 
-    `where` names layer and driver in errors. With `allow_nonfinite`, NaN and Inf count as zero and are tallied in
-    `nonfinite`; otherwise `finish` raises InputError if any came. In several processes each sees its own block
-    of windows, in the order of ranks, and `finish` gives all of them the statistics of all inputs.
+    `where` names layer and output projection in errors. With `allow_nonfinite`, NaN and Inf count as zero and are
+    tallied in `nonfinite`; otherwise `result` raises InputError if any came. In several processes each sees its own
+    block of windows, in the order of ranks, and `result` gives all of them the statistics of all inputs.
     """
 
     def __init__(self, weight: Tensor, where: str, by_window: bool, allow_nonfinite: bool) -> None:
@@ -88,7 +88,7 @@ class DriverObserver:
         self.weight_squares, self.weight_mean = column_norms(weight, where)
 
     def observe(self, x: Tensor) -> None:
-        """x: [windows, tokens, channels], the driver's input."""
+        """x: [windows, tokens, channels], the output projection's input."""
         if self.allow_nonfinite:
             bad = ~torch.isfinite(x)
             self.nonfinite += int(bad.sum())
@@ -116,11 +116,11 @@ class DriverObserver:
         else:
             own = torch.stack([torch.stack((w.mean, w.m2)) for w in self._held])  # [own windows, 2, channels]
             tokens = self._held[0].count
-            for mean, m2 in distributed.gathered(own):
+            for mean, m2 in distributed.all_gather_rows(own):
                 self._add(self.reference, ChannelMoments(tokens, mean, m2))
-        self.windows, self.nonfinite = distributed.totals(self.windows, self.nonfinite)
+        self.windows, self.nonfinite = distributed.all_reduce_sum(self.windows, self.nonfinite)
 
-    def finish(self) -> DriverStatistics:
+    def result(self) -> ChannelStatistics:
         """The statistics; the observer is used up."""
         if distributed.world_size() > 1:
             self._merge()
@@ -131,7 +131,7 @@ class DriverObserver:
                 f"{self.where}: NaN or Inf activations in {bad} of {len(mean)} input channels; check the checkpoint, "
                 "compute in float32 or bfloat16 (--dtype), or count them as zero with --allow-nonfinite"
             )
-        return DriverStatistics(
+        return ChannelStatistics(
             self.weight_squares,
             self.weight_mean,
             count=self.moments.count,
@@ -149,7 +149,7 @@ def merge_over_processes(moments: ChannelMoments) -> None:
     n = Σ n_r, m = Σ n_r m_r / n, M2 = Σ (M2_r + n_r (m_r − m)²), in float64 (Chan, Golub & LeVeque 1983). n > 0.
     """
     rows, own = moments.count, moments.mean.double()
-    (moments.count,) = distributed.totals(rows)
+    (moments.count,) = distributed.all_reduce_sum(rows)
     mean = rows * own
     distributed.all_reduce_(mean)
     mean /= moments.count

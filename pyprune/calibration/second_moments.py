@@ -1,4 +1,4 @@
-"""Second moments of a driver's inputs, and of how they go with what the residual stream is short of."""
+"""Second moments of an output projection's inputs, and of how they go with what the residual stream is short of."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from ..runtime import distributed
 
 
 @dataclass
-class Curvature:
-    """Statistics of one driver, its input x [in] over `count` tokens; float32 on its device.
+class SecondMoments:
+    """Statistics of one output projection, its input x [in] over `count` tokens; float32 on its device.
 
     hessian: [in, in] Σ x xᵀ; centred, Σ (x − m)(x − m)ᵀ. mean: m [in], if centred. cross: [out, in] Σ r xᵀ, or
-    Σ (r − r̄)(x − m)ᵀ, r the shortfall of the residual stream right after the module; shortfall: r̄ [out]. The last
+    Σ (r − r̄)(x − m)ᵀ, r the error of the residual stream right after the sublayer; stream error: r̄ [out]. The last
     two where a dense stream is carried.
     """
 
@@ -24,7 +24,7 @@ class Curvature:
     count: int
     mean: Tensor | None = None
     cross: Tensor | None = None
-    shortfall: Tensor | None = None
+    stream_error: Tensor | None = None
 
     def take_hessian(self) -> Tensor:
         """The Hessian, handed over for good, so that its memory is free once the caller is through with it."""
@@ -38,23 +38,23 @@ class Curvature:
         return cross
 
 
-class CurvatureObserver:
-    """Accumulates the curvature of one driver while its inputs pass by.
+class HessianObserver:
+    """Accumulates the second moments of one output projection while its inputs pass by.
 
-    `where` names layer and driver in errors. `centred`: about the means. With `allow_nonfinite`, NaN and Inf count
-    as zero and are tallied in `nonfinite`; otherwise `finish` raises InputError if any came. In several processes each
-    sees its own inputs, and `finish` gives all of them the statistics, and `nonfinite`, of all inputs.
+    `where` names layer and output projection in errors. `centred`: about the means. With `allow_nonfinite`, NaN and Inf
+    count as zero and are tallied in `nonfinite`; otherwise `result` raises InputError if any came. In several processes
+    each sees its own inputs, and `result` gives all of them the statistics, and `nonfinite`, of all inputs.
     """
 
     def __init__(self, channels: int, device: torch.device, where: str, centred: bool, allow_nonfinite: bool) -> None:
         self.where, self.centred, self.allow_nonfinite = where, centred, allow_nonfinite
         self.hessian = Hessian.zeros(channels, device, sums=centred)
         self.cross: Tensor | None = None
-        self.shortfalls: Tensor | None = None
+        self.stream_errors: Tensor | None = None
         self.nonfinite = 0
 
     def observe(self, x: Tensor) -> Tensor:
-        """x: [..., in], the driver's input. Returns it as rows [tokens, in], as it was counted."""
+        """x: [..., in], the output projection's input. Returns it as rows [tokens, in], as it was counted."""
         rows = x.reshape(-1, x.shape[-1])
         if self.allow_nonfinite:
             bad = ~torch.isfinite(rows)
@@ -63,19 +63,19 @@ class CurvatureObserver:
         self.hessian.update(rows)
         return rows
 
-    def observe_shortfall(self, rows: Tensor, shortfall: Tensor) -> None:
-        """rows: what `observe` returned; shortfall [..., out]: r of the same tokens, any float type."""
-        r = shortfall.reshape(len(rows), -1)
-        if self.cross is None or self.shortfalls is None:
+    def observe_stream_error(self, rows: Tensor, stream_error: Tensor) -> None:
+        """rows: what `observe` returned; stream error [..., out]: r of the same tokens, any float type."""
+        r = stream_error.reshape(len(rows), -1)
+        if self.cross is None or self.stream_errors is None:
             self.cross = torch.zeros(r.shape[1], rows.shape[1], device=rows.device)
-            self.shortfalls = torch.zeros(r.shape[1], device=rows.device)
+            self.stream_errors = torch.zeros(r.shape[1], device=rows.device)
         if self.allow_nonfinite:
             r = torch.nan_to_num(r, nan=0.0, posinf=0.0, neginf=0.0)
         add_product(self.cross, r, rows)
         if self.centred:
-            self.shortfalls += r.sum(0, dtype=torch.float32)
+            self.stream_errors += r.sum(0, dtype=torch.float32)
 
-    def finish(self) -> Curvature:
+    def result(self) -> SecondMoments:
         """The statistics; the observer is used up."""
         self._merge()
         count = self.hessian.count
@@ -86,29 +86,29 @@ class CurvatureObserver:
                 f"{self.where}: NaN or Inf activations in {bad} of {len(diagonal)} input channels; check the "
                 "checkpoint, compute in float32 or bfloat16 (--dtype), or count them as zero with --allow-nonfinite"
             )
-        mean = shortfall = None
+        mean = stream_error = None
         if self.centred:
             assert self.hessian.sums is not None
             mean = self.hessian.sums / count
-            if self.cross is not None and self.shortfalls is not None:
-                shortfall = self.shortfalls / count
-                self.cross.addr_(self.shortfalls, mean, alpha=-1)
-        return Curvature(self.hessian.finish(self.centred), count, mean, self.cross, shortfall)
+            if self.cross is not None and self.stream_errors is not None:
+                stream_error = self.stream_errors / count
+                self.cross.addr_(self.stream_errors, mean, alpha=-1)
+        return SecondMoments(self.hessian.finish(self.centred), count, mean, self.cross, stream_error)
 
     def _merge(self) -> None:
         """Sums over all processes, in place. What lies above the Hessian's diagonal is summed too, and never read."""
-        self.hessian.count, self.nonfinite = distributed.totals(self.hessian.count, self.nonfinite)
-        distributed.all_reduce_(self.hessian.lower, self.hessian.sums, self.cross, self.shortfalls)
+        self.hessian.count, self.nonfinite = distributed.all_reduce_sum(self.hessian.count, self.nonfinite)
+        distributed.all_reduce_(self.hessian.lower, self.hessian.sums, self.cross, self.stream_errors)
 
 
-def alignment_of(curvature: Curvature, damping: float, where: str) -> Tensor:
+def alignment_of(second_moments: SecondMoments, damping: float, where: str) -> Tensor:
     """D A [in, in]: added to the identity, the least-squares estimate of the dense stream's x from the pruned one's.
 
-    curvature: of x on the pruned stream, with the shortfall x_dense - x; D = Σ (x_dense - x) xᵀ, A the damped inverse
-    of Σ x xᵀ. Raises InputError, naming `where`, as damped_inverse does.
+    second moments: of x on the pruned stream, with the stream error x_dense - x; D = Σ (x_dense - x) xᵀ, A the damped
+    inverse of Σ x xᵀ. Raises InputError, naming `where`, as damped_inverse does.
     """
-    assert curvature.cross is not None
-    return curvature.cross @ damped_inverse(curvature.hessian, damping, where).inverse
+    assert second_moments.cross is not None
+    return second_moments.cross @ damped_inverse(second_moments.hessian, damping, where).inverse
 
 
 def add_product(total: Tensor, r: Tensor, x: Tensor) -> None:

@@ -4,10 +4,10 @@ from .cache import digest, load_cached, metadata_of, save_cached
 from .content import Digests, FileStates
 from .hub import checkpoint_folder
 from .journal import JOURNAL
-from .prefetch import LayerLoader
-from .preflight import check_cache, check_free, check_place, check_space
-from .reader import CheckpointReader, stored_model
-from .writer import CheckpointWriter, begun, changes, differences, prove_files
+from .prefetch import LayerPrefetcher
+from .preflight import check_cache, check_disk_space, check_output_creatable, check_output_free
+from .reader import CheckpointReader, inspect_checkpoint
+from .writer import CheckpointWriter, begun, changes, describe_changes, prove_files
 
 __all__ = [
     "JOURNAL",
@@ -15,19 +15,19 @@ __all__ = [
     "CheckpointWriter",
     "Digests",
     "FileStates",
-    "LayerLoader",
+    "LayerPrefetcher",
     "begun",
     "changes",
     "check_cache",
-    "check_free",
-    "check_place",
-    "check_space",
+    "check_disk_space",
+    "check_output_creatable",
+    "check_output_free",
     "checkpoint_folder",
-    "differences",
+    "describe_changes",
     "digest",
+    "inspect_checkpoint",
     "load_cached",
     "metadata_of",
     "prove_files",
     "save_cached",
-    "stored_model",
 ]

@@ -10,7 +10,7 @@ from . import CheckpointWriter
 from .writer import partial_of
 
 
-class BystanderWriter(CheckpointWriter):
+class NullWriter(CheckpointWriter):
     """Stands in for the writer in all processes of a run but the first: it knows the shards that were there when the
     run began (`done`), reads them in the shared folder, and discards what it is given.
     """

@@ -31,7 +31,7 @@ class _Ahead:
     tensors: dict[str, Tensor] | None
 
 
-class LayerLoader:
+class LayerPrefetcher:
     """Reads every decoder layer once, one ahead of the caller.
 
     For a CUDA device `threads` threads read `chunk_bytes` at a time into pinned memory (2 · threads · chunk_bytes) and

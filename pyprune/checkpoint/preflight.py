@@ -7,17 +7,17 @@ from pathlib import Path
 from ..errors import InputError
 
 
-def check_free(output: Path) -> None:
+def check_output_free(output: Path) -> None:
     """Refuse an output that exists and holds anything, or a place where none can be made by a rename."""
     if output.exists():
         if not output.is_dir() or any(output.iterdir()):
             raise InputError(f"{output}: exists and is not an empty folder; name another output")
         if output.is_mount() or output.samefile(Path.cwd()):
             raise InputError(f"{output}: cannot be replaced; name a new folder inside it")
-    check_place(output)
+    check_output_creatable(output)
 
 
-def check_place(path: Path) -> None:
+def check_output_creatable(path: Path) -> None:
     """Refuse a path that cannot be made: nothing above it is a folder that can be written."""
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -33,7 +33,7 @@ def check_cache(cache: Path, output: Path) -> None:
             raise InputError(f"{cache}: the cache cannot lie in the output; name a folder beside {output}")
 
 
-def check_space(output: Path, needed: int) -> None:
+def check_disk_space(output: Path, needed: int) -> None:
     """Refuse a run whose output will not fit: better before the first layer than in the last."""
     parent = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free

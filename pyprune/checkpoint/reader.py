@@ -214,7 +214,7 @@ def _check_type(stored: StoredTensor) -> None:
         )
 
 
-def stored_model(folder: Path) -> tuple[Any, torch.dtype]:
+def inspect_checkpoint(folder: Path) -> tuple[Any, torch.dtype]:
     """Configuration and stored type of any model that pyprune loads; of those that cannot be pruned too: DISP models.
 
     InputError: as of CheckpointReader, for what can be told from config.json and the headers alone.

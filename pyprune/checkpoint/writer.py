@@ -21,7 +21,7 @@ from .content import Digests, digests_of_files
 from .headers import INDEX, StoredTensor, read_headers
 from .journal import JOURNAL, journal_line, read_journal
 from .ownership import FolderLock
-from .preflight import check_free
+from .preflight import check_output_free
 from .shard_file import STORED, write_shard
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class CheckpointWriter:
         self._journal_lock = Lock()
         self._stream: torch.cuda.Stream | None = None
         self._lock: FolderLock | None = None
-        check_free(output)
+        check_output_free(output)
         if self.partial.exists() and not resume:
             raise InputError(f"{self.partial}: an unfinished run; add --resume to finish it, or delete that folder")
         if self.partial.exists() and not self.partial.is_dir():
@@ -94,7 +94,7 @@ class CheckpointWriter:
             except FileExistsError as error:
                 raise InputError(f"{self.partial}: another run began there just now; name another output") from error
             self._lock = FolderLock(self.partial)
-            check_free(self.output)  # a run that was the first may be through by now
+            check_output_free(self.output)  # a run that was the first may be through by now
         journal = self.partial / JOURNAL
         temporary = journal.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as f:
@@ -132,7 +132,7 @@ class CheckpointWriter:
             )
         first, *entries = (read_journal(journal) if journal.exists() else []) or [self.head]
         try:
-            changed = differences(first["identity"], identity)
+            changed = describe_changes(first["identity"], identity)
             if changed:
                 raise InputError(
                     f"{self.partial}: cannot resume with other settings: {changed}; "
@@ -364,6 +364,6 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Which entries of two identities differ, for people; empty if none does."""
     return "; ".join(changes(before, now).values())

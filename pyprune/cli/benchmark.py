@@ -13,9 +13,10 @@ import click
 
 from ..errors import InputError, VerificationError
 from ..runtime import streams
+from ..runtime.names import split_names
 from ..runtime.stopping import Stopped
 from .console import Console
-from .options import SETTINGS, Command, names
+from .options import SETTINGS, Command
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
@@ -80,7 +81,7 @@ def choose(device: Any, options: dict[str, Any]) -> list[Any]:
     from ..benchmark.catalogue import case_named, choose_cases
     from ..ops.dispatch import BACKENDS
 
-    wanted = names(options["backend_names"])
+    wanted = split_names(options["backend_names"])
     for name in wanted:
         if name not in BACKENDS:
             raise InputError(f"unknown backend {name!r}; one of {', '.join(BACKENDS)}")
@@ -89,7 +90,9 @@ def choose(device: Any, options: dict[str, Any]) -> list[Any]:
             raise InputError("--row names whole rows: leave --operators and --shapes out")
         cases = [case_named(row) for row in options["row_ids"]]
     else:
-        cases = choose_cases(device, names(options["operators"]), names(options["shapes"]), options["quick"])
+        cases = choose_cases(
+            device, split_names(options["operators"]), split_names(options["shapes"]), options["quick"]
+        )
     cases = [case for case in cases if case.backends(device, tuple(wanted))]
     if not cases:
         raise InputError(f"no row runs on {', '.join(wanted)} here; `pyprune backends` says why")
@@ -151,7 +154,7 @@ def tune(**options: Any) -> None:
     """
     from ..benchmark.tune import tune_operators, what_to_tune
 
-    chosen = what_to_tune(options["device"], names(options["operators"]))
+    chosen = what_to_tune(options["device"], split_names(options["operators"]))
     if not options["as_json"]:
         streams.forgive()  # what counts is the table on the disk
     show = line_printer(options["as_json"])

@@ -45,7 +45,7 @@ class Console:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.err, disable=not distributed.is_first()) as bars:
+        with Progress(*columns, console=self.err, disable=not distributed.is_main_process()) as bars:
             tasks: dict[str, Any] = {}
 
             def advance(what: str, done: int, total: int) -> None:
@@ -91,7 +91,7 @@ class Console:
                 "nonfinite": plan["nonfinite"],
                 "warnings": plan["warnings"],
                 "verification": plan["verification"],
-                "survey_cached": plan["passes"].get("survey", {}).get("cached", False),
+                "calibration_cached": plan["passes"].get("calibration", {}).get("cached", False),
             }
             self._json(summary | ({"evaluation": plan["evaluation"]} if "evaluation" in plan else {}))
             return
@@ -106,8 +106,8 @@ class Console:
             ("report", str(output / "report.html")),
         ]
         rows += [("warning", warning) for warning in plan["warnings"]]
-        for driver, count in plan["nonfinite"].items():
-            rows.append(("counted as zero", f"{count} NaN or Inf activations in {driver}"))
+        for output_proj, count in plan["nonfinite"].items():
+            rows.append(("counted as zero", f"{count} NaN or Inf activations in {output_proj}"))
         if "note" in ratio:
             rows.insert(2, ("", ratio["note"]))
         if "evaluation" in plan:

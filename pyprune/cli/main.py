@@ -10,14 +10,15 @@ import transformers
 from click.core import ParameterSource
 
 from ..errors import InputError
-from ..estimation.time import KNOWN
+from ..estimation.time import GPU_RATES
 from ..methods import METHODS
-from ..runtime.device import tune_allocators
+from ..runtime.device import configure_allocators
+from ..runtime.names import split_names
 from ..runtime.stopping import Stopped
 from . import program
 from .benchmark import benchmark, tune
 from .console import Console
-from .options import SETTINGS, Group, MemorySize, device_options, method_options, names, options_given
+from .options import SETTINGS, Group, MemorySize, device_options, method_options, options_given
 
 
 @click.group(cls=Group, context_settings=SETTINGS)
@@ -36,7 +37,9 @@ def cli() -> None:
 @click.argument("output", type=click.Path(path_type=Path))
 @method_options
 @click.option("--device-memory", type=MemorySize(), help="Prune within so much GPU memory, e.g. 24GB.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Folder of surveys.  [default: beside OUTPUT]")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Folder of calibration passes.  [default: beside OUTPUT]"
+)
 @click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
 @click.option("--allow-other-bits", is_flag=True, help="With --resume: on another processor or other versions too.")
 @click.option("--allow-nonfinite", is_flag=True, help="Count NaN and Inf activations as zero.")
@@ -61,13 +64,13 @@ def prune(model: str, output: Path, **options: Any) -> None:
 
         torchrun --nproc-per-node=8 -m pyprune prune MODEL OUTPUT ...
     """
-    from ..job.config import Evaluation, PruneOptions
+    from ..job.config import EvaluationConfig, PruneConfig
     from ..pipeline.run import prune as run_pruning
 
     evaluation = None
     if options["text"]:
         fits = _is_default("evaluation_length")
-        evaluation = Evaluation(options["text"], options["evaluation_length"], options["max_windows"], fits)
+        evaluation = EvaluationConfig(options["text"], options["evaluation_length"], options["max_windows"], fits)
     shared = {
         name: options[name]
         for name in (
@@ -78,7 +81,7 @@ def prune(model: str, output: Path, **options: Any) -> None:
     console = Console(options["as_json"])
     with console.progress() as progress, _resumable(output):
         plan = run_pruning(
-            PruneOptions(
+            PruneConfig(
                 model,
                 output,
                 method_options=options_given(options),
@@ -201,7 +204,7 @@ def _evaluate_on_tasks(
 ) -> dict[str, Any]:
     from ..evaluation.tasks import evaluate_tasks
 
-    tasks = names(options["tasks"])
+    tasks = split_names(options["tasks"])
     shared = {name: options[name] for name in ("include_path", "limit", "batch_size", "few_shot", "trust_remote_code")}
     models = {"task_evaluation": folder} | ({"reference_task_evaluation": reference} if reference else {})
     return {key: evaluate_tasks(each, tasks, device=device, dtype=dtype, **shared) for key, each in models.items()}
@@ -210,14 +213,14 @@ def _evaluate_on_tasks(
 @cli.command(context_settings=SETTINGS)
 @click.argument("model")
 @method_options
-@click.option("--on", "named", type=click.Choice(list(KNOWN)), help="Ask about a GPU that is not here.")
+@click.option("--on", "named", type=click.Choice(list(GPU_RATES)), help="Ask about a GPU that is not here.")
 @click.option("--device-memory", type=MemorySize(), help="As in `pyprune prune`.")
 @device_options
 def plan(model: str, **options: Any) -> None:
     """What a pruning of MODEL would do: sizes, parameters, time, peak memory. Reads no weights, writes nothing."""
     from ..checkpoint import CheckpointReader, checkpoint_folder
     from ..estimation.estimate import estimate
-    from ..methods import make_method, resolved_ratio
+    from ..methods import make_method, resolve_ratio
     from ..runtime.device import select_device, select_dtype
 
     named = options["named"]
@@ -233,7 +236,7 @@ def plan(model: str, **options: Any) -> None:
     length = options["sequence_length"]
     if method.needs_text:
         length = _fitted(length, reader.config, console)
-    sizes = (resolved_ratio(method, options["ratio"]), options["samples"], length)
+    sizes = (resolve_ratio(method, options["ratio"]), options["samples"], length)
     result = estimate(reader, method, *sizes, device, dtype, options["device_memory"], named)
     console.estimated(result)
 
@@ -287,7 +290,7 @@ cli.add_command(tune)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (sys.argv unless given) and exit; one line on stderr says what went wrong."""
-    tune_allocators()
+    configure_allocators()
     # transformers' notes on reading a pruned configuration's global sizes, and its own bars, say nothing to our user.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

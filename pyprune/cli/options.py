@@ -40,10 +40,13 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
         f"obs: how many units each layer loses: {', '.join(obs.ALLOCATIONS)}; with --uniform, how it is split between "
         "KV groups and channels: residual (by error) or uniform (the same share).  [default: residual]",
     ),
-    "target": (str, f"obs: what the driver is fitted to: {' or '.join(obs.TARGETS)}.  [default: residual]"),
-    "target_share": (float, "obs: share of the residual stream's shortfall that a driver makes up.  [default: 0.5]"),
+    "target": (str, f"obs: what the output projection is fitted to: {' or '.join(obs.TARGETS)}.  [default: residual]"),
+    "target_share": (
+        float,
+        "obs: share of the residual stream's error that an output projection makes up.  [default: 0.5]",
+    ),
     "input_share": (float, "obs: share of the inputs' change that q, k, v, gate, up make up.  [default: 1]"),
-    "survey_samples": (int, "obs: calibration windows that the residual allocation looks at.  [default: 32]"),
+    "allocation_samples": (int, "obs: calibration windows that the residual allocation looks at.  [default: 32]"),
     "pattern": (
         str,
         f"wanda, sparsegpt, dass: N:M, N weights of every M stay (2:4, 4:8), or {UNSTRUCTURED}, which takes --ratio.  "
@@ -70,11 +73,6 @@ METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
     "warm_windows": (click.IntRange(1), "disp: calibration windows that the warm start looks at.  [default: 32]"),
     "start": (str, f"policy: whose scores it begins at: {', '.join(learned.STARTS)}.  [default: flap]"),
 }
-
-
-def names(text: str | None) -> list[str]:
-    """Those of an option such as NAME,NAME."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 class Command(click.Command):

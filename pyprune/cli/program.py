@@ -69,7 +69,7 @@ def _failed(error: Exception) -> int:
 def _stopped(stop: Stopped) -> int:
     """One line; of several processes the first one's, and then the end that torchrun reports: by the signal itself."""
     alone = distributed.world_size() == 1
-    if alone or distributed.is_first():
+    if alone or distributed.is_main_process():
         _say("; ".join([str(stop), *getattr(stop, "__notes__", [])]))
     if not alone:
         stopping.end_by(stop.number)

@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from ..architectures import ATTENTION, FFN, MODULES, LayerShape
+from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from ..checkpoint import CheckpointReader
 from ..forward.layer_forward import micro_batch
 from ..mask_training.policy_learner import MASKS
 from ..methods import LearnedMethod, Method, SecondOrderMethod, SemiStructuredMethod
 from ..methods.second_order import CURVES, MOMENTS
-from ..runtime.device import FREE_SHARE, resident_peak, whole_memory
+from ..runtime.device import FREE_SHARE, resident_peak, usable_memory
 from .memory import Sizes, plan_memory, sparsifying
-from .time import KNOWN, MEMORY, TRAINING_SHARE, matmul_rate, measured_rates, pass_seconds
+from .time import GPU_RATES, MEMORY, TRAINING_SHARE, matmul_rate, measured_rates, pass_seconds
 from .training_memory import check_fits, training_memory
 
 # Pinned memory through which layers are read and written.
@@ -33,7 +33,7 @@ def estimate(
 ) -> dict[str, Any]:
     """Sizes before and after, FLOPs, seconds and bytes of each pass, peak memory of device and host.
 
-    device: the one present; `named`, a key of time_model.KNOWN, is asked about in its place. On a GPU the seconds
+    device: the one present; `named`, a key of time_model.GPU_RATES, is asked about in its place. On a GPU the seconds
     follow from `time_model`, the memory, which `device_memory` bytes bound, from `memory_plan`; on a CPU seconds are
     FLOPs over a measured rate of matrix products, and memory counts the interpreter and libraries as they are now.
     Waiting for the disk is in neither. Sizes by layer, and with them the parameters, are known beforehand where they
@@ -42,7 +42,7 @@ def estimate(
     """
     method.check(reader.shapes, ratio)
     method.check_layers(reader.family, reader.config)
-    layers = _known_layers(reader.shapes, method, ratio) if method.predetermined and method.shrinks else None
+    layers = _known_layers(reader.shapes, method, ratio) if method.sizes_known and method.shrinks else None
     before = sum(s.parameters for s in reader.shapes)
     if layers is None:
         removed = round(ratio * before)
@@ -60,7 +60,7 @@ def estimate(
         "ratio": ratio,
         "parameters": {"decoder_linears": [before, before - removed]},
         "bytes": [reader.bytes, after],
-        "bytes_read": reader.bytes * (1 + ("survey" in flops)),
+        "bytes_read": reader.bytes * (1 + ("calibration" in flops)),
         "bytes_written": after,
         "layers": layers,
         "zeros": not method.shrinks,
@@ -77,7 +77,7 @@ def estimate(
     else:
         sizes = Sizes(reader.shapes, method, ratio, samples, sequence_length, dtype.itemsize, reader.dtype.itemsize)
         memory = plan_memory(sizes, device_memory or _whole_memory(device, named))
-        rates = KNOWN[named] if named else measured_rates(device, dtype)
+        rates = GPU_RATES[named] if named else measured_rates(device, dtype)
         seconds = pass_seconds(sizes, rates) if method.needs_text else {}
         by_pass = memory.device_bytes
         if learning is not None:
@@ -131,7 +131,7 @@ def training_flops(shapes: list[LayerShape], method: LearnedMethod, sequence_len
 
 
 def _whole_memory(device: torch.device, named: str | None) -> int:
-    return int(FREE_SHARE * MEMORY[named]) if named else whole_memory(device)
+    return int(FREE_SHARE * MEMORY[named]) if named else usable_memory(device)
 
 
 def _known_layers(shapes: list[LayerShape], method: Method, ratio: float) -> list[dict[str, int]]:
@@ -140,7 +140,7 @@ def _known_layers(shapes: list[LayerShape], method: Method, ratio: float) -> lis
             "kv_groups": s.kv_groups - c[ATTENTION],
             "intermediate_channels": s.intermediate_channels - c[FFN],
         }
-        for s, c in zip(shapes, method.counts(shapes, ratio), strict=True)
+        for s, c in zip(shapes, method.removed_counts(shapes, ratio), strict=True)
     ]
 
 
@@ -154,23 +154,23 @@ def pass_flops(
     if isinstance(method, LearnedMethod) and method.backward:
         return {}  # the loss alone is looked at
     if not method.sequential:
-        return {"survey": forward}
+        return {"calibration": forward}
     # A sequential method runs each layer twice: dense for the statistics, pruned for the next layer's input.
     passes = {"prune": forward * (2 - ratio if method.shrinks else 2)}
     if isinstance(method, SecondOrderMethod):
         tokens = samples * sequence_length
-        widths = [s.units(m) * s.unit_width(m) for s in shapes for m in MODULES]
+        widths = [s.units(m) * s.unit_width(m) for s in shapes for m in SUBLAYERS]
         hessians = sum(tokens * d**2 for d in widths)
         passes["prune"] += hessians
-        if method.correction:  # the dense stream, and the shortfall's moments with the inputs
+        if method.correction:  # the dense stream, and the stream error's moments with the inputs
             passes["prune"] += forward + sum(2 * tokens * shapes[0].hidden_size * d for d in widths)
         if method.alignment:  # second moments of what both norms put out, and of its change
             passes["prune"] += 2 * len(shapes) * 3 * tokens * shapes[0].hidden_size ** 2
-        if method.survey == CURVES:
-            share = min(1.0, method.survey_windows / samples)  # of the windows
-            passes = {"survey": share * (forward + hessians)} | passes
-        elif method.survey == MOMENTS:
-            passes = {"survey": forward} | passes
+        if method.dense_statistics == CURVES:
+            share = min(1.0, method.allocation_windows / samples)  # of the windows
+            passes = {"calibration": share * (forward + hessians)} | passes
+        elif method.dense_statistics == MOMENTS:
+            passes = {"calibration": forward} | passes
     if isinstance(method, SemiStructuredMethod) and method.from_hessian:
         passes["prune"] += sum(samples * sequence_length * d**2 for s in shapes for d in s.input_widths)
     return passes
@@ -206,7 +206,7 @@ def peak_memory(
     on_host = stored if dtype != reader.dtype else 0
     forward = hidden + layer * dtype.itemsize + on_host + temporaries
     if isinstance(method, SecondOrderMethod):
-        width = max(s.units(m) * s.unit_width(m) for s in reader.shapes for m in MODULES)
+        width = max(s.units(m) * s.unit_width(m) for s in reader.shapes for m in SUBLAYERS)
         # H, its inverse and the weights' products; the factor of what is removed; weights before and after in float32.
         solving = (3 * width**2 + width * width // 2 + 4 * shape.hidden_size * width) * 4
         streams = 2 * hidden if method.correction else hidden

@@ -10,7 +10,7 @@ import torch
 
 from ..allocation.common_size import common_sizes
 from ..allocation.residual import deepest_cut
-from ..architectures import ATTENTION, FFN, MODULES, LayerShape
+from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from ..checkpoint import CheckpointWriter
 from ..errors import InputError
 from ..forward.layer_forward import micro_batch
@@ -61,11 +61,11 @@ class Sizes:
         return max(self.shapes, key=lambda shape: shape.parameters)
 
     @property
-    def survey_windows(self) -> int:
-        """Windows of the survey that the allocation of a second-order method makes, or of any other survey."""
+    def allocation_windows(self) -> int:
+        """Windows of the calibration pass."""
         method = self.method
-        if isinstance(method, SecondOrderMethod) and method.survey == CURVES:
-            return min(self.windows, -(-method.survey_windows // self.processes))
+        if isinstance(method, SecondOrderMethod) and method.dense_statistics == CURVES:
+            return min(self.windows, -(-method.allocation_windows // self.processes))
         return self.windows
 
     @property
@@ -84,13 +84,13 @@ class Sizes:
     def hidden(self, windows: int) -> int:
         return windows * self.sequence_length * self.shape.hidden_size * self.compute_bytes
 
-    def width(self, module: str) -> int:
-        return self.shape.units(module) * self.shape.unit_width(module)
+    def width(self, sublayer: str) -> int:
+        return self.shape.units(sublayer) * self.shape.unit_width(sublayer)
 
-    def matrices(self, module: str) -> int:
-        """Bytes of a module's matrices that read the residual stream, in the compute type."""
+    def matrices(self, sublayer: str) -> int:
+        """Bytes of a sublayer's matrices that read the residual stream, in the compute type."""
         shape = self.shape
-        if module == FFN:
+        if sublayer == FFN:
             return 2 * shape.hidden_size * shape.intermediate_channels * self.compute_bytes
         groups = shape.kv_groups * (shape.heads_per_group + 2) * shape.head_dim
         return shape.hidden_size * groups * self.compute_bytes
@@ -102,13 +102,13 @@ class Sizes:
         """A layer in the compute type, where that is not the stored one."""
         return 0 if self.compute_bytes == self.stored_bytes else self.shape.parameters * self.compute_bytes
 
-    def forward(self, module: str, batch: int) -> int:
+    def forward(self, sublayer: str, batch: int) -> int:
         """Temporaries of one half of a layer over a micro-batch: what is alive at once at its widest."""
         tokens, shape = batch * self.sequence_length, self.shape
         rows = tokens * shape.hidden_size
         # By transformers' steps; where pyprune's kernels run (fused.py), norms, rotations and activations need less.
         norm = rows * (4 + 4 + self.compute_bytes)  # float32 copy, its square or product, result
-        if module == FFN:  # the normed input; gate, its activation and up, or those and their product; output, sum
+        if sublayer == FFN:  # the normed input; gate, its activation and up, or those and their product; output, sum
             wide = rows + 3 * tokens * shape.intermediate_channels
         else:  # normed input, q, k, v, both rotated, the attention's output
             wide = rows + 3 * tokens * self.width(ATTENTION) + 4 * tokens * shape.kv_groups * shape.head_dim
@@ -119,42 +119,42 @@ class Sizes:
         inside = min(on_device, streams)
         return inside * self.hidden(windows) + (streams - inside) * 3 * self.hidden(batch)
 
-    def shortfall(self, module: str, batch: int) -> int:
+    def stream_error(self, sublayer: str, batch: int) -> int:
         """Σ r xᵀ and the product added to it, and both results with their difference."""
         rows = batch * self.sequence_length * self.shape.hidden_size
-        return 2 * self.shape.hidden_size * self.width(module) * 4 + rows * 3 * self.compute_bytes
+        return 2 * self.shape.hidden_size * self.width(sublayer) * 4 + rows * 3 * self.compute_bytes
 
 
-def inverting(sizes: Sizes, module: str) -> int:
+def inverting(sizes: Sizes, sublayer: str) -> int:
     """H, its inverse, and the panels of the sweep."""
-    d = sizes.width(module)
+    d = sizes.width(sublayer)
     return 2 * d * d * 4 + 6 * 256 * d * 4
 
 
-def choosing(sizes: Sizes, module: str, removed: float) -> int:
+def choosing(sizes: Sizes, sublayer: str, removed: float) -> int:
     """The inverse, WᵀW, the panels of the elimination, the factor of what goes, and W in float32 before and after."""
-    d = sizes.width(module)
+    d = sizes.width(sublayer)
     return 2 * d * d * 4 + 20 * 128 * d * 4 + int(removed * d) * d * 4 + 2 * sizes.shape.hidden_size * d * 4
 
 
-def curve(sizes: Sizes, module: str) -> int:
+def curve(sizes: Sizes, sublayer: str) -> int:
     """As choosing for an error curve: no factor and no new W, but H is kept until the curve is known to be enough."""
-    d = sizes.width(module)
+    d = sizes.width(sublayer)
     return 3 * d * d * 4 + 20 * 128 * d * 4 + sizes.shape.hidden_size * d * sizes.compute_bytes
 
 
-def survey_peak(sizes: Sizes, batch: int, on_device: int) -> int:
+def calibration_peak(sizes: Sizes, batch: int, on_device: int) -> int:
     """One forward of the dense model and its statistics: moments, or for the curves Hessians."""
-    curves = isinstance(sizes.method, SecondOrderMethod) and sizes.method.survey == CURVES
+    curves = isinstance(sizes.method, SecondOrderMethod) and sizes.method.dense_statistics == CURVES
     layers = 2 * sizes.layer() + sizes.converted()
-    standing = layers + sizes.placed(batch, on_device, 1, sizes.survey_windows)
+    standing = layers + sizes.placed(batch, on_device, 1, sizes.allocation_windows)
     peaks = []
-    for module in MODULES:
-        d = sizes.width(module)
+    for sublayer in SUBLAYERS:
+        d = sizes.width(sublayer)
         statistics = d * d * 4 if curves else 4 * d * 8
-        peaks.append(statistics + sizes.forward(module, batch))
+        peaks.append(statistics + sizes.forward(sublayer, batch))
         if curves:
-            peaks += [inverting(sizes, module), curve(sizes, module)]
+            peaks += [inverting(sizes, sublayer), curve(sizes, sublayer)]
     return standing + max(peaks)
 
 
@@ -185,24 +185,25 @@ def prune_peak(sizes: Sizes, batch: int, on_device: int) -> int:
             # The layer as stored, sparse, and converted for a forward beside what is on its way to the disk.
             standing = layers + 2 * sizes.layer() + sizes.placed(batch, on_device, 1, sizes.windows)
             statistics = sum(d * d for d in sizes.shape.input_widths) * 4 if method.from_hessian else 0
-            forwards = max(sizes.forward(module, batch) for module in MODULES)
+            forwards = max(sizes.forward(sublayer, batch) for sublayer in SUBLAYERS)
             return standing + max(statistics + forwards, sparsifying(sizes.shape, method.from_hessian))
         standing = layers + pruned + sizes.placed(batch, on_device, 1, sizes.windows)
-        return standing + max(sizes.forward(module, batch) for module in MODULES)
+        return standing + max(sizes.forward(sublayer, batch) for sublayer in SUBLAYERS)
     # The layer before may still be on its way to the disk.
     standing = layers + pruned + sizes.placed(batch, on_device, sizes.streams, sizes.windows)
     peaks = []
-    for module in MODULES:
-        aligned = sizes.matrices(module) if method.alignment else 0
-        before = sizes.matrices(ATTENTION) * 2 if module == FFN else 0  # aligned and pruned by then
-        d = sizes.width(module)
-        observing = d * d * 4 + sizes.forward(module, batch)
+    for sublayer in SUBLAYERS:
+        aligned = sizes.matrices(sublayer) if method.alignment else 0
+        before = sizes.matrices(ATTENTION) * 2 if sublayer == FFN else 0  # aligned and pruned by then
+        d = sizes.width(sublayer)
+        observing = d * d * 4 + sizes.forward(sublayer, batch)
         if method.correction:
-            observing += sizes.shortfall(module, batch)
-        # The dense FFN is through when its driver is solved for; the attention's new driver is kept in float32.
-        own = aligned if module == ATTENTION else sizes.shape.hidden_size * sizes.width(ATTENTION) * 4
+            observing += sizes.stream_error(sublayer, batch)
+        # The dense FFN is through when its output projection is solved for; the attention's new output projection is
+        # kept in float32.
+        own = aligned if sublayer == ATTENTION else sizes.shape.hidden_size * sizes.width(ATTENTION) * 4
         cross = sizes.shape.hidden_size * d * 4 if method.correction else 0
-        solving = max(cross + inverting(sizes, module), choosing(sizes, module, sizes.deepest))
+        solving = max(cross + inverting(sizes, sublayer), choosing(sizes, sublayer, sizes.deepest))
         peaks += [aligned + before + observing, own + solving]
     return standing + max(*peaks, sizes.forward(FFN, batch))
 
@@ -210,9 +211,9 @@ def prune_peak(sizes: Sizes, batch: int, on_device: int) -> int:
 def peaks(sizes: Sizes, batch: int, on_device: int) -> dict[str, int]:
     """Predicted bytes of each pass."""
     method, found = sizes.method, {}
-    surveyed = method.survey != NONE if isinstance(method, SecondOrderMethod) else not method.sequential
-    if method.needs_text and surveyed:
-        found["survey"] = survey_peak(sizes, batch, on_device)
+    calibrates = method.dense_statistics != NONE if isinstance(method, SecondOrderMethod) else not method.sequential
+    if method.needs_text and calibrates:
+        found["calibration"] = calibration_peak(sizes, batch, on_device)
     found["prune"] = prune_peak(sizes, batch, on_device)
     return {name: int(peak * FRAGMENTATION) + WORKSPACE for name, peak in found.items()}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import ATTENTION, FFN, MODULES
+from ..architectures import ATTENTION, FFN, SUBLAYERS
 from ..methods import SecondOrderMethod, SemiStructuredMethod
 from ..methods.second_order import CURVES, NONE
 from .memory import Sizes
@@ -39,7 +39,7 @@ class Rates:
 
 
 # Measured on an H200; for the others scaled by the makers' figures for dense bfloat16, float32 and bandwidth.
-KNOWN = {
+GPU_RATES = {
     "h200": Rates(7.5e14, 4.7e13, 4.0e12),
     "h100": Rates(7.2e14, 4.7e13, 2.8e12),
     "a100": Rates(2.5e14, 1.7e13, 1.7e12),
@@ -75,12 +75,12 @@ def best_seconds(call: Callable[[], object], device: torch.device) -> float:
     return best
 
 
-def half_seconds(sizes: Sizes, module: str, tokens: int, rates: Rates) -> float:
+def sublayer_seconds(sizes: Sizes, sublayer: str, tokens: int, rates: Rates) -> float:
     """One half of the widest layer over so many tokens: products, attention, elementwise passes over activations."""
     shape = sizes.shape
     hidden = shape.hidden_size
-    inner = sizes.width(module)
-    if module == FFN:
+    inner = sizes.width(sublayer)
+    if sublayer == FFN:
         flops = tokens * 2 * 3 * hidden * inner
         moved = tokens * (10 * hidden + 10 * inner)  # norm, residual; activation and product
         attention = 0.0
@@ -92,17 +92,17 @@ def half_seconds(sizes: Sizes, module: str, tokens: int, rates: Rates) -> float:
     return flops / rates.matmul + attention + moved * sizes.compute_bytes / 2 / rates.memory
 
 
-def driver_seconds(
-    sizes: Sizes, module: str, tokens: int, removed: float, rates: Rates, eliminate_share: float = ELIMINATE_SHARE
+def output_proj_seconds(
+    sizes: Sizes, sublayer: str, tokens: int, removed: float, rates: Rates, eliminate_share: float = ELIMINATE_SHARE
 ) -> dict[str, float]:
-    """Statistics of one driver over so many tokens, and the removal of a share of its units."""
-    d, out = sizes.width(module), sizes.shape.hidden_size
-    units = d // sizes.shape.unit_width(module)
-    each = PIVOT_SECONDS if module == FFN else GROUP_SECONDS
+    """Statistics of one output projection over so many tokens, and the removal of a share of its units."""
+    d, out = sizes.width(sublayer), sizes.shape.hidden_size
+    units = d // sizes.shape.unit_width(sublayer)
+    each = PIVOT_SECONDS if sublayer == FFN else GROUP_SECONDS
     eliminated = removed * d * d * d / (eliminate_share * rates.matmul) + removed * units * each
     return {
         "hessian": tokens * d * d / (HESSIAN_SHARE * rates.matmul),
-        "shortfall": 2 * tokens * out * d / rates.matmul + 10 * tokens * out / rates.memory,
+        "stream error": 2 * tokens * out * d / rates.matmul + 10 * tokens * out / rates.memory,
         "inverse": d**3 / (INVERSE_SHARE * rates.matmul * d / (d + 6000)),
         "eliminate": eliminated,
         "gram": out * d * d / (SPLIT_SHARE / 2 * rates.matmul),
@@ -127,10 +127,10 @@ def pass_seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
     """Seconds of every pass that looks at the text, over all layers, weights being there and files not waited for."""
     method, layers = sizes.method, len(sizes.shapes)
     tokens = sizes.windows * sizes.sequence_length
-    forward = sum(half_seconds(sizes, module, tokens, rates) for module in MODULES)
+    forward = sum(sublayer_seconds(sizes, sublayer, tokens, rates) for sublayer in SUBLAYERS)
     if not isinstance(method, SecondOrderMethod):
-        moments = sum(2 * tokens * sizes.width(module) for module in MODULES) / rates.memory
-        found = {"survey": forward + moments}
+        moments = sum(2 * tokens * sizes.width(sublayer) for sublayer in SUBLAYERS) / rates.memory
+        found = {"calibration": forward + moments}
         if isinstance(method, SemiStructuredMethod):
             found = {
                 "prune": 2 * forward + (sparsifying_seconds(sizes, tokens, rates) if method.from_hessian else moments)
@@ -139,24 +139,24 @@ def pass_seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
             found = {"prune": forward * (2 - sizes.ratio) + moments}
         return {name: OVERHEAD * layers * seconds for name, seconds in found.items()}
     found = {}
-    if method.survey == CURVES:
-        few = sizes.survey_windows * sizes.sequence_length
-        survey = forward * few / tokens
-        for module in MODULES:
-            share = sizes.deepest if module == FFN else 1.0  # how far the curves go
-            own = driver_seconds(sizes, module, few, share, rates, CURVE_SHARE)
-            survey += own["hessian"] + own["inverse"] + own["eliminate"]
-        found["survey"] = survey
-    elif method.survey != NONE:
-        found["survey"] = forward
+    if method.dense_statistics == CURVES:
+        few = sizes.allocation_windows * sizes.sequence_length
+        dense_statistics = forward * few / tokens
+        for sublayer in SUBLAYERS:
+            share = sizes.deepest if sublayer == FFN else 1.0  # how far the curves go
+            own = output_proj_seconds(sizes, sublayer, few, share, rates, CURVE_SHARE)
+            dense_statistics += own["hessian"] + own["inverse"] + own["eliminate"]
+        found["calibration"] = dense_statistics
+    elif method.dense_statistics != NONE:
+        found["calibration"] = forward
     prune = forward * (2 - sizes.ratio) + (forward if method.correction else 0.0)
-    for module in MODULES:
-        own = driver_seconds(sizes, module, tokens, sizes.ratio, rates)
+    for sublayer in SUBLAYERS:
+        own = output_proj_seconds(sizes, sublayer, tokens, sizes.ratio, rates)
         prune += own["hessian"] + own["inverse"] + own["eliminate"] + own["gram"]
-        prune += own["shortfall"] + own["fit"] if method.correction else 0.0
+        prune += own["stream error"] + own["fit"] if method.correction else 0.0
     if method.alignment:
-        aligned = driver_seconds(sizes, ATTENTION, tokens, 0.0, rates)
+        aligned = output_proj_seconds(sizes, ATTENTION, tokens, 0.0, rates)
         square = (sizes.shape.hidden_size / sizes.width(ATTENTION)) ** 2
         norms = 56 * tokens * sizes.shape.hidden_size / rates.memory
-        prune += 2 * (square * (aligned["hessian"] + aligned["shortfall"] + aligned["inverse"]) + norms)
+        prune += 2 * (square * (aligned["hessian"] + aligned["stream error"] + aligned["inverse"]) + norms)
     return {name: OVERHEAD * layers * seconds for name, seconds in (found | {"prune": prune}).items()}

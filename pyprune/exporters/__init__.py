@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..calibration.tokenizer_check import check_tokenizer
-from ..checkpoint import CheckpointReader, CheckpointWriter, check_free, check_space
+from ..checkpoint import CheckpointReader, CheckpointWriter, check_disk_space, check_output_free
 from ..checkpoint.auxiliary_files import copy_companions
 from ..checkpoint.special_ids import check_generation_config, check_special_ids, generation_fields
 from ..checkpoint.writer import partial_of
@@ -56,13 +56,13 @@ def export(
         return export_gguf(reader, output, dtype, progress, verified)
     if dtype is not None:
         raise InputError(f"--dtype is for gguf: {format} keeps the types that {source} stores")
-    check_free(output)
+    check_output_free(output)
     partial = partial_of(output)
     if partial.exists():
         raise InputError(f"{partial}: what a killed run left; delete that folder")
     make, loader = _LAYOUTS[format]
     layout = make(reader)
-    check_space(output, _bytes(reader, layout))
+    check_disk_space(output, _bytes(reader, layout))
     writer = CheckpointWriter(output, reader.layers + 2, {"source": str(source), "format": format}, resume=False)
     try:
         writer.begin()

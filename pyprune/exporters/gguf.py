@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointReader, check_place, check_space
+from ..checkpoint import CheckpointReader, check_disk_space, check_output_creatable
 from ..errors import InputError
 from ..runtime.optional import import_extra
 from ..runtime.progress import Progress, silent
@@ -72,7 +72,7 @@ def check_target(output: Path, dtype: str) -> None:
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     refuse_existing(output)
-    check_place(output)
+    check_output_creatable(output)
 
 
 def fill_gguf(source: Path, file: Path, dtype: str, progress: Progress) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _write(writer: Any, file: Path, entries: list[_Entry], types: list[str], pro
         nbytes = math.prod(entry.shape) // block * size
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), nbytes, _ggml_type(kind))
         total += nbytes
-    check_space(file, total)
+    check_disk_space(file, total)
     try:
         writer.write_header_to_file(file)
         writer.write_kv_data_to_file()

@@ -9,13 +9,13 @@ from ..checkpoint import CheckpointReader
 from ..errors import InputError
 from ..modeling.stock import stock_config
 from .layout import Layout
-from .stock import driver_biases
+from .stock import output_proj_biases
 
 
 def padded_layout(reader: CheckpointReader) -> Layout:
     """InputError where no stock class holds the model's tensors."""
     widest = widest_shape(reader.shapes)
-    stock = stock_config(reader.family, reader.config, [widest] * reader.layers, **driver_biases(reader))
+    stock = stock_config(reader.family, reader.config, [widest] * reader.layers, **output_proj_biases(reader))
     ratio = sum(shape.parameters for shape in reader.shapes) / (widest.parameters * reader.layers)
     note = f"for evaluation only: {1 - ratio:.1%} of the decoder linears is padding, which costs memory and time"
     return Layout(stock.config, stock.fill, notes=(note,))

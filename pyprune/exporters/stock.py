@@ -7,11 +7,11 @@ from .layout import Layout
 
 def stock_layout(reader: CheckpointReader) -> Layout:
     """InputError where layers differ, or where no stock class holds the model's tensors."""
-    stock = stock_config(reader.family, reader.config, reader.shapes, **driver_biases(reader))
+    stock = stock_config(reader.family, reader.config, reader.shapes, **output_proj_biases(reader))
     notes = (f"with biases of zeros: {', '.join(stock.zero_biases)}",) if stock.zero_biases else ()
     return Layout(stock.config, stock.fill, notes=notes)
 
 
-def driver_biases(reader: CheckpointReader) -> dict[str, bool]:
-    """Which drivers have a bias that the family does not know of."""
+def output_proj_biases(reader: CheckpointReader) -> dict[str, bool]:
+    """Which output projections have a bias that the family does not know of."""
     return {name: bool(getattr(reader.config, name, False)) for name in ("o_proj_bias", "down_proj_bias")}

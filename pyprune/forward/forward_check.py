@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import MODULES
-from ..checkpoint import CheckpointReader, LayerLoader
+from ..architectures import SUBLAYERS
+from ..checkpoint import CheckpointReader, LayerPrefetcher
 from ..errors import InputError
 from ..modeling.pruned import without_layers
 from .fused import fuse, runs_fused
@@ -22,7 +22,7 @@ TOKENS = 128
 # up: the layer's output, and what the layer changed its input by. One rounding is the unit roundoff u of the compute
 # type, at least u(float32)·√(widest sum): by that much float32 sums of so many products differ where their order does.
 #
-# Unfused, both sides run the same modules on the same numbers: their bits are equal, and one rounding is left for a
+# Unfused, both sides run the same sublayers on the same numbers: their bits are equal, and one rounding is left for a
 # backend of attention that is chosen by how the mask is given. Fused, a dozen results in a row are rounded (norm,
 # queries and keys turned, probabilities, values, o_proj, the sum; norm, gate, up, silu, product, down_proj, the sum).
 # Each rounding is off by at most u of its result, u/√3 in the mean square, so that two independent runs differ by
@@ -92,7 +92,7 @@ def _stored_layer(forward: LayerForward, layer: int) -> nn.Module:
     # The loader has read what it hands over: a file that fails is an error of its own, also where it is mapped then.
     [block] = [
         forward.build(reader.stream_layer(layer) if mapped else stored.items(), layer, forward.config)
-        for stored in LayerLoader(reader, forward.device).layers(layer, layer + 1)
+        for stored in LayerPrefetcher(reader, forward.device).layers(layer, layer + 1)
     ]
     return block
 
@@ -119,8 +119,8 @@ def _own_result(forward: LayerForward, block: nn.Module, layer: int, ids: Tensor
 
 
 def _halves(forward: LayerForward, block: nn.Module, layer: int, hidden: Tensor) -> Tensor:
-    for module in MODULES:
-        hidden = forward.half(block, layer, module, hidden)
+    for sublayer in SUBLAYERS:
+        hidden = forward.run_sublayer(block, layer, sublayer, hidden)
     return hidden
 
 

@@ -58,8 +58,8 @@ def fuse(block: nn.Module, family: Family, activation: str) -> None:
         parent, _, own = name.rpartition(".")
         setattr(block.get_submodule(parent), own, FusedRMSNorm(module.weight, module.variance_epsilon))
     if activation in ("silu", "swish"):
-        linears = (block.get_submodule(name) for name in (*family.gate_up, family.driver(FFN)))
-        setattr(block, family.driver(FFN).split(".")[0], FusedMLP(*linears))
+        linears = (block.get_submodule(name) for name in (*family.gate_up, family.output_proj(FFN)))
+        setattr(block, family.output_proj(FFN).split(".")[0], FusedMLP(*linears))
 
 
 @contextmanager

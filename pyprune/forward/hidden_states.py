@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Part:
-    """One micro-batch. value: [windows, tokens, hidden_size] on the device; replace: puts a result in its place."""
+class MicroBatch:
+    """One micro-batch. value: [windows, tokens, hidden_size] on the device; write_back: puts a result in its place."""
 
     value: Tensor
-    replace: Callable[[Tensor], object]
+    write_back: Callable[[Tensor], object]
 
 
 class HiddenStates:
@@ -45,12 +45,12 @@ class HiddenStates:
         result.data.copy_(self.data)
         return result
 
-    def parts(self) -> Iterator[Part]:
+    def micro_batches(self) -> Iterator[MicroBatch]:
         """Every micro-batch in order; one that is replaced may be read again only in another round."""
         slices = self.data.split(self.batch)
         if self.on_device:
             for part in slices:
-                yield Part(part, part.copy_)
+                yield MicroBatch(part, part.copy_)
             return
         current = torch.cuda.current_stream(self.device)
         buffers = [torch.empty_like(slices[0], device=self.device, pin_memory=False) for _ in slices[:2]]
@@ -70,7 +70,7 @@ class HiddenStates:
             if k + 1 < len(slices):
                 fetch(k + 1)
             current.wait_event(arrivals[k])
-            yield Part(values[k], partial(self._send, home, current))
+            yield MicroBatch(values[k], partial(self._send, home, current))
 
     def _send(self, home: Tensor, current: torch.cuda.Stream, result: Tensor) -> None:
         self.outgoing.wait_stream(current)

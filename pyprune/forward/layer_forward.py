@@ -73,7 +73,7 @@ class LayerForward:
         return hidden.copy(self.on_device > 1)
 
     def build(self, tensors: Iterable[tuple[str, Tensor]], layer: int, config: Any = None) -> nn.Module:
-        """The layer as a module on the device in the compute type; `config` is the dense one unless given."""
+        """Build the layer as a module on the device in the compute type; `config` is the dense one unless given."""
         with torch.device("meta"):
             block = self.family.build_layer(config or self.config, layer)
         state = {}
@@ -95,7 +95,7 @@ class LayerForward:
         """
         mask = self._mask(layer)
         with self.observed(block, observe), self._kernels():
-            for part in hidden.parts():
+            for part in hidden.micro_batches():
                 output = block(
                     part.value,
                     attention_mask=mask,
@@ -105,7 +105,7 @@ class LayerForward:
                 if advance:
                     if self.allow_nonfinite:
                         output = torch.nan_to_num(output, nan=0.0, posinf=0.0, neginf=0.0)
-                    part.replace(output)
+                    part.write_back(output)
 
     @contextmanager
     def observed(self, block: nn.Module, observe: dict[str, Observe]) -> Iterator[None]:
@@ -124,15 +124,15 @@ class LayerForward:
             for hook in hooks:
                 hook.remove()
 
-    def half(self, block: nn.Module, layer: int, module: str, part: Tensor) -> Tensor:
-        """The residual stream right after one module of the layer: part + module(norm(part)).
+    def run_sublayer(self, block: nn.Module, layer: int, sublayer: str, part: Tensor) -> Tensor:
+        """The residual stream right after one sublayer of the layer: part + sublayer(norm(part)).
 
-        part: [windows, tokens, hidden_size], hidden states before the module, on the device. The two halves of a
+        part: [windows, tokens, hidden_size], hidden states before the sublayer, on the device. The two halves of a
         layer, one after the other, are the layer.
         """
-        normed = block.get_submodule(self.family.norm(module))(part)
-        owner = block.get_submodule(self.family.driver(module).split(".")[0])
-        if module == ATTENTION:
+        normed = block.get_submodule(self.family.norm(sublayer))(part)
+        owner = block.get_submodule(self.family.output_proj(sublayer).split(".")[0])
+        if sublayer == ATTENTION:
             with self._kernels():
                 output, _ = owner(
                     hidden_states=normed,
@@ -158,6 +158,6 @@ class LayerForward:
         return self._masks[sliding]
 
 
-def layer_name(family: Family, layer: int, module: str) -> str:
-    """How errors and reports name a driver: layer 3 (self_attn.o_proj)."""
-    return f"layer {layer} ({family.driver(module)})"
+def layer_name(family: Family, layer: int, sublayer: str) -> str:
+    """How errors and reports name an output projection: layer 3 (self_attn.o_proj)."""
+    return f"layer {layer} ({family.output_proj(sublayer)})"

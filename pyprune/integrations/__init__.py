@@ -6,7 +6,7 @@ Nothing here imports a tool before its block is entered.
 from ..errors import InputError
 from . import gptqmodel, llm_compressor
 from .calibration_statistics import CalibrationStatistics, LinearStatistics
-from .patching import SUPPORTED, Acceleration, Calls, Releases
+from .patching import SUPPORTED, Acceleration, Calls, VersionRange
 
 __all__ = [
     "SUPPORTED",
@@ -14,7 +14,7 @@ __all__ = [
     "CalibrationStatistics",
     "Calls",
     "LinearStatistics",
-    "Releases",
+    "VersionRange",
     "accelerate",
     "gptqmodel",
     "llm_compressor",

@@ -28,7 +28,7 @@ from .shared_inputs import Accumulators, Sums
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # Which layers: these names, or those for which f(name, layer) is true, or all of them.
-Choice = Iterable[str] | Callable[[str, nn.Linear], bool] | None
+LayerFilter = Iterable[str] | Callable[[str, nn.Linear], bool] | None
 
 
 class LinearStatistics:
@@ -105,7 +105,7 @@ class CalibrationStatistics(Mapping[str, LinearStatistics]):
     def __init__(
         self,
         model: nn.Module,
-        modules: Choice = None,
+        modules: LayerFilter = None,
         *,
         hessian: bool = True,
         moments: bool = False,
@@ -181,7 +181,7 @@ class CalibrationStatistics(Mapping[str, LinearStatistics]):
         return read
 
 
-def chosen_layers(model: nn.Module, modules: Choice) -> dict[str, nn.Linear]:
+def chosen_layers(model: nn.Module, modules: LayerFilter) -> dict[str, nn.Linear]:
     """The linear layers that CalibrationStatistics(model, modules) looks at, by name, in the model's order."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if callable(modules):

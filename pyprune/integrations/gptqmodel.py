@@ -32,12 +32,12 @@ from .cholesky_shim import FactorisingTorch
 from .patching import (
     Acceleration,
     Calls,
-    Seam,
+    PatchPoint,
     check_agreement,
     check_version,
     original_functions,
+    patched,
     refusal,
-    replaced,
     with_names,
 )
 
@@ -57,21 +57,21 @@ def accelerated() -> Acceleration:
 def kernels_replaced() -> Iterator[Calls]:
     check_version(TOOL)
     gptq = import_module("gptqmodel.quantization.gptq")
-    seams = [
-        Seam(gptq.GPTQ, "add_batch", ("self", "inp", "out", "batch_index")),
-        Seam(gptq.GPTQ, "materialize_global_hessian", ("self", "target_device")),
-        Seam(gptq.GPTQ, "hessian_inverse", ("self", "H")),
+    points = [
+        PatchPoint(gptq.GPTQ, "add_batch", ("self", "inp", "out", "batch_index")),
+        PatchPoint(gptq.GPTQ, "materialize_global_hessian", ("self", "target_device")),
+        PatchPoint(gptq.GPTQ, "hessian_inverse", ("self", "H")),
         # Not replaced: what ours rely on.
-        Seam(gptq.GPTQ, "process_batch", ("self", "inp")),
-        Seam(gptq.GPTQ, "_wait_partial_ready", ("self", "device")),
-        Seam(gptq.GPTQ, "_record_partial_ready", ("self", "device")),
-        Seam(gptq.GPTQ, "_record_hessian_ready", ("self", "device")),
+        PatchPoint(gptq.GPTQ, "process_batch", ("self", "inp")),
+        PatchPoint(gptq.GPTQ, "_wait_partial_ready", ("self", "device")),
+        PatchPoint(gptq.GPTQ, "_record_partial_ready", ("self", "device")),
+        PatchPoint(gptq.GPTQ, "_record_hessian_ready", ("self", "device")),
     ]
     calls = Calls()
-    kernels = Kernels(calls, *original_functions(TOOL, seams)[:4])
+    kernels = Kernels(calls, *original_functions(TOOL, points)[:4])
     check_contract(gptq, kernels, calls)
     calls.inverse_factors = 0
-    with replaced(seams[:3], kernels.replacements()):
+    with patched(points[:3], kernels.replacements()):
         try:
             yield calls
         finally:

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.gauss_jordan import swept
+from ..ops.gauss_jordan import uses_gauss_jordan
 from .cholesky_shim import FactorisingTorch, checked_factor
 from .deferred_hessians import OpenSums
 from .llm_compressor_checks import check_gptq, check_sparsegpt
-from .patching import Acceleration, Calls, Seam, check_version, original_functions, replaced, with_names
+from .patching import Acceleration, Calls, PatchPoint, check_version, original_functions, patched, with_names
 
 TOOL = "llm-compressor"
 
@@ -53,28 +53,28 @@ def kernels_replaced() -> Iterator[Calls]:
     gptq = import_module("llmcompressor.modifiers.gptq.base")
     quantize = import_module("llmcompressor.modifiers.gptq.gptq_quantize")
     sparsegpt = import_module("llmcompressor.modifiers.pruning.sparsegpt.base")
-    gptq_seams = [
-        Seam(gptq, "make_empty_hessian", ("module", "device")),
-        Seam(gptq, "accumulate_hessian", ("inp", "module", "hessian", "num_samples")),
-        Seam(gptq, "prepare_batch", ("batch", "batch_qparams", "hessians_by_module", "num_samples_by_module")),
-        Seam(quantize, "factorize_hessian", ("weights", "hessians", "percdamp", "used_rtn_fallback")),
+    gptq_points = [
+        PatchPoint(gptq, "make_empty_hessian", ("module", "device")),
+        PatchPoint(gptq, "accumulate_hessian", ("inp", "module", "hessian", "num_samples")),
+        PatchPoint(gptq, "prepare_batch", ("batch", "batch_qparams", "hessians_by_module", "num_samples_by_module")),
+        PatchPoint(quantize, "factorize_hessian", ("weights", "hessians", "percdamp", "used_rtn_fallback")),
     ]
     sparsify = ("sparsity", "prune_n", "prune_m", "block_size", "dampening_frac", "preserve_sparsity_mask")
-    sparsegpt_seams = [
-        Seam(sparsegpt, "make_empty_hessian", ("module", "device")),
-        Seam(sparsegpt, "accumulate_hessian", ("inp", "module", "H", "num_samples")),
-        Seam(sparsegpt, "sparsify_weight", ("module", "hessians_dict", *sparsify)),
-        Seam(sparsegpt.SparseGPTModifier, "_maybe_onload_hessian", ("self", "module")),
+    sparsegpt_points = [
+        PatchPoint(sparsegpt, "make_empty_hessian", ("module", "device")),
+        PatchPoint(sparsegpt, "accumulate_hessian", ("inp", "module", "H", "num_samples")),
+        PatchPoint(sparsegpt, "sparsify_weight", ("module", "hessians_dict", *sparsify)),
+        PatchPoint(sparsegpt.SparseGPTModifier, "_maybe_onload_hessian", ("self", "module")),
     ]
     calls = Calls()
     sums = OpenSums(calls)
-    originals = original_functions(TOOL, gptq_seams)
+    originals = original_functions(TOOL, gptq_points)
     check_gptq(TOOL, *originals)
     quantising = GptqKernels(sums, calls, *originals)
-    originals = original_functions(TOOL, sparsegpt_seams)
+    originals = original_functions(TOOL, sparsegpt_points)
     check_sparsegpt(TOOL, *originals[:3])
     pruning = SparseGptKernels(sums, calls, *originals)
-    with replaced(gptq_seams + sparsegpt_seams, quantising.replacements() + pruning.replacements()):
+    with patched(gptq_points + sparsegpt_points, quantising.replacements() + pruning.replacements()):
         try:
             yield calls
         finally:
@@ -137,7 +137,7 @@ class GptqKernels(Kernels):
 
     def factorize_hessian(self, weights: Tensor, hessians: Tensor, percdamp: float, used_rtn_fallback: Tensor) -> Any:
         """The factors [b, d, d] in the place of hessians; weights [b, out, d] and the flags [b] change as well."""
-        if len(hessians) >= BATCHED_FROM and not swept(hessians[0]):
+        if len(hessians) >= BATCHED_FROM and not uses_gauss_jordan(hessians[0]):
             return self._factorize(weights, hessians, percdamp, used_rtn_fallback)
         for weight, hessian, fallback in zip(weights, hessians, used_rtn_fallback, strict=True):
             diagonal = hessian.diagonal()

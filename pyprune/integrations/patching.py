@@ -20,7 +20,7 @@ from ..errors import InputError
 
 
 @dataclass(frozen=True)
-class Releases:
+class VersionRange:
     """distribution: its name for pip. first, last: the oldest and the newest release tested; both are supported."""
 
     distribution: str
@@ -29,8 +29,8 @@ class Releases:
 
 
 SUPPORTED = {
-    "llm-compressor": Releases("llmcompressor", "0.14.0", "0.14.0.1"),
-    "gptqmodel": Releases("gptqmodel", "7.7.0", "7.7.0"),
+    "llm-compressor": VersionRange("llmcompressor", "0.14.0", "0.14.0.1"),
+    "gptqmodel": VersionRange("gptqmodel", "7.7.0", "7.7.0"),
 }
 
 # float32 on four to eight channels with condition numbers below 1e3: a thousandth is a thousand times their rounding,
@@ -58,7 +58,7 @@ class Calls:
 
 
 @dataclass(frozen=True)
-class Seam:
+class PatchPoint:
     """A function of a tool: `name` in the namespace of the module or class `owner`, with these parameters."""
 
     owner: ModuleType | type
@@ -121,16 +121,16 @@ def refusal(tool: str, what: str) -> InputError:
     )
 
 
-def original_functions(tool: str, seams: Sequence[Seam]) -> list[FunctionType]:
-    """The functions that stand at the seams; InputError unless each is there, with the parameters that ours take."""
+def original_functions(tool: str, points: Sequence[PatchPoint]) -> list[FunctionType]:
+    """Return the functions at the patch points. InputError: one is missing, or takes other parameters than ours."""
     functions = []
-    for seam in seams:
-        function = vars(seam.owner).get(seam.name)
+    for point in points:
+        function = vars(point.owner).get(point.name)
         if not isinstance(function, FunctionType):
-            raise refusal(tool, f"{seam} is no function")
+            raise refusal(tool, f"{point} is no function")
         found = tuple(inspect.signature(function).parameters)
-        if found != seam.parameters:
-            raise refusal(tool, f"{seam} takes ({', '.join(found)}), not ({', '.join(seam.parameters)})")
+        if found != point.parameters:
+            raise refusal(tool, f"{point} takes ({', '.join(found)}), not ({', '.join(point.parameters)})")
         functions.append(function)
     return functions
 
@@ -146,16 +146,16 @@ def check_agreement(tool: str, what: str, theirs: Sequence[Tensor], ours: Sequen
 
 
 @contextmanager
-def replaced(seams: Sequence[Seam], replacements: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def patched(points: Sequence[PatchPoint], replacements: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Put the replacements in place; on the way out, whatever happened, the very originals."""
-    originals = [vars(seam.owner)[seam.name] for seam in seams]
+    originals = [vars(point.owner)[point.name] for point in points]
     try:
-        for seam, replacement in zip(seams, replacements, strict=True):
-            setattr(seam.owner, seam.name, replacement)
+        for point, replacement in zip(points, replacements, strict=True):
+            setattr(point.owner, point.name, replacement)
         yield
     finally:
-        for seam, original in zip(seams, originals, strict=True):
-            setattr(seam.owner, seam.name, original)
+        for point, original in zip(points, originals, strict=True):
+            setattr(point.owner, point.name, original)
 
 
 def with_names(function: FunctionType, **names: object) -> FunctionType:

@@ -1,4 +1,4 @@
-"""What a pruning is told, whoever calls it."""
+"""Configuration of a pruning run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationConfig:
     """Perplexity before and after, for the report: a text (or `self`) in consecutive windows."""
 
     text: str
@@ -16,7 +16,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class PruneOptions:
+class PruneConfig:
     """What `pyprune prune` is told. Sizes in windows and tokens; `ratio` of the decoder linears' parameters."""
 
     model: str
@@ -36,6 +36,6 @@ class PruneOptions:
     allow_other_bits: bool = False  # resume where threads, processor or versions differ from the run's beginning
     allow_nonfinite: bool = False
     trust_remote_code: bool = False
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationConfig | None = None
     device_memory: int | None = None  # bytes of a CUDA device that the run stays below
     verify: bool | None = False  # load the output anew and compare its logits; None: unless it is large

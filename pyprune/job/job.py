@@ -13,11 +13,11 @@ from ..calibration import text as calibration
 from ..calibration.windows import SELF, calibration_windows, checked_windows, evaluation_windows, fit_length
 from ..checkpoint import (
     CheckpointReader,
-    LayerLoader,
+    LayerPrefetcher,
     begun,
     changes,
     check_cache,
-    check_place,
+    check_output_creatable,
     checkpoint_folder,
     digest,
     load_cached,
@@ -32,14 +32,14 @@ from ..estimation.memory import MemoryPlan, Sizes, plan_memory
 from ..estimation.training_memory import check_fits, training_memory
 from ..forward.fused import OPERATORS as FORWARD_OPERATORS
 from ..forward.layer_forward import LayerForward, micro_batch
-from ..methods import LearnedMethod, Method, make_method, resolved_ratio
+from ..methods import LearnedMethod, Method, make_method, resolve_ratio
 from ..ops import dispatch as backends
 from ..ops.tuning import operator_fingerprint
 from ..runtime import distributed
-from ..runtime.device import check_room, free_memory, release_cache, select_dtype, whole_memory
+from ..runtime.device import check_room, free_memory, release_cache, select_dtype, usable_memory
 from ..runtime.environment import environment, split, take_threads
 from ..runtime.progress import Progress
-from .config import PruneOptions
+from .config import PruneConfig
 from .record import FORMAT
 
 # Operators that read activations, in the compute type; the others work on float32 statistics.
@@ -49,20 +49,20 @@ ACTIVATION_OPERATORS = ("channel_moments", "hessian", *FORWARD_OPERATORS)
 class Job:
     """The method, the model, the windows, and what the result depends on. Raises InputError for what is wrong.
 
-    `identity` names everything that the output's bits follow from; `biases` says which drivers of the output
+    `identity` names everything that the output's bits follow from; `biases` says which output projections of the output
     have a bias (a stock family's own ones apart).
     """
 
-    def __init__(self, options: PruneOptions, progress: Progress) -> None:
+    def __init__(self, options: PruneConfig, progress: Progress) -> None:
         self.start = perf_counter()
         self.method: Method = make_method(options.method, options.method_options)
-        self.ratio = resolved_ratio(self.method, options.ratio)
+        self.ratio = resolve_ratio(self.method, options.ratio)
         self.progress = progress
         self.warnings: list[str] = []
         # Before anything is computed, since a resumed run goes on as it began.
-        self.begun = distributed.from_first(lambda: begun(options.output)) if options.resume else {}
+        self.begun = distributed.broadcast_object(lambda: begun(options.output)) if options.resume else {}
         take_threads(self.begun.get("identity", {}).get("threads"))
-        self.device = distributed.own_device(options.device)
+        self.device = distributed.local_device(options.device)
         self.reader = CheckpointReader(checkpoint_folder(options.model))
         check_generation_config(self.reader.folder)
         check_special_ids(self.reader.config, generation_fields(self.reader.folder), self.reader.folder)
@@ -74,10 +74,10 @@ class Job:
         self.method.check(self.reader.shapes, self.ratio)
         self.method.check_layers(self.reader.family, self.reader.config)
         self.cache = (options.cache or options.output.absolute().parent / ".pyprune-cache").absolute()
-        check_place(self.cache / "survey")
+        check_output_creatable(self.cache / "calibration")
         check_cache(self.cache, options.output)
         self.biases = {
-            name: self.method.biased or bool(getattr(self.reader.config, name, False))
+            name: self.method.adds_bias or bool(getattr(self.reader.config, name, False))
             for name in ("o_proj_bias", "down_proj_bias")
         }
         self.memory = self._memory()
@@ -108,7 +108,7 @@ class Job:
             self.identity["processes"] = distributed.world_size()
         self.other_bits = self._compare_with_begun()
 
-    def _fitted(self, options: PruneOptions) -> PruneOptions:
+    def _fitted(self, options: PruneConfig) -> PruneConfig:
         """The options, with windows that the model has positions for. InputError: asked-for ones are too long."""
         evaluation = options.evaluation
         if evaluation is not None:
@@ -193,13 +193,13 @@ class Job:
     def forward(self, samples: int | None = None) -> LayerForward:
         """Over all windows, or over the first `samples`; of several processes each has its block of them."""
         assert self.windows is not None
-        windows = distributed.own_windows(self.windows[:samples])
+        windows = distributed.local_windows(self.windows[:samples])
         memory, nonfinite = self.memory, self.options.allow_nonfinite
         return LayerForward(self.reader, windows, self.device, self.dtype, nonfinite, memory.batch, memory.on_device)
 
-    def loader(self) -> LayerLoader:
+    def loader(self) -> LayerPrefetcher:
         """What hands the stored layers over, one after the other, to a pass."""
-        return LayerLoader(self.reader, self.device)
+        return LayerPrefetcher(self.reader, self.device)
 
     def _memory(self) -> MemoryPlan:
         """How the run is cut: within --device-memory, or what the device has free. InputError where nothing fits."""
@@ -210,7 +210,7 @@ class Job:
             return MemoryPlan(micro_batch(self.device, o.sequence_length), 2)
         total = torch.cuda.get_device_properties(self.device).total_memory
         if budget is None:
-            budget = whole_memory(self.device)
+            budget = usable_memory(self.device)
         else:
             release_cache(self.device)
             free = free_memory(self.device)
@@ -228,7 +228,7 @@ class Job:
         )
         # A resumed run has to go on with its batches: sums over others round otherwise.
         batch = self.begun.get("identity", {}).get("batch")
-        return plan_memory(sizes, distributed.smallest(min(budget, total)), batch)
+        return plan_memory(sizes, distributed.all_reduce_min(min(budget, total)), batch)
 
     def _recompute(self) -> bool:
         """Of a method that trains: whether activations are computed again going backward. InputError: it cannot."""
@@ -237,7 +237,7 @@ class Job:
         if distributed.world_size() > 1:
             raise InputError(f"{self.method.name} trains in one process: start it without torchrun")
         memory = training_memory(self.reader, self.method, self.options.sequence_length, self.dtype)
-        budget = self.options.device_memory or whole_memory(self.device)
+        budget = self.options.device_memory or usable_memory(self.device)
         return check_fits(memory, budget, self.method.name)
 
     def cache_file(self, kind: str, operators: tuple[str, ...], **what: Any) -> tuple[Path, dict[str, Any]]:
@@ -330,7 +330,7 @@ class Job:
             "environment": environment(self.device),
         }
         path = self.cache / f"text-{digest(key)}.safetensors"
-        with distributed.first_ahead():  # the other processes then find the file
+        with distributed.main_process_first():  # the other processes then find the file
             if path.is_file():
                 tensors, metadata = load_cached(path, "sampled text", key)
                 if self.accepts(path, metadata):

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import xxhash
 
-from ..allocation.budget import Choice, UnitScores
+from ..allocation.budget import KeptUnits, UnitScores
 from ..architectures import ATTENTION, FFN, LayerShape
-from ..architectures.channel_selection import Selection
+from ..architectures.channel_selection import ChannelSelection
 from ..checkpoint import CheckpointReader
 from ..errors import InputError
 from ..runtime.files import read_json
 
-FORMAT = "pyprune-plan-2"
+FORMAT = "pyprune-plan-3"
 FILE = "plan.json"
 _DIGEST = "digest"
 TOLERANCE = 0.005  # how far the ratio met may be from the ratio asked before the report says why
@@ -24,7 +24,7 @@ _KEYS = {ATTENTION: "kv_groups", FFN: "intermediate_channels"}
 _PACKAGES = ("pyprune", "torch", "transformers", "triton", "safetensors")
 
 
-def kept_shapes(shapes: list[LayerShape], choice: Choice) -> list[LayerShape]:
+def kept_shapes(shapes: list[LayerShape], choice: KeptUnits) -> list[LayerShape]:
     return [s.kept(len(k[ATTENTION]), len(k[FFN])) for s, k in zip(shapes, choice.layers, strict=True)]
 
 
@@ -53,12 +53,12 @@ def ratio_summary(asked: float, parameters: dict[str, tuple[int, int]], shapes: 
 
 def layer_entry(kept: dict[str, torch.Tensor], scores: UnitScores) -> dict[str, Any]:
     """JSON form of one layer: indices of the kept units and the scores of all, six significant digits."""
-    return {name: kept[module].tolist() for module, name in _KEYS.items()} | {
-        "scores": {name: [float(f"{s:.6g}") for s in scores[module].tolist()] for module, name in _KEYS.items()}
+    return {name: kept[sublayer].tolist() for sublayer, name in _KEYS.items()} | {
+        "scores": {name: [float(f"{s:.6g}") for s in scores[sublayer].tolist()] for sublayer, name in _KEYS.items()}
     }
 
 
-def selection_entry(selection: Selection, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+def selection_entry(selection: ChannelSelection, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
     """JSON form of one layer of a DISP model: indices of each selection and the logits of all its channels."""
     scores = {name: [float(f"{one:.6g}") for one in own.tolist()] for name, own in logits.items()}
     return {name: kept.tolist() for name, kept in selection.items()} | {"scores": scores}
@@ -75,7 +75,7 @@ def sparse_entry(linears: dict[str, tuple[int, int, float | None]]) -> dict[str,
 
 
 def kept_from_entry(entry: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {module: torch.tensor(entry[name], dtype=torch.int64) for module, name in _KEYS.items()}
+    return {sublayer: torch.tensor(entry[name], dtype=torch.int64) for sublayer, name in _KEYS.items()}
 
 
 def dense_summary(shapes: list[LayerShape]) -> dict[str, int]:

@@ -9,20 +9,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..allocation.budget import Choice, UnitScores
+from ..allocation.budget import KeptUnits, UnitScores
 from ..architectures import ATTENTION, FFN, LayerShape
 from ..architectures.channel_selection import (
     ATTENTION_IN,
     ATTENTION_OUT,
     FFN_MIDDLE,
     FFN_OUT,
-    Selection,
+    ChannelSelection,
     selected_parameters,
 )
 from ..checkpoint import CheckpointReader, CheckpointWriter
 from ..checkpoint.headers import INDEX
 from ..evaluation.roundtrip import Change
-from ..mask_training.masked_model import hook_places, selection_masks
+from ..mask_training.masked_model import hook_points, selection_masks
 from ..modeling.config import registered_config
 from ..modeling.saving import save_config
 from ..modeling.selected import selected_config
@@ -31,7 +31,7 @@ from ..runtime.files import read_json
 from .record import kept_shapes, layer_entry, selection_entry
 
 
-class Outcome(ABC):
+class PruneResult(ABC):
     """`threshold` is the score that separates kept from removed over the model, where one does."""
 
     threshold: float | None = None
@@ -57,10 +57,10 @@ class Outcome(ABC):
 
 
 @dataclass
-class UnitOutcome(Outcome):
+class UnitResult(PruneResult):
     """KV groups and FFN channels that each layer keeps, and the scores of all."""
 
-    choice: Choice
+    choice: KeptUnits
     scores: list[UnitScores]
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ def write_config_of(
 
 
 @dataclass
-class SparseOutcome(Outcome):
+class SparseResult(PruneResult):
     """Zeros in the linears of layers whose shapes stay. entries: the plan's, of each layer."""
 
     entries: list[dict[str, Any]]
@@ -112,10 +112,10 @@ class SparseOutcome(Outcome):
 
 
 @dataclass
-class SelectionOutcome(Outcome):
+class SelectionResult(PruneResult):
     """Channels that each block reads and writes, and the logits of all."""
 
-    selections: list[Selection]
+    selections: list[ChannelSelection]
     logits: list[dict[str, Tensor]]
 
     def counts(self) -> list[dict[str, int]]:
@@ -132,21 +132,23 @@ class SelectionOutcome(Outcome):
         save_config(config, writer.partial)
 
     def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
-        """The dense model under masks, with its drivers' kept entries as they were written."""
+        """The dense model under masks, with its output projections' kept entries as they were written."""
         family = reader.family
 
         def change(layer: int, block: nn.Module) -> None:
             selection = self.selections[layer]
             shard = partial / weight_map[reader.layer_prefix(layer) + ATTENTION_IN]
             with safe_open(shard, framework="pt") as f:
-                for module, rows in ((ATTENTION, ATTENTION_OUT), (FFN, FFN_OUT)):
-                    name = family.driver(module) + ".weight"
+                for sublayer, rows in ((ATTENTION, ATTENTION_OUT), (FFN, FFN_OUT)):
+                    name = family.output_proj(sublayer) + ".weight"
                     weight = block.get_parameter(name).data
-                    columns = selection[FFN_MIDDLE] if module == FFN else torch.arange(weight.shape[1])
+                    columns = selection[FFN_MIDDLE] if sublayer == FFN else torch.arange(weight.shape[1])
                     written = f.get_tensor(reader.layer_prefix(layer) + name)
                     weight[selection[rows][:, None], columns] = written.to(weight.dtype)
             masks = selection_masks(reader.shapes[layer], selection, torch.device("cpu"), torch.float32)
-            hook_places(block, family, lambda place, value: value * masks[place] if place in masks else value)
+            hook_points(
+                block, family, lambda hook_point, value: value * masks[hook_point] if hook_point in masks else value
+            )
 
         weight_map = read_json(partial / INDEX)["weight_map"]
         return reader.folder, change

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..architectures import LayerShape
-from ..architectures.channel_selection import SELECTIONS, Selection, selected_parameters, width
+from ..architectures.channel_selection import SELECTIONS, ChannelSelection, selected_parameters, width
 from ..errors import InputError
 
 Count = TypeVar("Count", float, Tensor)
@@ -38,7 +38,7 @@ def check_selections(shapes: list[LayerShape], ratio: float, multiple: int) -> N
 
 def select(
     shapes: list[LayerShape], logits: list[dict[str, Tensor]], ratio: float, multiple: int = 1
-) -> list[Selection]:
+) -> list[ChannelSelection]:
     """The channels of the highest logits, by one threshold over the model that keeps 1 - ratio of it.
 
     logits: by layer and selection, [width] any floating type. Every selection keeps a multiple of `multiple` channels,

@@ -62,9 +62,9 @@ def moment_importance(
         for shape in shapes
     ]
 
-    def see(layer: int, place: str, value: Tensor) -> None:
-        if place in squares[layer]:
-            squares[layer][place] += value.flatten(0, -2).double().square().sum(0)
+    def see(layer: int, hook_point: str, value: Tensor) -> None:
+        if hook_point in squares[layer]:
+            squares[layer][hook_point] += value.flatten(0, -2).double().square().sum(0)
 
     with masked.whole(), masked.observed(see):
         for number, window in enumerate(windows):
@@ -72,9 +72,9 @@ def moment_importance(
             progress(number + 1, len(windows))
     family = masked.family
     readers = {
-        ATTENTION_IN: family.coupled(ATTENTION),
-        FFN_IN: family.coupled(FFN),
-        FFN_MIDDLE: (family.driver(FFN),),
+        ATTENTION_IN: family.input_projs(ATTENTION),
+        FFN_IN: family.input_projs(FFN),
+        FFN_MIDDLE: (family.output_proj(FFN),),
     }
     for block, own in zip(masked.blocks, squares, strict=True):
         for name, matrices in readers.items():

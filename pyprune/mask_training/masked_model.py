@@ -17,14 +17,14 @@ from ..architectures.channel_selection import (
     FFN_IN,
     FFN_MIDDLE,
     FFN_OUT,
-    Selection,
+    ChannelSelection,
     width,
 )
 
 ATTENTION_MIDDLE = "attention_middle"  # the heads' outputs, which o reads: where KV groups are masked
 Masks = list[dict[str, Tensor]]  # by layer: place -> mask [channels], or [rows, 1, channels] for each row of a batch
 
-# By module: what its norm puts out, what its driver reads, what its driver puts out.
+# By sublayer: what its norm puts out, what its output projection reads, what its output projection puts out.
 _PLACES = {
     ATTENTION: (ATTENTION_IN, ATTENTION_MIDDLE, ATTENTION_OUT),
     FFN: (FFN_IN, FFN_MIDDLE, FFN_OUT),
@@ -45,14 +45,14 @@ class MaskedModel:
         self.masks: Masks = [{} for _ in self.blocks]
         self._see: See | None = None
         for layer, block in enumerate(self.blocks):
-            hook_places(block, family, partial(self._masked, layer))
+            hook_points(block, family, partial(self._masked, layer))
             if checkpointing:
                 block.forward = partial(_recomputed, block.forward)
 
-    def _masked(self, layer: int, place: str, value: Tensor) -> Tensor:
+    def _masked(self, layer: int, hook_point: str, value: Tensor) -> Tensor:
         if self._see is not None:
-            self._see(layer, place, value)
-        mask = self.masks[layer].get(place)
+            self._see(layer, hook_point, value)
+        mask = self.masks[layer].get(hook_point)
         return value if mask is None else value * mask.to(value.dtype)
 
     @contextmanager
@@ -82,30 +82,30 @@ class MaskedModel:
         return losses.view(ids.shape[0], -1).mean(1)
 
 
-def hook_places(
+def hook_points(
     block: nn.Module, family: Family, change: Callable[[str, Tensor], Tensor]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Have every value of a layer that a mask may multiply replaced by `change(place, value)`."""
 
-    def after(place: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        return lambda module, arguments, output: change(place, output)
+    def after(hook_point: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        return lambda module, arguments, output: change(hook_point, output)
 
-    def before(place: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        return lambda module, arguments: (change(place, arguments[0]), *arguments[1:])
+    def before(hook_point: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        return lambda module, arguments: (change(hook_point, arguments[0]), *arguments[1:])
 
     handles = []
-    for module, (norm, middle, output) in _PLACES.items():
-        driver = block.get_submodule(family.driver(module))
+    for sublayer, (norm, middle, output) in _PLACES.items():
+        output_proj = block.get_submodule(family.output_proj(sublayer))
         handles += [
-            block.get_submodule(family.norm(module)).register_forward_hook(after(norm)),
-            driver.register_forward_pre_hook(before(middle)),
-            driver.register_forward_hook(after(output)),
+            block.get_submodule(family.norm(sublayer)).register_forward_hook(after(norm)),
+            output_proj.register_forward_pre_hook(before(middle)),
+            output_proj.register_forward_hook(after(output)),
         ]
     return handles
 
 
 def selection_masks(
-    shape: LayerShape, selection: Selection, device: torch.device, dtype: torch.dtype
+    shape: LayerShape, selection: ChannelSelection, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """A layer's selections as masks of 0 and 1 [channels]."""
     masks = {}
@@ -118,7 +118,9 @@ def selection_masks(
 @contextmanager
 def masking_hooks(block: nn.Module, family: Family, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Within it one layer's values are multiplied by `masks`: place -> mask [channels]."""
-    handles = hook_places(block, family, lambda place, value: value * masks[place] if place in masks else value)
+    handles = hook_points(
+        block, family, lambda hook_point, value: value * masks[hook_point] if hook_point in masks else value
+    )
     try:
         yield
     finally:

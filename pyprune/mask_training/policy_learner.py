@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..allocation.budget import UnitScores
-from ..architectures import ATTENTION, FFN, MODULES, LayerShape
+from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from ..architectures.channel_selection import FFN_MIDDLE
 from .importance import SPREAD
 from .masked_model import ATTENTION_MIDDLE, MaskedModel, Masks
@@ -15,7 +15,7 @@ from .training import Learner, optimizer_tensors, restore_optimizer, step_seed
 
 MASKS = 2  # drawn in every step
 BASELINE_DECAY = 0.8  # of the moving average: about the paper's window of five steps
-PLACES = {ATTENTION: ATTENTION_MIDDLE, FFN: FFN_MIDDLE}
+HOOK_POINTS = {ATTENTION: ATTENTION_MIDDLE, FFN: FFN_MIDDLE}
 
 
 class UnitLearner(Learner):
@@ -37,13 +37,13 @@ class UnitLearner(Learner):
         learning_rate: float,
         seed: int,
     ) -> None:
-        """windows: int64 [windows, tokens] on the model's device. start: logits by layer and module; shifted."""
+        """windows: int64 [windows, tokens] on the model's device. start: logits by layer and sublayer; shifted."""
         self.masked, self.shapes, self.windows, self.ratio, self.seed = masked, shapes, windows, ratio, seed
         device = windows.device
-        self.sizes = [shape.units(module) for shape in shapes for module in MODULES]
-        costs = [torch.full((s.units(m),), s.unit_cost(m)) for s in shapes for m in MODULES]
+        self.sizes = [shape.units(sublayer) for shape in shapes for sublayer in SUBLAYERS]
+        costs = [torch.full((s.units(m),), s.unit_cost(m)) for s in shapes for m in SUBLAYERS]
         self.costs = torch.cat(costs).to(device, torch.float64)
-        flat = torch.cat([own[module] for own in start for module in MODULES])
+        flat = torch.cat([own[sublayer] for own in start for sublayer in SUBLAYERS])
         self.values = torch.nn.Parameter(flat.to(device, torch.float32), requires_grad=False)
         self.optimizer = torch.optim.Adam([self.values], lr=learning_rate)
         self.generator = torch.Generator(device)
@@ -77,7 +77,10 @@ class UnitLearner(Learner):
         """Of rows [rows, units] drawn over the model: by layer and place [rows, 1, channels]."""
         parts = iter(drawn.split(self.sizes, 1))
         return [
-            {PLACES[module]: next(parts).repeat_interleave(shape.unit_width(module), 1)[:, None] for module in MODULES}
+            {
+                HOOK_POINTS[sublayer]: next(parts).repeat_interleave(shape.unit_width(sublayer), 1)[:, None]
+                for sublayer in SUBLAYERS
+            }
             for shape in self.shapes
         ]
 
@@ -93,9 +96,9 @@ class UnitLearner(Learner):
         self.values.add_(((low + high) / 2).float())
 
     def scores(self) -> list[UnitScores]:
-        """Logits of the units, float64 on the CPU by layer and module."""
+        """Logits of the units, float64 on the CPU by layer and sublayer."""
         parts = iter(self.values.detach().double().cpu().split(self.sizes))
-        return [{module: next(parts) for module in MODULES} for _ in self.shapes]
+        return [{sublayer: next(parts) for sublayer in SUBLAYERS} for _ in self.shapes]
 
     def state(self) -> dict[str, Tensor]:
         own = {"values": self.values.detach().clone(), "baseline": self.baseline}
@@ -111,10 +114,13 @@ class UnitLearner(Learner):
 
 
 def start_logits(scores: list[UnitScores], comparable: bool) -> list[UnitScores]:
-    """Logits from any method's scores: standardised over the model where `comparable`, else within layer and module."""
-    pool = torch.cat([own[module] for own in scores for module in MODULES])
+    """Standardise scores to logits: over the model if `comparable`, else within layer and sublayer."""
+    pool = torch.cat([own[sublayer] for own in scores for sublayer in SUBLAYERS])
     return [
-        {module: SPREAD * _standardised(own[module], pool if comparable else own[module]) for module in MODULES}
+        {
+            sublayer: SPREAD * _standardised(own[sublayer], pool if comparable else own[sublayer])
+            for sublayer in SUBLAYERS
+        }
         for own in scores
     ]
 

@@ -17,8 +17,19 @@ from .wanda import Wanda
 from .wanda_sp import WandaSp
 from .weight_sparsity import SemiStructuredMethod
 
-KNOWN: tuple[type[Method], ...] = (Magnitude, WandaSp, Flap, SlimGpt, Obs, Disp, Policy, Wanda, SparseGpt, Dass)
-METHODS: dict[str, type[Method]] = {method.name: method for method in KNOWN}
+METHOD_CLASSES: tuple[type[Method], ...] = (
+    Magnitude,
+    WandaSp,
+    Flap,
+    SlimGpt,
+    Obs,
+    Disp,
+    Policy,
+    Wanda,
+    SparseGpt,
+    Dass,
+)
+METHODS: dict[str, type[Method]] = {method.name: method for method in METHOD_CLASSES}
 
 
 def make_method(name: str, options: dict[str, Any]) -> Method:
@@ -31,17 +42,17 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
         if option not in known:
             own = ", ".join("--" + o.replace("_", "-") for o in sorted(known)) or "none"
             raise InputError(f"method {name} has no option --{option.replace('_', '-')}; its options: {own}")
-    with_uniform = method.with_uniform if options.get("uniform") else {}
-    return method(**(with_uniform | options))
+    uniform_defaults = method.uniform_defaults if options.get("uniform") else {}
+    return method(**(uniform_defaults | options))
 
 
-def resolved_ratio(method: Method, ratio: float | None) -> float:
+def resolve_ratio(method: Method, ratio: float | None) -> float:
     """The ratio asked for, or the method's own; InputError where there is neither."""
     if ratio is not None:
         return ratio
-    if method.own_ratio is None:
+    if method.implied_ratio is None:
         raise InputError("Missing option '--ratio': the share of the decoder linears to remove, in (0, 1)")
-    return method.own_ratio
+    return method.implied_ratio
 
 
 __all__ = [
@@ -55,5 +66,5 @@ __all__ = [
     "SecondOrderMethod",
     "SemiStructuredMethod",
     "make_method",
-    "resolved_ratio",
+    "resolve_ratio",
 ]

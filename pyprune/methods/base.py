@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..allocation.budget import Choice, Counts, UnitScores, check_ratio, choose_by_counts, uniform_counts
+from ..allocation.budget import KeptUnits, RemovedCounts, UnitScores, check_ratio, choose_by_counts, uniform_counts
 from ..allocation.common_size import common_counts, common_sizes
 from ..allocation.rounding import check_multiple, rounded_counts
-from ..architectures import MODULES, Family, LayerShape
-from ..calibration.channel_statistics import DriverStatistics
+from ..architectures import SUBLAYERS, Family, LayerShape
+from ..calibration.channel_statistics import ChannelStatistics
 from ..errors import InputError
 
-LayerStatistics = dict[str, DriverStatistics]  # module -> statistics of its driver
+LayerStatistics = dict[str, ChannelStatistics]  # sublayer -> statistics of its output projection
 
 # What makes up for removed units -> the methods that can do so.
 COMPENSATIONS = {
@@ -27,13 +27,14 @@ COMPENSATIONS = {
 class Method(ABC):
     """A method's fields are its options; its docstring's first line is what `pyprune methods` prints.
 
-    `needs_text`: it looks at activations. `sequential`: each layer is judged on the output of the pruned layers
-    before it (else all layers are judged on the dense model, in one survey). `shrinks`: it removes units, and does not
-    leave zeros in their place. `compensations`: those it can do.
-    `with_uniform`: options whose default is another one with `uniform`.
+    `needs_text`: it looks at activations. `sequential`: each layer is judged on the output of the pruned layers before
+    it (else all layers are judged on the dense model, in one calibration pass). `shrinks`: it removes units, and does
+    not leave zeros in their place. `compensations`: those it can do. `uniform_defaults`: options whose default is
+    another one with `uniform`.
 
     `uniform`: every layer keeps the same number of KV groups and of FFN channels. `round_to`: of FFN channels each
-    layer keeps a multiple, or all. `compensation`: a bias on the driver, new weights of the driver, or none.
+    layer keeps a multiple, or all. `compensation`: a bias on the output projection, new weights of the output
+    projection, or none.
     """
 
     name: ClassVar[str]
@@ -41,7 +42,7 @@ class Method(ABC):
     shrinks: ClassVar[bool] = True
     sequential: ClassVar[bool] = False
     compensations: ClassVar[tuple[str, ...]] = ("none",)
-    with_uniform: ClassVar[dict[str, Any]] = {}
+    uniform_defaults: ClassVar[dict[str, Any]] = {}
     uniform: bool = False
     round_to: int = 1
     compensation: str = "none"
@@ -57,12 +58,12 @@ class Method(ABC):
             )
 
     @property
-    def biased(self) -> bool:
+    def adds_bias(self) -> bool:
         """Whether it writes compensation biases."""
         return self.compensation == "bias"
 
     @property
-    def own_ratio(self) -> float | None:
+    def implied_ratio(self) -> float | None:
         """The ratio, where the options say it already."""
         return None
 
@@ -72,17 +73,17 @@ class Method(ABC):
         return ("channel_moments",) if self.needs_text else ()
 
     @property
-    def predetermined(self) -> bool:
+    def sizes_known(self) -> bool:
         """Whether every layer's size follows from shapes and ratio alone."""
         return True
 
-    def counts(self, shapes: list[LayerShape], ratio: float) -> Counts:
+    def removed_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         """Units that each layer loses, of a method whose sizes are predetermined."""
         if self.uniform:
             return common_counts(shapes, ratio, self.round_to)
-        return rounded_counts(self.shares(shapes, ratio), shapes, ratio, self.round_to)
+        return rounded_counts(self.unrounded_counts(shapes, ratio), shapes, ratio, self.round_to)
 
-    def shares(self, shapes: list[LayerShape], ratio: float) -> Counts:
+    def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         """Units that each layer loses before channels are rounded; at least `round_to` of them stay."""
         return uniform_counts(shapes, ratio, least=self.round_to)
 
@@ -92,8 +93,8 @@ class Method(ABC):
         check_ratio(shapes, ratio, self.round_to)
         if self.uniform:
             common_sizes(shapes, ratio, self.round_to)
-        if self.predetermined:
-            self.counts(shapes, ratio)
+        if self.sizes_known:
+            self.removed_counts(shapes, ratio)
 
     def check_layers(self, family: Family, config: Any) -> None:  # noqa: B027 (most methods ask nothing more)
         """InputError for layers of which the method can make nothing, whatever the ratio."""
@@ -126,20 +127,20 @@ class ScoringMethod(Method):
         return False
 
     @abstractmethod
-    def channel_scores(self, statistics: DriverStatistics, module: str) -> Tensor:
-        """Importance of each input channel of the module's driver, float64 [in]."""
+    def channel_scores(self, statistics: ChannelStatistics, sublayer: str) -> Tensor:
+        """Importance of each input channel of the sublayer's output projection, float64 [in]."""
 
     def unit_scores(self, layer: LayerStatistics, shape: LayerShape) -> UnitScores:
         """Importance of each unit: a KV group is the sum of its channels."""
         return {
-            module: self.channel_scores(layer[module], module)
-            .reshape(shape.units(module), shape.unit_width(module))
+            sublayer: self.channel_scores(layer[sublayer], sublayer)
+            .reshape(shape.units(sublayer), shape.unit_width(sublayer))
             .sum(1)
-            for module in MODULES
+            for sublayer in SUBLAYERS
         }
 
-    def scores(self, survey: list[LayerStatistics], shapes: list[LayerShape]) -> list[UnitScores]:
-        return [self.unit_scores(layer, shape) for layer, shape in zip(survey, shapes, strict=True)]
+    def scores(self, statistics_by_layer: list[LayerStatistics], shapes: list[LayerShape]) -> list[UnitScores]:
+        return [self.unit_scores(layer, shape) for layer, shape in zip(statistics_by_layer, shapes, strict=True)]
 
-    def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> Choice:
-        return choose_by_counts(scores, self.counts(shapes, ratio))
+    def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> KeptUnits:
+        return choose_by_counts(scores, self.removed_counts(shapes, ratio))

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from ..allocation.budget import (
-    Choice,
-    Counts,
+    KeptUnits,
+    RemovedCounts,
     UnitScores,
     check_ratio,
     choose_above,
@@ -18,8 +18,8 @@ from ..allocation.budget import (
 )
 from ..allocation.common_size import common_counts
 from ..allocation.rounding import rounded_counts, worth_by_scores
-from ..architectures import ATTENTION, FFN, MODULES, LayerShape
-from ..calibration.channel_statistics import DriverStatistics
+from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
+from ..calibration.channel_statistics import ChannelStatistics
 from ..errors import InputError
 from .base import LayerStatistics, ScoringMethod
 
@@ -42,7 +42,7 @@ class Flap(ScoringMethod):
 
     name = "flap"
     compensations: ClassVar[tuple[str, ...]] = ("bias", "none")
-    with_uniform: ClassVar[dict[str, Any]] = {"structure": "UL-UM"}
+    uniform_defaults: ClassVar[dict[str, Any]] = {"structure": "UL-UM"}
     compensation: str = "bias"
     metric: str = "WIFV"
     structure: str = "AL-AM"
@@ -55,7 +55,7 @@ class Flap(ScoringMethod):
         self.check_option("metric", METRICS)
         self.check_option("structure", STRUCTURES)
         self.check_option("mode", MODES)
-        if self.uniform and not self.predetermined:
+        if self.uniform and not self.sizes_known:
             raise InputError(
                 f"--uniform makes all layers alike, --structure {self.structure} does not: leave one of them out, or "
                 "take UL-UM or UL-MM"
@@ -70,10 +70,10 @@ class Flap(ScoringMethod):
         return self.mode == "reference"
 
     @property
-    def predetermined(self) -> bool:
+    def sizes_known(self) -> bool:
         return self.structure.startswith("UL")
 
-    def channel_scores(self, statistics: DriverStatistics, module: str) -> Tensor:
+    def channel_scores(self, statistics: ChannelStatistics, sublayer: str) -> Tensor:
         if self.metric == "WIFN":
             score = statistics.weight_mean.double() * statistics.input_squares().sqrt()
         else:
@@ -84,34 +84,34 @@ class Flap(ScoringMethod):
                 score = statistics.fluctuation()
             if self.metric == "WIFV":
                 score = score * statistics.weight_squares.double()
-        return score**2 if module == ATTENTION and self.square_attention else score
+        return score**2 if sublayer == ATTENTION and self.square_attention else score
 
     def unit_scores(self, layer: LayerStatistics, shape: LayerShape) -> UnitScores:
-        """UL: sums over a unit's channels. AL: means of the channels' z-scores within layer and module."""
-        if self.predetermined:
+        """UL: sums over a unit's channels. AL: means of the channels' z-scores within layer and sublayer."""
+        if self.sizes_known:
             return super().unit_scores(layer, shape)
         return {
-            module: standardise(self.channel_scores(layer[module], module))
-            .reshape(shape.units(module), shape.unit_width(module))
+            sublayer: standardise(self.channel_scores(layer[sublayer], sublayer))
+            .reshape(shape.units(sublayer), shape.unit_width(sublayer))
             .mean(1)
-            for module in MODULES
+            for sublayer in SUBLAYERS
         }
 
-    def counts(self, shapes: list[LayerShape], ratio: float) -> Counts:
+    def removed_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         if self.uniform:
             return common_counts(shapes, ratio, self.round_to, self.attention_ratio)
-        return super().counts(shapes, ratio)
+        return super().removed_counts(shapes, ratio)
 
-    def shares(self, shapes: list[LayerShape], ratio: float) -> Counts:
+    def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         return uniform_counts(shapes, ratio, self.attention_ratio, self.round_to)
 
     def check(self, shapes: list[LayerShape], ratio: float) -> None:
         super().check(shapes, ratio)
         if self.structure == "AL-MM":
-            self.shares(shapes, ratio)
+            self.unrounded_counts(shapes, ratio)
 
-    def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> Choice:
-        if self.predetermined:
+    def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> KeptUnits:
+        if self.sizes_known:
             return super().choose(scores, shapes, ratio)
         choice = self._choose_adaptively(scores, shapes, ratio)
         if self.round_to == 1:
@@ -119,25 +119,25 @@ class Flap(ScoringMethod):
         counts = rounded_counts(counts_of(choice, shapes), shapes, ratio, self.round_to, worth_by_scores(scores))
         return choose_by_counts(scores, counts)
 
-    def _choose_adaptively(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> Choice:
+    def _choose_adaptively(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> KeptUnits:
         """The structures AL: over the whole model; at least `round_to` channels stay in every layer."""
         check_ratio(shapes, ratio, self.round_to)
         if self.structure == "AL-AM":
             if self.mode == "reference":
                 return choose_above(scores, shapes, reference_threshold(scores, shapes, ratio), self.round_to)
             return choose_globally(scores, shapes, ratio * total_cost(shapes), least=self.round_to)
-        # AL-MM: the same number of units of each module as with uniform layers, taken from the whole model.
-        counts = self.shares(shapes, ratio)
+        # AL-MM: the same number of units of each sublayer as with uniform layers, taken from the whole model.
+        counts = self.unrounded_counts(shapes, ratio)
         attention = sum(c[ATTENTION] * s.group_cost for c, s in zip(counts, shapes, strict=True))
         groups = choose_globally(scores, shapes, attention, (ATTENTION,))
         channels = choose_globally(scores, shapes, sum(c[FFN] for c in counts), (FFN,), self.round_to)
-        return Choice(
+        return KeptUnits(
             [{ATTENTION: g[ATTENTION], FFN: c[FFN]} for g, c in zip(groups.layers, channels.layers, strict=True)]
         )
 
 
 def standardise(scores: Tensor) -> Tensor:
-    """z-scores over the channels of one driver, unbiased standard deviation; equal scores are all 0."""
+    """z-scores over the channels of one output projection, unbiased standard deviation; equal scores are all 0."""
     spread = scores.std()
     return (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
 
@@ -146,10 +146,10 @@ def reference_threshold(scores: list[UnitScores], shapes: list[LayerShape], rati
     """The authors' threshold: a KV group costs int(head_dim (2r + 2) / 3), 170 for 128-wide heads where 512/3 was
     meant; units in descending order; the score at argmin |cumsum(cost) - (1 - ratio) total|."""
     rows, costs = [], []
-    for module in MODULES:
+    for sublayer in SUBLAYERS:
         for own, shape in zip(scores, shapes, strict=True):
-            rows.append(own[module])
-            costs.append(torch.full((len(own[module]),), int(shape.unit_cost(module)), dtype=torch.int64))
+            rows.append(own[sublayer])
+            costs.append(torch.full((len(own[sublayer]),), int(shape.unit_cost(sublayer)), dtype=torch.int64))
     score, cost = torch.cat(rows), torch.cat(costs)
     order = torch.sort(score, descending=True, stable=True).indices
     kept = torch.cumsum(cost[order], 0)

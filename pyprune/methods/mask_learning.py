@@ -33,7 +33,7 @@ class LearnedMethod(Method):
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is not positive and finite")
 
     @property
-    def predetermined(self) -> bool:
+    def sizes_known(self) -> bool:
         return False
 
     @property
@@ -48,7 +48,8 @@ class Disp(LearnedMethod):
 
     `gate`: reinmax, or gumbel as in the authors' code. `budget_weight` is λ. `warm_start`: gates begin at what each is
     worth by the squares of its gradients or of its values (`warm_windows` windows), or all open as in the paper.
-    `round_to`: every selection keeps a multiple. `compensation` weights: the drivers are refitted afterwards.
+    `round_to`: every selection keeps a multiple. `compensation` weights: the output projections are refitted
+    afterwards.
     """
 
     name = "disp"

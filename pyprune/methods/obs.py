@@ -3,7 +3,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..allocation.budget import Counts, counts_of
+from ..allocation.budget import RemovedCounts, counts_of
 from ..allocation.common_size import cheapest_counts
 from ..allocation.depth_schedule import incremental_counts
 from ..allocation.residual import ErrorCurves, residual_counts
@@ -22,12 +22,13 @@ TARGETS = ("residual", "weights")
 class Obs(SecondOrderMethod):
     """Exact greedy OBS: units one by one by exact error, residual allocation and target, least-squares refit (ours).
 
-    `allocation`: residual (error in the residual stream, from a survey), log, linear, uniform, or fluctuation
-    (FLAP's z-scores). `target`: residual (a driver also makes up, by `target_share`, for what earlier layers lost, and
-    q, k, v, gate and up, by `input_share`, for how the stream that they read has changed) or weights (only its own
-    output). `compensation`: weights (no bias: loads in any engine), bias (centred), or none: the weights that stay are
-    as they were, and there is no target. `first_share`: log and linear: the first layer's ratio as a share of the whole
-    ratio. `survey_samples`: windows of the text that the residual allocation's survey looks at.
+    `allocation`: residual (error in the residual stream, from a calibration pass), log, linear, uniform, or fluctuation
+    (FLAP's z-scores). `target`: residual (an output projection also makes up, by `target_share`, for what earlier
+    layers lost, and q, k, v, gate and up, by `input_share`, for how the stream that they read has changed) or weights
+    (only its own output). `compensation`: weights (no bias: loads in any engine), bias (centred), or none: the weights
+    that stay are as they were, and there is no target. `first_share`: log and linear: the first layer's ratio as a
+    share of the whole ratio. `allocation_samples`: windows of the text that the residual allocation's calibration pass
+    looks at.
 
     With `uniform`, the residual allocation decides between KV groups and channels, the uniform one takes the same
     share of both.
@@ -41,16 +42,16 @@ class Obs(SecondOrderMethod):
     target_share: float = 0.5
     input_share: float = 1.0
     first_share: float | None = None
-    survey_samples: int = 32
+    allocation_samples: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_option("allocation", ALLOCATIONS)
         self.check_option("target", TARGETS)
         if not 0 < self.target_share <= 1:
-            raise InputError(f"target share {self.target_share:g} is outside (0, 1]: it is a share of the shortfall")
-        if self.survey_samples < 1:
-            raise InputError(f"survey samples {self.survey_samples}: the survey needs a window")
+            raise InputError(f"target share {self.target_share:g} is outside (0, 1]: it is a share of the stream error")
+        if self.allocation_samples < 1:
+            raise InputError(f"calibration pass samples {self.allocation_samples}: the calibration pass needs a window")
         if not 0 <= self.input_share <= 1:
             raise InputError(f"input share {self.input_share:g} is outside [0, 1]: it is a share of the difference")
         if self.uniform and self.allocation not in ("residual", "uniform"):
@@ -60,7 +61,7 @@ class Obs(SecondOrderMethod):
 
     @property
     def centred(self) -> bool:
-        return self.biased
+        return self.adds_bias
 
     @property
     def correction(self) -> float:
@@ -71,18 +72,18 @@ class Obs(SecondOrderMethod):
         return self.input_share if self.target == "residual" and self.refits else 0.0
 
     @property
-    def survey(self) -> str:
+    def dense_statistics(self) -> str:
         return {"residual": CURVES, "fluctuation": MOMENTS}.get(self.allocation, NONE)
 
     @property
-    def survey_windows(self) -> int:
-        return self.survey_samples
+    def allocation_windows(self) -> int:
+        return self.allocation_samples
 
     @property
-    def predetermined(self) -> bool:
-        return self.survey == NONE
+    def sizes_known(self) -> bool:
+        return self.dense_statistics == NONE
 
-    def shares(self, shapes: list[LayerShape], ratio: float) -> Counts:
+    def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         return incremental_counts(shapes, ratio, self.allocation, self.first_share, self.round_to)
 
     def allocate(
@@ -91,14 +92,14 @@ class Obs(SecondOrderMethod):
         ratio: float,
         curves: list[ErrorCurves] | None,
         moments: list[LayerStatistics] | None,
-    ) -> Counts:
+    ) -> RemovedCounts:
         if curves is not None:
             allocated = cheapest_counts if self.uniform else residual_counts
             return allocated(curves, shapes, ratio, self.round_to)
         if moments is not None:
             flap = Flap(round_to=self.round_to)
             return counts_of(flap.choose(flap.scores(moments, shapes), shapes, ratio), shapes)
-        return self.counts(shapes, ratio)
+        return self.removed_counts(shapes, ratio)
 
     def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
         """Every unit by its exact error after all removals before it; then, unless weights stay, one refit."""

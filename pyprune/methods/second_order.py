@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..allocation.budget import Counts
+from ..allocation.budget import RemovedCounts
 from ..allocation.residual import ErrorCurves
 from ..architectures import LayerShape
 from ..calibration.channel_statistics import column_norms
-from ..calibration.second_moments import Curvature
+from ..calibration.second_moments import SecondMoments
 from ..errors import InputError
 from ..ops import add_split_product, damped_inverse, grouped_cholesky_errors
 from .base import LayerStatistics, Method
@@ -21,12 +21,11 @@ NONE, MOMENTS, CURVES = "none", "moments", "curves"
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A driver after its units were chosen.
+    """An output projection after its units were chosen.
 
     kept: sorted indices of the units that stay, int64 on the CPU. weight: float32 [out, kept channels]; without a
-    compensation as they were.
-    bias: float32 [out], what is added to the driver's bias, or None. scores: float64 [units] on the CPU, the error
-    of removing each unit alone. damping: what the inverse took.
+    compensation as they were. bias: float32 [out], what is added to the output projection's bias, or None. scores:
+    float64 [units] on the CPU, the error of removing each unit alone. damping: what the inverse took.
     """
 
     kept: Tensor
@@ -38,13 +37,13 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class SecondOrderMethod(Method):
-    """A sequential method on the second moments of each driver's inputs.
+    """A sequential method on the second moments of each output projection's inputs.
 
     `damping`: λ of H + λ mean(diag H) I. `centred`: statistics about the mean, and a bias. `correction`: α, how
-    much of the residual stream's shortfall the driver takes on (0: none; no dense stream is carried then).
+    much of the residual stream's error the output projection takes on (0: none; no dense stream is carried then).
     `alignment`: β, how much of the difference between the dense and the pruned stream the matrices that read the
     stream (q, k, v, gate, up) make up; needs a correction.
-    `survey`: which statistics of the dense model the allocation needs.
+    `dense_statistics`: which statistics of the dense model the allocation needs.
     """
 
     sequential: ClassVar[bool] = True
@@ -72,17 +71,17 @@ class SecondOrderMethod(Method):
         return 0.0
 
     @property
-    def survey(self) -> str:
+    def dense_statistics(self) -> str:
         return NONE
 
     @property
-    def survey_windows(self) -> int:
-        """How many windows the survey of curves looks at."""
+    def allocation_windows(self) -> int:
+        """How many windows the calibration pass of curves looks at."""
         return 0
 
     @property
     def operators(self) -> tuple[str, ...]:
-        moments = ("channel_moments",) if self.survey == MOMENTS else ()
+        moments = ("channel_moments",) if self.dense_statistics == MOMENTS else ()
         return (*moments, "hessian", "grouped_cholesky_errors", "eliminate")
 
     @abstractmethod
@@ -92,8 +91,8 @@ class SecondOrderMethod(Method):
         ratio: float,
         curves: list[ErrorCurves] | None,
         moments: list[LayerStatistics] | None,
-    ) -> Counts:
-        """Units that each layer loses; the statistics that `survey` names are there, the others None."""
+    ) -> RemovedCounts:
+        """Units that each layer loses; the statistics that `dense_statistics` names are there, the others None."""
 
     @abstractmethod
     def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
@@ -102,19 +101,21 @@ class SecondOrderMethod(Method):
         inverse: A [in, in] float32, may be overwritten; weight [out, in] float32, may be overwritten.
         """
 
-    def reconstruct(self, curvature: Curvature, weight: Tensor, count: int, width: int, where: str) -> Reconstruction:
-        """Choose `count` units of the driver to remove and refit the others; the curvature is used up.
+    def reconstruct(
+        self, second_moments: SecondMoments, weight: Tensor, count: int, width: int, where: str
+    ) -> Reconstruction:
+        """Choose `count` units of the output projection to remove and refit the others; the second moments are used up.
 
-        weight [out, in], any float type, on the curvature's device. Raises InputError, naming `where`, for NaN or Inf
-        weights, and if the Hessian cannot be inverted even with a thousand times the damping.
+        weight [out, in], any float type, on the second moments's device. Raises InputError, naming `where`, for NaN or
+        Inf weights, and if the Hessian cannot be inverted even with a thousand times the damping.
         """
         column_norms(weight, where)  # names NaN and Inf
-        damped = damped_inverse(curvature.take_hessian(), self.damping, where)
+        damped = damped_inverse(second_moments.take_hessian(), self.damping, where)
         inverse = damped.inverse
         target = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        bias = self._output_on_average(curvature, target) if self.centred else None
+        bias = self._output_on_average(second_moments, target) if self.centred else None
         if self.correction:
-            add_split_product(target, curvature.take_cross(), inverse, self.correction)  # A is symmetric
+            add_split_product(target, second_moments.take_cross(), inverse, self.correction)  # A is symmetric
         target[:, damped.dead] = 0
         scores = single_errors(inverse, target, width).double().cpu()
         units = target.shape[1] // width
@@ -134,17 +135,17 @@ class SecondOrderMethod(Method):
         if not self.refits:
             refitted = weight[:, channels].to(target.dtype)  # dead columns too as they were
         if bias is not None:
-            assert curvature.mean is not None
-            bias -= refitted @ curvature.mean[channels]
+            assert second_moments.mean is not None
+            bias -= refitted @ second_moments.mean[channels]
         return Reconstruction(kept, refitted, bias, scores, damped.damping)
 
-    def _output_on_average(self, curvature: Curvature, dense: Tensor) -> Tensor:
-        """What the driver shall put out on average, [out]: W m, and its share of the mean shortfall."""
-        assert curvature.mean is not None
-        average = dense @ curvature.mean
+    def _output_on_average(self, second_moments: SecondMoments, dense: Tensor) -> Tensor:
+        """What the output projection shall put out on average, [out]: W m, and its share of the mean stream error."""
+        assert second_moments.mean is not None
+        average = dense @ second_moments.mean
         if self.correction:
-            assert curvature.shortfall is not None
-            average += self.correction * curvature.shortfall
+            assert second_moments.stream_error is not None
+            average += self.correction * second_moments.stream_error
         return average
 
 

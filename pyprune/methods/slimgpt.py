@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..allocation.budget import Counts
+from ..allocation.budget import RemovedCounts
 from ..allocation.depth_schedule import SCHEDULES, incremental_counts
 from ..allocation.residual import ErrorCurves
 from ..architectures import LayerShape
@@ -28,7 +28,7 @@ class SlimGpt(SecondOrderMethod):
 
     name = "slimgpt"
     compensations: ClassVar[tuple[str, ...]] = ("weights",)
-    with_uniform: ClassVar[dict[str, Any]] = {"schedule": "uniform"}
+    uniform_defaults: ClassVar[dict[str, Any]] = {"schedule": "uniform"}
     compensation: str = "weights"
     schedule: str = "log"
     first_share: float | None = None
@@ -41,7 +41,7 @@ class SlimGpt(SecondOrderMethod):
                 f"--uniform makes all layers alike, --schedule {self.schedule} does not: leave one of them out"
             )
 
-    def shares(self, shapes: list[LayerShape], ratio: float) -> Counts:
+    def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         return incremental_counts(shapes, ratio, self.schedule, self.first_share, self.round_to)
 
     def allocate(
@@ -50,8 +50,8 @@ class SlimGpt(SecondOrderMethod):
         ratio: float,
         curves: list[ErrorCurves] | None,
         moments: list[LayerStatistics] | None,
-    ) -> Counts:
-        return self.counts(shapes, ratio)
+    ) -> RemovedCounts:
+        return self.removed_counts(shapes, ratio)
 
     def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
         """Algorithm 1: heads one at a time by grouped Cholesky, channels in groups of dynamic size."""

@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..calibration.channel_statistics import DriverStatistics
+from ..calibration.channel_statistics import ChannelStatistics
 from .base import ScoringMethod
 
 
@@ -13,6 +13,6 @@ class WandaSp(ScoringMethod):
     name = "wanda-sp"
     sequential = True
 
-    def channel_scores(self, statistics: DriverStatistics, module: str) -> Tensor:
+    def channel_scores(self, statistics: ChannelStatistics, sublayer: str) -> Tensor:
         """mean_o |W_oj| * sqrt(s_j), s_j = (1/N) Σ_tokens x_j² (arXiv 2306.11695 by column; 2312.11983 §4)."""
         return statistics.weight_mean.double() * statistics.input_squares().sqrt()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..architectures import FFN, MODULES, Family, LayerShape
+from ..architectures import FFN, SUBLAYERS, Family, LayerShape
 from ..errors import InputError
 from .base import Method
 from .pattern import Pattern, parse_pattern
@@ -61,11 +61,11 @@ class SemiStructuredMethod(Method):
         return parse_pattern(self.pattern)
 
     @property
-    def own_ratio(self) -> float | None:
+    def implied_ratio(self) -> float | None:
         return self.zeroed.ratio
 
     def check(self, shapes: list[LayerShape], ratio: float) -> None:
-        own = self.own_ratio
+        own = self.implied_ratio
         if own is not None and abs(ratio - own) > 1e-9:
             raise InputError(f"--ratio {ratio:g} does not go with --pattern {self.pattern}, which zeroes {own:g}")
         if not 0 < ratio < 1:
@@ -100,7 +100,7 @@ class InputNormMethod(SemiStructuredMethod):
         self, family: Family, inputs: list[LinearInputs], weights: dict[str, Tensor], ratio: float, where: str
     ) -> dict[str, Sparse]:
         norms = {name: own.norms for own in inputs for name in own.names}
-        middle = norms[family.driver(FFN)]
+        middle = norms[family.output_proj(FFN)]
         assert middle is not None
         found = {}
         for name, weight in weights.items():
@@ -123,5 +123,7 @@ def linears_of(family: Family) -> list[str]:
 
 
 def inputs_of(family: Family) -> list[tuple[str, ...]]:
-    """Linears of a layer by what they read: those behind each norm share an input, the drivers have their own."""
-    return [names for module in MODULES for names in (family.coupled(module), (family.driver(module),))]
+    """Group a layer's linears by their input: those behind each norm share one, each output projection has one."""
+    return [
+        names for sublayer in SUBLAYERS for names in (family.input_projs(sublayer), (family.output_proj(sublayer),))
+    ]

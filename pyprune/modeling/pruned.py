@@ -1,7 +1,7 @@
 """transformers classes of pruned models: every layer is built from its own entry of `per_layer_config`.
 
 Checkpoints keep the tensor names of their family; `config.json` carries transformers' own schema for models whose
-layers differ. `o_proj_bias` and `down_proj_bias` say that the drivers have a (compensation) bias.
+layers differ. `o_proj_bias` and `down_proj_bias` say that the output projections have a (compensation) bias.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def without_layers(config: Any) -> Iterator[None]:
 def _pruned_classes(family: Family) -> tuple[Any, Any, Any]:
     """Configuration, body and causal language model of the family's pruned models: PyPruneLlamaConfig and so on.
 
-    They become attributes of this module, where pickle looks for a class.
+    They become attributes of this sublayer, where pickle looks for a class.
     """
 
     own_config: Any = family.config_class

@@ -23,14 +23,14 @@ FLAGS = {ATTENTION: "o_proj_bias", FFN: "down_proj_bias"}
 def _selected_classes(family: Family) -> tuple[Any, Any, Any]:
     """Configuration, body and causal language model of the family's DISP models: PyPruneSelectedLlamaConfig and so on.
 
-    They become attributes of this module, where pickle looks for a class.
+    They become attributes of this sublayer, where pickle looks for a class.
     """
 
     own_config: Any = family.config_class
     own_layer: Any = family.layer_class
     own_model: Any = family.model_class
     own_causal_lm: Any = family.causal_lm_class
-    norms = {module: family.norm(module) for module in (ATTENTION, FFN)}
+    norms = {sublayer: family.norm(sublayer) for sublayer in (ATTENTION, FFN)}
 
     @strict
     class Config(own_config):
@@ -56,13 +56,15 @@ def _selected_classes(family: Family) -> tuple[Any, Any, Any]:
 
         @staticmethod
         def _flagged(config: Any, name: str) -> bool:
-            return any(name == family.driver(module) and getattr(config, flag) for module, flag in FLAGS.items())
+            return any(
+                name == family.output_proj(sublayer) and getattr(config, flag) for sublayer, flag in FLAGS.items()
+            )
 
         def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
             """As the family's layer: hidden_states [batch, tokens, hidden_size]; the rest is the attention's."""
             if not torch.compiler.is_compiling():  # of what a graph is made of the values were looked at on loading
                 self.check_indices()
-            first, second = (self.get_submodule(norms[module]) for module in (ATTENTION, FFN))
+            first, second = (self.get_submodule(norms[sublayer]) for sublayer in (ATTENTION, FFN))
             x = rms_norm_gather(hidden_states, first.weight, self.eps, self.attention_in)
             update, _ = self.self_attn(hidden_states=x, **context)
             stream = hidden_states.dtype  # under autocast the updates come in a narrower type

@@ -96,14 +96,15 @@ def find_stock(
     """The first stock class that computes what the model computes: the family's own, Mistral, Granite, SmolLM3.
 
     `config` is the model's configuration before this pruning, `shapes` what each layer has afterwards; the flags say
-    which drivers have a bias then. None where layers differ, or where no class has the model's tensors: of the known
-    families that is Qwen3 with a bias on down_proj, whose norms of queries and keys no class has together with it.
+    which output projections have a bias then. None where layers differ, or where no class has the model's tensors: of
+    the known families that is Qwen3 with a bias on down_proj, whose norms of queries and keys no class has together
+    with it.
     """
     if any(shape != shapes[0] for shape in shapes):
         return None
     needed = set(family.layer_state_shapes(config, 0))
     flags = ((ATTENTION, o_proj_bias), (FFN, down_proj_bias))
-    needed |= {family.driver(module) + ".bias" for module, biased in flags if biased}
+    needed |= {family.output_proj(sublayer) + ".bias" for sublayer, biased in flags if biased}
     others = [other for other in OTHERS if other.name != family.name]
     for candidate in (family, *others):
         stock = _in_class(candidate, family, config, shapes[0], needed)

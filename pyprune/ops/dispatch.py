@@ -57,7 +57,7 @@ class Requirement:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """The backend that runs, and why each other one in BACKENDS does not."""
 
     backend: str
@@ -400,13 +400,13 @@ def choose_backend(operator: str, x: Tensor, shape: tuple[int, ...] | None = Non
     return backend
 
 
-def choose(operator: str, x: Tensor) -> Choice:
+def choose(operator: str, x: Tensor) -> BackendChoice:
     """As choose_backend, with the reason against each other backend."""
     backend = choose_backend(operator, x)
     return explain(operator, Problem(x.device, x.dtype, tuple(x.shape)), backend, forced_backend(operator))
 
 
-def explain(operator: str, problem: Problem, backend: str, forced: str | None) -> Choice:
+def explain(operator: str, problem: Problem, backend: str, forced: str | None) -> BackendChoice:
     """The choice of `backend`, with the reason against each other one."""
     passed_over = f"{ENVIRONMENT_VARIABLE}={forced}" if forced else f"{backend} is preferred"
     reasons = {}
@@ -414,7 +414,7 @@ def explain(operator: str, problem: Problem, backend: str, forced: str | None) -
         if other != backend:
             unmet = unmet_requirement(operator, other, problem)
             reasons[other] = passed_over if unmet is None else unmet.reason(problem)
-    return Choice(backend, reasons)
+    return BackendChoice(backend, reasons)
 
 
 @cache

@@ -1,9 +1,9 @@
 """Greedy elimination: units removed one by one, each the one whose removal costs least after all earlier ones.
 
 Optimal Brain Surgeon on units (Hassibi & Stork 1993; with batches of columns, SlimGPT, arXiv 2412.18110), chosen
-exactly by a pivoted, lazily updated elimination. It starts from A, the inverse of the damped Hessian H of a
-driver's input, and G = WᵀW, W the driver's weight. Removing unit g (columns g) and refitting the others costs
-e_g = tr(A_gg⁻¹ G_gg) and changes
+exactly by a pivoted, lazily updated elimination. It starts from A, the inverse of the damped Hessian H of a output
+projection's input, and G = WᵀW, W the output projection's weight. Removing unit g (columns g) and refitting the others
+costs e_g = tr(A_gg⁻¹ G_gg) and changes
 
     A ← A − A_:g A_gg⁻¹ A_g:,   W ← W − W_g A_gg⁻¹ A_g:,   so with r = A_:g A_gg⁻¹ and u = G_:g − r G_gg/2
     G ← G − u rᵀ − r uᵀ.
@@ -122,7 +122,7 @@ def refit(weight: Tensor, elimination: Elimination) -> Tensor:
 
 
 @dataclass
-class Selection:
+class EliminationState:
     """What the panels of one elimination of single channels hand on, all on its device.
 
     a_diagonal, g_diagonal: [d], the diagonals after all removals so far. floor: [d], what a_diagonal may not fall
@@ -137,7 +137,7 @@ class Selection:
     errors: Tensor
 
     @classmethod
-    def start(cls, a: Tensor, g: Tensor, count: int) -> Selection:
+    def start(cls, a: Tensor, g: Tensor, count: int) -> EliminationState:
         precision = torch.finfo(a.dtype)
         floor = (a.diagonal().abs() * precision.eps).clamp_(min=precision.tiny)
         return cls(
@@ -151,11 +151,11 @@ class Selection:
 
 
 # (a, g, selection, first, lower, products) -> None: see eliminate_panel_reference.
-Panel = Callable[[Tensor, Tensor, Selection, int, Tensor, Tensor], None]
+Panel = Callable[[Tensor, Tensor, EliminationState, int, Tensor, Tensor], None]
 
 
 def eliminate_panel_reference(
-    a: Tensor, g: Tensor, selection: Selection, first: int, lower: Tensor, products: Tensor
+    a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor
 ) -> None:
     """Removals first … first + n − 1 of an elimination, in plain PyTorch: any device, float32 or float64.
 
@@ -255,7 +255,7 @@ def eliminate_channels(
     """The operator for units of one channel, by panels of `size` removals; between them A and G are brought up."""
     channels = len(a)
     on_tensor_cores = channels >= SPLIT_FROM and has_fast_tf32(a)
-    selection = Selection.start(a, g, count)
+    selection = EliminationState.start(a, g, count)
     factor = a.new_empty(channels, count if keep_factor else 0)
     scratch = a.new_empty(channels, 0 if keep_factor else size)
     products = a.new_empty(channels, 2 * size)  # [d, U | R]
@@ -370,7 +370,7 @@ def launch_reference(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: 
 
 
 def core_arguments(
-    a: Tensor, g: Tensor, selection: Selection, first: int, lower: Tensor, products: Tensor
+    a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor
 ) -> tuple[int, ...]:
     """What both launches of the compiled core begin with."""
     state = (selection.a_diagonal, selection.g_diagonal, selection.floor, selection.removed)
@@ -390,7 +390,7 @@ def core_arguments(
 def launch_cpu(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool) -> tuple[Tensor, Tensor, Tensor]:
     core = backends.required_core()
 
-    def panel(a: Tensor, g: Tensor, selection: Selection, first: int, lower: Tensor, products: Tensor) -> None:
+    def panel(a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor) -> None:
         arguments = core_arguments(a, g, selection, first, lower, products)
         core.eliminate_panel_cpu(*arguments, threads=torch.get_num_threads())
 
@@ -404,7 +404,9 @@ def launch_cuda(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool)
         plan = core.eliminate_cuda_plan(len(a), multiprocessors)
         workspace = torch.zeros(plan["workspace_bytes"], dtype=torch.uint8, device=a.device)
 
-        def panel(a: Tensor, g: Tensor, selection: Selection, first: int, lower: Tensor, products: Tensor) -> None:
+        def panel(
+            a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor
+        ) -> None:
             core.eliminate_panel_cuda(
                 *core_arguments(a, g, selection, first, lower, products),
                 workspace_ptr=workspace.data_ptr(),

@@ -19,12 +19,12 @@ from .split_tf32 import has_fast_tf32, split_factors, split_panel, subtract_prod
 @dataclass(frozen=True)
 class Blocking:
     """How a sweep is cut. swept: columns swept at once, the inner dimension of the products. updated: columns of the
-    triangle updated at once, a multiple of `swept`; each product also computes half a square of so many columns
-    above the diagonal for nothing. split: where TF32 is fast, the columns of a panel in one product of tensor cores,
-    see split_panel; 0: products in float32. look_ahead: on a GPU, factor the next block beside the update.
+    triangle updated at once, a multiple of `uses_gauss_jordan`; each product also computes half a square of so many
+    columns above the diagonal for nothing. split: where TF32 is fast, the columns of a panel in one product of tensor
+    cores, see split_panel; 0: products in float32. look_ahead: on a GPU, factor the next block beside the update.
     """
 
-    swept: int
+    uses_gauss_jordan: int
     updated: int
     split: int = 0
     look_ahead: bool = False
@@ -50,13 +50,13 @@ def blocking_for(h: Tensor) -> Blocking:
     return BLOCKING.get(h.device.type, BLOCKING["cuda"])
 
 
-def swept(h: Tensor, factor: bool = False) -> bool:
+def uses_gauss_jordan(h: Tensor, factor: bool = False) -> bool:
     """Whether h [d, d] is large enough for a sweep to its inverse, or to its factor's."""
     sizes = FACTOR_SWEPT_FROM if factor else SWEPT_FROM
     return len(h) >= sizes.get(h.device.type, sizes["cuda"])
 
 
-def sweep(a: Tensor, blocking: Blocking, factor: bool = False) -> Tensor:
+def eliminate_panels(a: Tensor, blocking: Blocking, factor: bool = False) -> Tensor:
     """a [d, d] to −A^-1 in place, or with `factor` A = L Lᵀ to L^-1, by elimination in blocks of columns.
 
     Of a only the lower triangle is read, and only there the result stands. Returns info as spd_inverse does.
@@ -77,7 +77,7 @@ def sweep(a: Tensor, blocking: Blocking, factor: bool = False) -> Tensor:
     The panel keeps its place, so that the views for the products are made once: on a GPU the host's part of a step
     counts. A last panel that is narrower is filled up with zeros.
     """
-    d, block = len(a), min(blocking.swept, len(a))
+    d, block = len(a), min(blocking.uses_gauss_jordan, len(a))
     on_tensor_cores = blocking.split > 0 and d >= SPLIT_FROM and has_fast_tf32(a)
     look_ahead = blocking.look_ahead and a.is_cuda
     panel_buffer = a.new_empty(d, block)
@@ -125,14 +125,14 @@ def sweep(a: Tensor, blocking: Blocking, factor: bool = False) -> Tensor:
 
 def inverse_(a: Tensor, blocking: Blocking) -> Tensor:
     """a [d, d], of which the lower triangle is read, to A^-1 in place, both triangles; info as spd_inverse."""
-    info = sweep(a, blocking)
+    info = eliminate_panels(a, blocking)
     mirror_lower(a.neg_(), blocking.updated)
     return info
 
 
 def inverse_factor_(a: Tensor, blocking: Blocking) -> Tensor:
     """A = L Lᵀ [d, d], of which the lower triangle is read, to L^-1 in place; info as spd_inverse."""
-    info = sweep(a, blocking, factor=True)
+    info = eliminate_panels(a, blocking, factor=True)
     a.tril_()
     return info
 

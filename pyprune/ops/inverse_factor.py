@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gauss_jordan import blocking_for, inverse_factor_, swept
+from .gauss_jordan import blocking_for, inverse_factor_, uses_gauss_jordan
 from .precision import exact_float32
 from .spd_inverse import check_tensor, shifted, solve_damped
 
@@ -66,7 +66,7 @@ def spd_inverse_factor(h: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """
     check_tensor(h)
     with exact_float32():
-        if not swept(h, factor=True):
+        if not uses_gauss_jordan(h, factor=True):
             return spd_inverse_factor_reference(h, shift)
         a = shifted(h, shift)
         reverse_(a)

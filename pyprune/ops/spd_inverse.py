@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .checks import WIDE, check_kind, check_square
-from .gauss_jordan import blocking_for, inverse_, mirror_lower, swept
+from .gauss_jordan import blocking_for, inverse_, mirror_lower, uses_gauss_jordan
 from .precision import exact_float32
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def spd_inverse(h: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     check_tensor(h)
     with exact_float32():
         blocking = blocking_for(h)
-        if not swept(h):
+        if not uses_gauss_jordan(h):
             inverse, failed = spd_inverse_reference(h, shift)
             mirror_lower(inverse, blocking.updated)  # cuSOLVER's two triangles differ in the last bits
             return inverse, failed

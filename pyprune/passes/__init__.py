@@ -1,4 +1,4 @@
-"""The passes over a model's layers: survey and prune, in the way that the method needs."""
+"""Passes over a model's layers: calibrate and prune."""
 
 from ..checkpoint import CheckpointWriter
 from ..job.job import Job

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..allocation.budget import Kept, UnitScores
-from ..architectures import ATTENTION, FFN, MODULES, LayerShape
+from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from ..checkpoint import CheckpointWriter
 from ..checkpoint.finite import check_finite
 from ..errors import InputError
@@ -19,7 +19,7 @@ from ..forward.forward_check import check_forward
 from ..forward.layer_forward import LayerForward
 from ..job.job import Job
 from ..job.record import kept_from_entry
-from ..job.result import Outcome
+from ..job.result import PruneResult
 from ..mask_training.training import History
 from ..runtime.device import Meter
 from .rewrite import pad_channels
@@ -32,13 +32,13 @@ TOKENS_A_CHANNEL = 4
 logger = logging.getLogger(__name__)
 
 
-def widest_driver(shapes: Sequence[LayerShape]) -> int:
-    """The most channels that a driver reads."""
-    return max(shape.units(module) * shape.unit_width(module) for shape in shapes for module in MODULES)
+def widest_output_proj(shapes: Sequence[LayerShape]) -> int:
+    """The most channels that an output projection reads."""
+    return max(shape.units(sublayer) * shape.unit_width(sublayer) for shape in shapes for sublayer in SUBLAYERS)
 
 
 def build_dense(job: Job, forward: LayerForward, stored: Mapping[str, Tensor], layer: int) -> nn.Module:
-    """A layer as it is stored, as a module.
+    """Load a layer as it is stored.
 
     On a CPU each tensor is mapped, converted and let go: pages of the file that were looked at count as memory as long
     as anything of that mapping lives.
@@ -63,8 +63,9 @@ def stored_layers(job: Job, what: str, meter: Meter, first: int = 0) -> Iterator
 class Passes(ABC):
     """The passes of one job, which write every shard: embeddings, one shard a layer, final norm and head.
 
-    After `execute`: `meters` by pass; `cached`, whether the survey came from the cache; `nonfinite`, by driver, the
-    NaN and Inf counted as zero; `warnings`, what the user should know of the result; `history`, of training.
+    After `execute`: `meters` by pass; `cached`, whether the calibration pass came from the cache; `nonfinite`, by
+    output projection, the NaN and Inf counted as zero; `warnings`, what the user should know of the result; `history`,
+    of training.
     """
 
     def __init__(self, job: Job, writer: CheckpointWriter) -> None:
@@ -76,7 +77,7 @@ class Passes(ABC):
         self.warnings = job.warnings  # those of the start, and what comes
         self.history: History = []
 
-    def execute(self) -> Outcome:
+    def execute(self) -> PruneResult:
         """All passes. Returns what was decided. InputError before anything is written: not the model's own forward.
 
         Without windows no pass runs a layer: what is stored is measured and sliced.
@@ -86,7 +87,7 @@ class Passes(ABC):
         return self.decide()
 
     @abstractmethod
-    def decide(self) -> Outcome:
+    def decide(self) -> PruneResult:
         """What the passes do, once the forward is known to be the model's."""
 
     def warn(self, message: str) -> None:
@@ -94,7 +95,7 @@ class Passes(ABC):
         logger.warning(message)
         self.warnings.append(message)
 
-    def warn_of_few_tokens(self, widest: int, what: str = "a driver") -> None:
+    def warn_of_few_tokens(self, widest: int, what: str = "an output projection") -> None:
         """`widest`: the most channels of an input that weights are refitted to."""
         assert self.job.windows is not None
         tokens = self.job.windows.numel()
@@ -139,7 +140,7 @@ class Passes(ABC):
         return config
 
     def build_pruned(self, forward: LayerForward, tensors: dict[str, Tensor], layer: int, kept: Kept) -> nn.Module:
-        """A pruned layer as a module: on a GPU, once its FFN is cut, that is padded to a round size, for forwards only.
+        """Load a pruned layer as a module. On a GPU a cut FFN is padded to a round size, for forwards only.
 
         A compensation bias that is still to come is zero.
         """
@@ -148,9 +149,9 @@ class Passes(ABC):
         if self.device.type == "cuda" and len(kept[FFN]) < shape.intermediate_channels:
             config.intermediate_size = -(-config.intermediate_size // ROUND_CHANNELS) * ROUND_CHANNELS
             tensors = pad_channels(family, tensors, config.intermediate_size)
-        if self.job.method.biased:
+        if self.job.method.adds_bias:
             zeros = torch.zeros(shape.hidden_size)
-            tensors = {family.driver(module) + ".bias": zeros for module in MODULES} | tensors
+            tensors = {family.output_proj(sublayer) + ".bias": zeros for sublayer in SUBLAYERS} | tensors
         return forward.build(tensors.items(), layer, config)
 
     def write_layer(self, layer: int, tensors: dict[str, Tensor], record: Any) -> None:

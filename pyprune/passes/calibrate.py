@@ -1,4 +1,4 @@
-"""The first pass: a forward of the dense model, layer by layer, and the statistics of every driver; cached."""
+"""Calibration pass: forward the dense model layer by layer and collect statistics of each output projection."""
 
 import json
 from functools import partial
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..architectures import MODULES, LayerShape
-from ..calibration.channel_statistics import DriverObserver, DriverStatistics, column_norms
+from ..architectures import SUBLAYERS, LayerShape
+from ..calibration.channel_statistics import ChannelObserver, ChannelStatistics, column_norms
 from ..checkpoint import CheckpointReader, load_cached, metadata_of, save_cached
 from ..errors import InputError
 from ..forward.hidden_states import HiddenStates
@@ -21,7 +21,7 @@ from ..runtime.progress import Progress
 from .base import build_dense, stored_layers
 from .layer_cache import LayerLog
 
-FORMAT = "pyprune-survey-2"  # part of a survey's name: a change of the formulas makes old ones unfindable
+FORMAT = "pyprune-calibration-2"  # part of a cache file's name: a change of the formulas makes old files unfindable
 
 
 def observe_layer(
@@ -32,34 +32,34 @@ def observe_layer(
     by_window: bool,
     advance: bool,
 ) -> LayerStatistics:
-    """Statistics of both drivers of a layer from one forward over `hidden` (overwritten with `advance`)."""
+    """Statistics of both output projections of a layer from one forward over `hidden` (overwritten with `advance`)."""
     observers = {
-        module: DriverObserver(
-            block.get_parameter(forward.family.driver(module) + ".weight").data,
-            layer_name(forward.family, layer, module),
+        sublayer: ChannelObserver(
+            block.get_parameter(forward.family.output_proj(sublayer) + ".weight").data,
+            layer_name(forward.family, layer, sublayer),
             by_window,
             forward.allow_nonfinite,
         )
-        for module in MODULES
+        for sublayer in SUBLAYERS
     }
     forward.run(
-        block, layer, hidden, {forward.family.driver(m): o.observe for m, o in observers.items()}, advance=advance
+        block, layer, hidden, {forward.family.output_proj(m): o.observe for m, o in observers.items()}, advance=advance
     )
-    return {module: observer.finish() for module, observer in observers.items()}
+    return {sublayer: observer.result() for sublayer, observer in observers.items()}
 
 
-def survey_model(job: Job, by_window: bool, meter: Meter, log: LayerLog) -> list[LayerStatistics]:
+def calibrate_model(job: Job, by_window: bool, meter: Meter, log: LayerLog) -> list[LayerStatistics]:
     """Statistics of every layer on the dense model's own activations; one layer in memory at a time.
 
     Layers that the log holds are only passed.
     """
     forward, last = job.forward(), job.reader.layers - 1
     hidden = forward.embed()
-    survey = []
-    for layer, source in stored_layers(job, "survey", meter):
+    statistics_by_layer = []
+    for layer, source in stored_layers(job, "calibration", meter):
         with meter.stage("forward"):
             block = build_dense(job, forward, source, layer)
-            known = distributed.from_first(partial(log.read, layer))
+            known = distributed.broadcast_object(partial(log.read, layer))
             if known is None:
                 statistics = observe_layer(forward, block, layer, hidden, by_window, advance=layer < last)
                 log.write(layer, *packed(statistics))
@@ -67,89 +67,93 @@ def survey_model(job: Job, by_window: bool, meter: Meter, log: LayerLog) -> list
                 statistics = unpacked(*known)
                 if layer < last:
                     forward.run(block, layer, hidden, {})
-            survey.append(statistics)
+            statistics_by_layer.append(statistics)
             del block  # freed before the next one is built
-    return survey
+    return statistics_by_layer
 
 
-def survey_weights(
+def weight_statistics(
     reader: CheckpointReader, device: torch.device, meter: Meter, progress: Progress
 ) -> list[LayerStatistics]:
-    """The survey of a method that needs no text: norms of the drivers' columns."""
-    survey = []
+    """The calibration pass of a method that needs no text: norms of the output projections' columns."""
+    statistics_by_layer = []
     for layer in range(reader.layers):
-        progress("survey", layer, reader.layers)
+        progress("calibration", layer, reader.layers)
         with meter.layer():
-            names = {m: f"{reader.layer_prefix(layer)}{reader.family.driver(m)}.weight" for m in MODULES}
+            names = {m: f"{reader.layer_prefix(layer)}{reader.family.output_proj(m)}.weight" for m in SUBLAYERS}
             weights = reader.read(list(names.values()))
-            survey.append(
+            statistics_by_layer.append(
                 {
-                    m: DriverStatistics(*column_norms(weights[name].to(device), layer_name(reader.family, layer, m)))
+                    m: ChannelStatistics(*column_norms(weights[name].to(device), layer_name(reader.family, layer, m)))
                     for m, name in names.items()
                 }
             )
-    progress("survey", reader.layers, reader.layers)
-    return survey
+    progress("calibration", reader.layers, reader.layers)
+    return statistics_by_layer
 
 
-def cached_survey(job: Job, by_window: bool, meter: Meter) -> tuple[list[LayerStatistics], bool]:
-    """The survey of the job's model and text, and whether it was there already; a new one is kept."""
-    path, identity = job.cache_file("survey", ("channel_moments",), by_window=by_window, format=FORMAT)
-    stored = distributed.from_first(lambda: load_survey(job, path, identity) if path.is_file() else None)
+def cached_statistics(job: Job, by_window: bool, meter: Meter) -> tuple[list[LayerStatistics], bool]:
+    """The calibration pass of the job's model and text, and whether it was there already; a new one is kept."""
+    path, identity = job.cache_file("calibration", ("channel_moments",), by_window=by_window, format=FORMAT)
+    stored = distributed.broadcast_object(lambda: load_statistics(job, path, identity) if path.is_file() else None)
     if stored is not None:
         return stored, True
-    with LayerLog(job, path, identity, distributed.is_first()) as log:
-        survey = survey_model(job, by_window, meter, log)
-        if distributed.is_first():
-            save_survey(path, survey, identity, job.source())
-    return survey, False
+    with LayerLog(job, path, identity, distributed.is_main_process()) as log:
+        statistics_by_layer = calibrate_model(job, by_window, meter, log)
+        if distributed.is_main_process():
+            save_statistics(path, statistics_by_layer, identity, job.source())
+    return statistics_by_layer, False
 
 
 def packed(statistics: LayerStatistics) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a file that holds a layer's statistics (a few numbers a channel)."""
-    tensors = {f"{module}.{name}": t for module, own in statistics.items() for name, t in own.tensors().items()}
-    counts = {module: [own.count, own.windows, own.nonfinite] for module, own in statistics.items()}
+    tensors = {f"{sublayer}.{name}": t for sublayer, own in statistics.items() for name, t in own.tensors().items()}
+    counts = {sublayer: [own.count, own.windows, own.nonfinite] for sublayer, own in statistics.items()}
     return tensors, {"counts": json.dumps(counts)}
 
 
 def unpacked(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> LayerStatistics:
     """What `packed` took apart."""
     statistics: LayerStatistics = {}
-    for module, (count, windows, nonfinite) in json.loads(metadata["counts"]).items():
-        own = {name: tensors[f"{module}.{name}"] for name in DriverStatistics.TENSORS if f"{module}.{name}" in tensors}
-        statistics[module] = DriverStatistics(count=count, windows=windows, nonfinite=nonfinite, **own)
+    for sublayer, (count, windows, nonfinite) in json.loads(metadata["counts"]).items():
+        own = {
+            name: tensors[f"{sublayer}.{name}"] for name in ChannelStatistics.TENSORS if f"{sublayer}.{name}" in tensors
+        }
+        statistics[sublayer] = ChannelStatistics(count=count, windows=windows, nonfinite=nonfinite, **own)
     return statistics
 
 
-def load_survey(job: Job, path: Path, identity: dict[str, Any]) -> list[LayerStatistics] | None:
-    """What `save_survey` wrote; None if it was of other weights. InputError if the file is damaged."""
-    stored, metadata = load_cached(path, "survey", identity)
-    return survey_of(path, stored, metadata, job.reader.shapes) if job.accepts(path, metadata) else None
+def load_statistics(job: Job, path: Path, identity: dict[str, Any]) -> list[LayerStatistics] | None:
+    """What `save_statistics` wrote; None if it was of other weights. InputError if the file is damaged."""
+    stored, metadata = load_cached(path, "calibration", identity)
+    return statistics_of(path, stored, metadata, job.reader.shapes) if job.accepts(path, metadata) else None
 
 
-def survey_of(
+def statistics_of(
     path: Path, stored: dict[str, torch.Tensor], metadata: dict[str, str], shapes: list[LayerShape]
 ) -> list[LayerStatistics]:
-    """The survey from what a file holds. InputError: it is not one of layers of these shapes."""
-    counts, survey = metadata_of(metadata, "counts", path), []
+    """The calibration pass from what a file holds. InputError: it is not one of layers of these shapes."""
+    counts, statistics_by_layer = metadata_of(metadata, "counts", path), []
     try:
         for layer, shape in enumerate(shapes):
             own = {name.removeprefix(f"{layer}."): t for name, t in stored.items() if name.startswith(f"{layer}.")}
-            survey.append(unpacked(own, {"counts": json.dumps(counts[layer])}))
-            for module in MODULES:
-                channels = shape.units(module) * shape.unit_width(module)
-                if any(t.shape != (channels,) for t in survey[-1][module].tensors().values()):
-                    raise ValueError(f"layer {layer}: not {channels} channels of {module}")
+            statistics_by_layer.append(unpacked(own, {"counts": json.dumps(counts[layer])}))
+            for sublayer in SUBLAYERS:
+                channels = shape.units(sublayer) * shape.unit_width(sublayer)
+                if any(t.shape != (channels,) for t in statistics_by_layer[-1][sublayer].tensors().values()):
+                    raise ValueError(f"layer {layer}: not {channels} channels of {sublayer}")
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: a damaged survey ({error}); delete it") from error
-    return survey
+        raise InputError(f"{path}: a damaged calibration pass ({error}); delete it") from error
+    return statistics_by_layer
 
 
-def save_survey(path: Path, survey: list[LayerStatistics], identity: dict[str, Any], source: dict[str, str]) -> None:
+def save_statistics(
+    path: Path, statistics_by_layer: list[LayerStatistics], identity: dict[str, Any], source: dict[str, str]
+) -> None:
     """Write the statistics so that another ratio needs no new forward."""
     tensors: dict[str, torch.Tensor] = {}
     counts = []
-    for layer, statistics in enumerate(survey):
+    for layer, statistics in enumerate(statistics_by_layer):
         own, metadata = packed(statistics)
         tensors |= {f"{layer}.{name}": t for name, t in own.items()}
         counts.append(json.loads(metadata["counts"]))

@@ -1,4 +1,4 @@
-"""Statistics of single layers, kept as a survey goes, so that one that was killed need not take them again."""
+"""Statistics of single layers, saved as the calibration pass goes: a killed run continues from them."""
 
 import json
 import shutil
@@ -14,11 +14,11 @@ from ..job.job import Job
 
 
 class LayerLog:
-    """One file a layer in `<file of the whole survey>.layers`.
+    """One file a layer in `<file of the whole calibration pass>.layers`.
 
-    A context: the files go when it is left in the normal way, the whole survey being kept, or by an InputError, after
-    which nothing can go on; a killed run leaves them. `writes`: whether this process is the one that writes.
-    `identity`: what the survey follows from.
+    A context: the files go when it is left in the normal way, the whole calibration pass being kept, or by an
+    InputError, after which nothing can go on; a killed run leaves them. `writes`: whether this process is the one that
+    writes. `identity`: what the calibration pass follows from.
     """
 
     def __init__(self, job: Job, file: Path, identity: dict[str, Any], writes: bool = True) -> None:
@@ -33,7 +33,7 @@ class LayerLog:
             return None
         try:
             tensors, metadata = load_cached(file, "statistics of a layer", self._of(layer))
-        except FileNotFoundError:  # another run of the same survey is through
+        except FileNotFoundError:  # another run of the same calibration pass is through
             return None
         self._job.reader.content.expect(metadata_of(metadata, "source", file), str(file))
         return tensors, metadata
@@ -41,7 +41,7 @@ class LayerLog:
     def write(self, layer: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         if self.writes:
             digests = self._job.reader.content.digests  # of this layer and of all that led to its input
-            with suppress(FileNotFoundError):  # another run of the same survey is through and removed the folder
+            with suppress(FileNotFoundError):  # another run finished the same pass and removed the folder
                 save_cached(tensors, self._file(layer), metadata | {"source": json.dumps(digests)}, self._of(layer))
 
     def _of(self, layer: int) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class LayerLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.writes and (kind is None or issubclass(kind, InputError)):
             shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # layers of this survey, or other surveys, may be there
+        with suppress(OSError):  # layers of this calibration pass, or other calibration passes, may be there
             self.folder.rmdir()
         with suppress(OSError):
             self.folder.parent.rmdir()

@@ -1,4 +1,4 @@
-"""The pass of methods that refit: layer by layer and module by module, each on the pruned output before it."""
+"""The pass of methods that refit: layer by layer and sublayer by sublayer, each on the pruned output before it."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -9,23 +9,23 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from ..allocation.budget import Choice, Kept, UnitScores
+from ..allocation.budget import Kept, KeptUnits, UnitScores
 from ..allocation.residual import ErrorCurves
-from ..architectures import ATTENTION, FFN, MODULES
-from ..calibration.second_moments import Curvature, CurvatureObserver, alignment_of
+from ..architectures import ATTENTION, FFN, SUBLAYERS
+from ..calibration.second_moments import HessianObserver, SecondMoments, alignment_of
 from ..checkpoint import CheckpointWriter
-from ..forward.hidden_states import HiddenStates, Part
+from ..forward.hidden_states import HiddenStates, MicroBatch
 from ..forward.layer_forward import LayerForward, layer_name
 from ..job.job import Job
 from ..job.record import layer_entry
-from ..job.result import Outcome, UnitOutcome
+from ..job.result import PruneResult, UnitResult
 from ..methods import LayerStatistics, SecondOrderMethod
 from ..methods.second_order import CURVES, MOMENTS, NONE, Reconstruction
 from ..ops.precision import tf32_products
 from ..runtime import distributed
 from ..runtime.device import Meter
-from .base import Passes, build_dense, stored_layers, widest_driver
-from .calibrate import cached_survey
+from .base import Passes, build_dense, stored_layers, widest_output_proj
+from .calibrate import cached_statistics
 from .error_curves import cached_curves
 from .rewrite import rewrite_layer
 
@@ -37,10 +37,10 @@ class Streams:
     pruned: HiddenStates
     dense: HiddenStates | None
 
-    def pairs(self) -> Iterator[tuple[Part, Part | None]]:
+    def pairs(self) -> Iterator[tuple[MicroBatch, MicroBatch | None]]:
         """Micro-batches of both, (pruned, dense or None)."""
-        dense = self.dense.parts() if self.dense is not None else repeat(None)
-        return zip(self.pruned.parts(), dense, strict=False)
+        dense = self.dense.micro_batches() if self.dense is not None else repeat(None)
+        return zip(self.pruned.micro_batches(), dense, strict=False)
 
 
 class ReconstructionPasses(Passes):
@@ -52,8 +52,8 @@ class ReconstructionPasses(Passes):
         self.change: Tensor | None = None  # of what reads the stream next: D A [hidden, hidden]
 
     @torch.no_grad()
-    def decide(self) -> Outcome:
-        self.warn_of_few_tokens(widest_driver(self.reader.shapes))
+    def decide(self) -> PruneResult:
+        self.warn_of_few_tokens(widest_output_proj(self.reader.shapes))
         counts = self._counts()
         self.meter = self.meters["prune"] = Meter(self.device)
         self.copy_embeddings()
@@ -70,18 +70,20 @@ class ReconstructionPasses(Passes):
             layers.append(kept)
             scores.append(own)
         self.copy_head()
-        return UnitOutcome(Choice(layers), scores)
+        return UnitResult(KeptUnits(layers), scores)
 
     def _counts(self) -> list[dict[str, int]]:
         curves: list[ErrorCurves] | None = None
         moments: list[LayerStatistics] | None = None
-        if self.method.survey != NONE:
-            meter = self.meters["survey"] = Meter(self.device)
-            if self.method.survey == CURVES:
+        if self.method.dense_statistics != NONE:
+            meter = self.meters["calibration"] = Meter(self.device)
+            if self.method.dense_statistics == CURVES:
                 curves, self.cached = cached_curves(self.job, self.method, meter)
-            elif self.method.survey == MOMENTS:
-                moments, self.cached = cached_survey(self.job, False, meter)
-        return distributed.from_first(lambda: self.method.allocate(self.reader.shapes, self.job.ratio, curves, moments))
+            elif self.method.dense_statistics == MOMENTS:
+                moments, self.cached = cached_statistics(self.job, False, meter)
+        return distributed.broadcast_object(
+            lambda: self.method.allocate(self.reader.shapes, self.job.ratio, curves, moments)
+        )
 
     def _prune(
         self,
@@ -92,7 +94,7 @@ class ReconstructionPasses(Passes):
         counts: dict[str, int],
         advance: bool,
     ) -> tuple[Kept, UnitScores]:
-        """Choose, refit and write both modules of a layer; the streams advance past it unless it is the last."""
+        """Choose, refit and write both sublayers of a layer; the streams advance past it unless it is the last."""
         shape, family = self.reader.shapes[layer], self.reader.family
         source = dict(stored)
         stored.clear()  # the loader holds it too: what is replaced in `source` is free at once
@@ -100,48 +102,48 @@ class ReconstructionPasses(Passes):
         norms = self._next_norms(dense, layer)
         original: nn.Module | None = dense
         del dense
-        kept: Kept = {module: torch.arange(shape.units(module)) for module in MODULES}
+        kept: Kept = {sublayer: torch.arange(shape.units(sublayer)) for sublayer in SUBLAYERS}
         scores: UnitScores = {}
         bias: dict[str, Tensor] = {}
         weight: dict[str, Tensor] = {}
         block: nn.Module | None = original
-        for module in MODULES:
+        for sublayer in SUBLAYERS:
             assert original is not None
             if self.change is not None:
                 with self.meter.stage("alignment"):
-                    self._align(module, source)
+                    self._align(sublayer, source)
                 block = None
             if block is None:
                 tensors = rewrite_layer(family, source, shape, kept, bias, weight)
                 block = self.build_pruned(forward, tensors, layer, kept)
                 del tensors
-            curvature = self._observe(forward, original, block, layer, module, streams)
-            own = block.get_parameter(family.driver(module) + ".weight").data
+            second_moments = self._observe(forward, original, block, layer, sublayer, streams)
+            own = block.get_parameter(family.output_proj(sublayer) + ".weight").data
             block = None
-            if module == FFN:
+            if sublayer == FFN:
                 original = None  # the dense layer is through; what follows takes its memory
-            chosen = self._reconstruct(curvature, own, layer, module, counts[module])
-            del curvature, own
-            kept[module], scores[module] = chosen.kept, chosen.scores
+            chosen = self._reconstruct(second_moments, own, layer, sublayer, counts[sublayer])
+            del second_moments, own
+            kept[sublayer], scores[sublayer] = chosen.kept, chosen.scores
             if self.method.refits:  # else the stored columns are sliced, whatever the compute type
-                weight[module] = chosen.weight
+                weight[sublayer] = chosen.weight
             if chosen.bias is not None:
-                bias[module] = chosen.bias
+                bias[sublayer] = chosen.bias
             del chosen
             tensors = rewrite_layer(family, source, shape, kept, bias, weight)
-            if module == FFN:
+            if sublayer == FFN:
                 source.clear()
                 self.write_layer(layer, tensors, layer_entry(kept, scores))
-            if advance or module == ATTENTION:
-                # The next module reads what this one, as it is stored, puts out.
+            if advance or sublayer == ATTENTION:
+                # The next sublayer reads what this one, as it is stored, puts out.
                 block = self.build_pruned(forward, tensors, layer, kept)
                 with self.meter.stage("second forward"):
-                    self._advance(forward, block, layer, module, streams, norms.get(module))
+                    self._advance(forward, block, layer, sublayer, streams, norms.get(sublayer))
             del tensors
         return kept, scores
 
     def _next_norms(self, block: nn.Module, layer: int) -> dict[str, nn.Module]:
-        """With an alignment, by module, the norm that reads the stream after it: for the FFN the next layer's."""
+        """With an alignment, by sublayer, the norm that reads the stream after it: for the FFN the next layer's."""
         if not self.method.alignment:
             return {}
         family = self.reader.family
@@ -154,14 +156,14 @@ class ReconstructionPasses(Passes):
             norms[FFN].load_state_dict({"weight": weight}, assign=True)
         return norms
 
-    def _align(self, module: str, source: dict[str, Tensor]) -> None:
-        """W ← W (I + β D A) in `source` for the matrices that read the module's norm (`alignment_of`).
+    def _align(self, sublayer: str, source: dict[str, Tensor]) -> None:
+        """W ← W (I + β D A) in `source` for the matrices that read the sublayer's norm (`alignment_of`).
 
         In TF32: what it adds is small, and W is rounded to the stored type in the end.
         """
         change, self.change = self.change, None  # D A [hidden, hidden]
         assert change is not None
-        for matrix in self.reader.family.coupled(module):
+        for matrix in self.reader.family.input_projs(sublayer):
             stored = source[matrix + ".weight"]
             weight = stored.to(self.device, torch.float32)
             with tf32_products() if stored.dtype != torch.float32 else nullcontext():
@@ -176,9 +178,9 @@ class ReconstructionPasses(Passes):
         if advance:
             if streams.dense is not None:
                 block = build_dense(self.job, forward, stored, layer)
-                for module in MODULES:
-                    for part in streams.dense.parts():
-                        part.replace(forward.half(block, layer, module, part.value))
+                for sublayer in SUBLAYERS:
+                    for part in streams.dense.micro_batches():
+                        part.write_back(forward.run_sublayer(block, layer, sublayer, part.value))
             block = self.build_pruned(forward, tensors, layer, kept)
             self._advance(forward, block, layer, ATTENTION, streams)
             self._advance(forward, block, layer, FFN, streams, self._next_norms(block, layer).get(FFN))
@@ -189,38 +191,40 @@ class ReconstructionPasses(Passes):
         forward: LayerForward,
         block: nn.Module,
         layer: int,
-        module: str,
+        sublayer: str,
         streams: Streams,
         norm: nn.Module | None = None,
     ) -> None:
-        """The pruned stream advances past a module; the dense one is past it.
+        """The pruned stream advances past a sublayer; the dense one is past it.
 
         `norm`: the one that reads the streams next. From what it makes of both follows the change, D A
         (`alignment_of`), of the matrices behind it; it is left in `change`.
         """
         if norm is None:
-            for part in streams.pruned.parts():
-                part.replace(forward.half(block, layer, module, part.value))
+            for part in streams.pruned.micro_batches():
+                part.write_back(forward.run_sublayer(block, layer, sublayer, part.value))
             return
-        where = f"layer {layer} (after {self.reader.family.driver(module)})"
+        where = f"layer {layer} (after {self.reader.family.output_proj(sublayer)})"
         hidden_size = self.reader.shapes[layer].hidden_size
-        observer = CurvatureObserver(hidden_size, self.device, where, False, forward.allow_nonfinite)
+        observer = HessianObserver(hidden_size, self.device, where, False, forward.allow_nonfinite)
         for part, dense in streams.pairs():
             assert dense is not None
-            result = forward.half(block, layer, module, part.value)
-            part.replace(result)
+            result = forward.run_sublayer(block, layer, sublayer, part.value)
+            part.write_back(result)
             x = norm(result)
-            observer.observe_shortfall(observer.observe(x), norm(dense.value) - x)
-        self.change = alignment_of(observer.finish(), self.method.damping, where)
-        distributed.broadcast_from_first(self.change)
+            observer.observe_stream_error(observer.observe(x), norm(dense.value) - x)
+        self.change = alignment_of(observer.result(), self.method.damping, where)
+        distributed.broadcast_(self.change)
 
-    def _reconstruct(self, curvature: Curvature, weight: Tensor, layer: int, module: str, count: int) -> Reconstruction:
-        where = layer_name(self.reader.family, layer, module)
+    def _reconstruct(
+        self, second_moments: SecondMoments, weight: Tensor, layer: int, sublayer: str, count: int
+    ) -> Reconstruction:
+        where = layer_name(self.reader.family, layer, sublayer)
         with self.meter.stage("choice and refit"):
-            width = self.reader.shapes[layer].unit_width(module)
-            chosen = self.method.reconstruct(curvature, weight, count, width, where)
+            width = self.reader.shapes[layer].unit_width(sublayer)
+            chosen = self.method.reconstruct(second_moments, weight, count, width, where)
             # Devices of two kinds would round, and in a close call choose, in their own ways.
-            distributed.broadcast_from_first(chosen.kept, chosen.weight, chosen.bias, chosen.scores)
+            distributed.broadcast_(chosen.kept, chosen.weight, chosen.bias, chosen.scores)
         if chosen.damping != self.method.damping:
             self.warnings.append(
                 f"{where}: its Hessian is not positive definite with damping {self.method.damping:g}; "
@@ -234,14 +238,14 @@ class ReconstructionPasses(Passes):
         original: nn.Module,
         block: nn.Module,
         layer: int,
-        module: str,
+        sublayer: str,
         streams: Streams,
-    ) -> Curvature:
-        """Curvature on the pruned stream; the dense stream, where there is one, advances past the module."""
-        where = layer_name(self.reader.family, layer, module)
-        driver = self.reader.family.driver(module)
-        channels = block.get_parameter(driver + ".weight").shape[1]
-        observer = CurvatureObserver(channels, self.device, where, self.method.centred, forward.allow_nonfinite)
+    ) -> SecondMoments:
+        """Second moments on the pruned stream; the dense stream, where there is one, advances past the sublayer."""
+        where = layer_name(self.reader.family, layer, sublayer)
+        output_proj = self.reader.family.output_proj(sublayer)
+        channels = block.get_parameter(output_proj + ".weight").shape[1]
+        observer = HessianObserver(channels, self.device, where, self.method.centred, forward.allow_nonfinite)
         rows: list[Tensor] = []
 
         def observe(x: Tensor) -> None:
@@ -252,15 +256,15 @@ class ReconstructionPasses(Passes):
             goal = None
             if dense is not None:
                 with self.meter.stage("dense forward"):
-                    goal = forward.half(original, layer, module, dense.value)
-                    dense.replace(goal)
-            with self.meter.stage("forward and hessian"), forward.observed(block, {driver: observe}):
-                result = forward.half(block, layer, module, part.value)
+                    goal = forward.run_sublayer(original, layer, sublayer, dense.value)
+                    dense.write_back(goal)
+            with self.meter.stage("forward and hessian"), forward.observed(block, {output_proj: observe}):
+                result = forward.run_sublayer(block, layer, sublayer, part.value)
             if goal is not None:
-                with self.meter.stage("shortfall"):
-                    observer.observe_shortfall(rows.pop(), goal - result)
+                with self.meter.stage("stream error"):
+                    observer.observe_stream_error(rows.pop(), goal - result)
             rows.clear()
-        curvature = observer.finish()
+        second_moments = observer.result()
         if observer.nonfinite:
             self.nonfinite[where] = observer.nonfinite
-        return curvature
+        return second_moments

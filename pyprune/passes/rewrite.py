@@ -1,10 +1,10 @@
-"""The smaller layer: slices of the kept units and, where a method compensates, biases on the drivers."""
+"""The smaller layer: slices of the kept units and, where a method compensates, biases on the output projections."""
 
 import torch
 from torch import Tensor, nn
 
 from ..allocation.budget import Kept
-from ..architectures import FFN, MODULES, Family, LayerShape, expand
+from ..architectures import FFN, SUBLAYERS, Family, LayerShape, expand
 
 
 def rewrite_layer(
@@ -17,35 +17,34 @@ def rewrite_layer(
 ) -> dict[str, Tensor]:
     """Tensors of the pruned layer, where `tensors` are: kept rows and columns as they were, other tensors untouched.
 
-    `weight` holds, by module, the driver's new weight ([hidden_size, kept channels], any device), stored in the old
-    one's type.
-    `bias` holds, by module, what is added to the driver's bias ([hidden_size] float32); a bias made here stays
-    float32 in the checkpoint whatever the weights are, since rounding it would cost quality and saves nothing.
-    On a CPU everything is a copy: nothing keeps the file mapped that `tensors` are views of.
+    `weight` holds, by sublayer, the output projection's new weight ([hidden_size, kept channels], any device), stored
+    in the old one's type. `bias` holds, by sublayer, what is added to the output projection's bias ([hidden_size]
+    float32); a bias made here stays float32 in the checkpoint whatever the weights are, since rounding it would cost
+    quality and saves nothing. On a CPU everything is a copy: nothing keeps the file mapped that `tensors` are views of.
     """
     pruned: dict[str, Tensor] = {}
-    for module in MODULES:
-        if len(kept[module]) == shape.units(module):
+    for sublayer in SUBLAYERS:
+        if len(kept[sublayer]) == shape.units(sublayer):
             continue
         # Once to the device: each copy of indices waits for what the device is at.
-        units = kept[module].to(next(iter(tensors.values())).device)
-        for name, (dimension, index) in family.unit_rows(shape, module, units).items():
+        units = kept[sublayer].to(next(iter(tensors.values())).device)
+        for name, (dimension, index) in family.unit_slices(shape, sublayer, units).items():
             for suffix in (".weight", ".bias"):
                 if name + suffix in tensors and (suffix == ".weight" or dimension == 0):
                     tensor = tensors[name + suffix]
                     pruned[name + suffix] = tensor.index_select(dimension, index)
-    for module, new in (weight or {}).items():
-        name = family.driver(module) + ".weight"
+    for sublayer, new in (weight or {}).items():
+        name = family.output_proj(sublayer) + ".weight"
         pruned[name] = new.to(tensors[name].device, tensors[name].dtype)
     for name, tensor in tensors.items():
         if name not in pruned:
             pruned[name] = tensor.clone() if tensor.device.type == "cpu" else tensor
-    for module in MODULES:
-        if module in bias:
-            name = family.driver(module) + ".bias"
-            device = tensors[family.driver(module) + ".weight"].device
+    for sublayer in SUBLAYERS:
+        if sublayer in bias:
+            name = family.output_proj(sublayer) + ".bias"
+            device = tensors[family.output_proj(sublayer) + ".weight"].device
             own = tensors[name].float() if name in tensors else torch.zeros(shape.hidden_size, device=device)
-            pruned[name] = own + bias[module].to(device)
+            pruned[name] = own + bias[sublayer].to(device)
     return pruned
 
 
@@ -56,10 +55,10 @@ def pad_channels(family: Family, tensors: dict[str, Tensor], channels: int) -> d
     to 11059 on an H200).
     """
     padded = dict(tensors)
-    driver = family.driver(FFN) + ".weight"
-    more = channels - tensors[driver].shape[1]
+    output_proj = family.output_proj(FFN) + ".weight"
+    more = channels - tensors[output_proj].shape[1]
     if more:
-        padded[driver] = nn.functional.pad(tensors[driver], (0, more))
+        padded[output_proj] = nn.functional.pad(tensors[output_proj], (0, more))
         for name in family.gate_up:
             padded[name + ".weight"] = nn.functional.pad(tensors[name + ".weight"], (0, 0, 0, more))
             if name + ".bias" in tensors:

@@ -1,20 +1,20 @@
-"""The passes of methods that score and slice: survey and rewrite, or layer by layer on pruned inputs."""
+"""The passes of methods that score and slice: calibration pass and rewrite, or layer by layer on pruned inputs."""
 
 from torch import Tensor
 
-from ..allocation.budget import Choice, Kept, UnitScores, keep_highest
-from ..architectures import MODULES
+from ..allocation.budget import Kept, KeptUnits, UnitScores, keep_highest
+from ..architectures import SUBLAYERS
 from ..checkpoint import CheckpointWriter
 from ..forward.hidden_states import HiddenStates
 from ..forward.layer_forward import LayerForward, layer_name
 from ..job.job import Job
 from ..job.record import layer_entry
-from ..job.result import Outcome, UnitOutcome
+from ..job.result import PruneResult, UnitResult
 from ..methods import LayerStatistics, ScoringMethod
 from ..runtime import distributed
 from ..runtime.device import Meter
 from .base import Passes, build_dense, stored_layers
-from .calibrate import cached_survey, observe_layer, survey_weights
+from .calibrate import cached_statistics, observe_layer, weight_statistics
 from .rewrite import compensation_bias, rewrite_layer
 
 
@@ -25,30 +25,32 @@ class ScoringPasses(Passes):
         super().__init__(job, writer)
         self.method = method
 
-    def decide(self) -> Outcome:
+    def decide(self) -> PruneResult:
         if self.method.sequential:
-            return UnitOutcome(*self._prune_in_sequence())
-        survey = self._survey()
-        for layer, statistics in enumerate(survey):
+            return UnitResult(*self._prune_in_sequence())
+        statistics_by_layer = self._calibrate()
+        for layer, statistics in enumerate(statistics_by_layer):
             self._count_nonfinite(layer, statistics)
-        scores = self.method.scores(survey, self.reader.shapes)
-        choice = distributed.from_first(lambda: self.method.choose(scores, self.reader.shapes, self.job.ratio))
-        self._prune_by_choice(choice, scores, survey)
-        return UnitOutcome(choice, scores)
+        scores = self.method.scores(statistics_by_layer, self.reader.shapes)
+        choice = distributed.broadcast_object(lambda: self.method.choose(scores, self.reader.shapes, self.job.ratio))
+        self._prune_by_choice(choice, scores, statistics_by_layer)
+        return UnitResult(choice, scores)
 
     def _count_nonfinite(self, layer: int, statistics: LayerStatistics) -> None:
-        for module in MODULES:
-            if statistics[module].nonfinite:
-                self.nonfinite[layer_name(self.reader.family, layer, module)] = statistics[module].nonfinite
+        for sublayer in SUBLAYERS:
+            if statistics[sublayer].nonfinite:
+                self.nonfinite[layer_name(self.reader.family, layer, sublayer)] = statistics[sublayer].nonfinite
 
-    def _survey(self) -> list[LayerStatistics]:
-        meter = self.meters["survey"] = Meter(self.device)
+    def _calibrate(self) -> list[LayerStatistics]:
+        meter = self.meters["calibration"] = Meter(self.device)
         if self.job.windows is None:
-            return survey_weights(self.reader, self.device, meter, self.job.progress)
-        survey, self.cached = cached_survey(self.job, self.method.by_window, meter)
-        return survey
+            return weight_statistics(self.reader, self.device, meter, self.job.progress)
+        statistics_by_layer, self.cached = cached_statistics(self.job, self.method.by_window, meter)
+        return statistics_by_layer
 
-    def _prune_by_choice(self, choice: Choice, scores: list[UnitScores], survey: list[LayerStatistics]) -> None:
+    def _prune_by_choice(
+        self, choice: KeptUnits, scores: list[UnitScores], statistics_by_layer: list[LayerStatistics]
+    ) -> None:
         """Slice every layer as chosen beforehand; no forward."""
         meter = self.meters["prune"] = Meter(self.device)
         if self.device.type == "cuda":  # where the layers are on the device, with room: no forward runs
@@ -61,15 +63,15 @@ class ScoringPasses(Passes):
         for layer, source in stored_layers(self.job, "prune", meter, first):
             if layer in missing:
                 with meter.stage("rewrite"):
-                    pruned = self._rewritten(source, layer, choice.layers[layer], survey[layer])
+                    pruned = self._rewritten(source, layer, choice.layers[layer], statistics_by_layer[layer])
                     self.write_layer(layer, pruned, records[layer])
         self.copy_head()
 
-    def _prune_in_sequence(self) -> tuple[Choice, list[UnitScores]]:
+    def _prune_in_sequence(self) -> tuple[KeptUnits, list[UnitScores]]:
         """Score, slice and propagate layer by layer: each sees the output of the pruned layers before it."""
         meter = self.meters["prune"] = Meter(self.device)
         self.copy_embeddings()
-        counts = self.method.counts(self.reader.shapes, self.job.ratio)
+        counts = self.method.removed_counts(self.reader.shapes, self.job.ratio)
         forward, last = self.job.forward(), self.reader.layers - 1
         hidden = forward.embed()
         layers: list[Kept] = []
@@ -87,7 +89,7 @@ class ScoringPasses(Passes):
                     forward.run(self.build_pruned(forward, pruned, layer, kept), layer, hidden, {})
             del pruned  # before the next one is made
         self.copy_head()
-        return Choice(layers), scores
+        return KeptUnits(layers), scores
 
     def _chosen(
         self,
@@ -104,8 +106,8 @@ class ScoringPasses(Passes):
         del block
         self._count_nonfinite(layer, statistics)
         scores = self.method.unit_scores(statistics, self.reader.shapes[layer])
-        kept = distributed.from_first(
-            lambda: {module: keep_highest(scores[module], removed[module]) for module in MODULES}
+        kept = distributed.broadcast_object(
+            lambda: {sublayer: keep_highest(scores[sublayer], removed[sublayer]) for sublayer in SUBLAYERS}
         )
         return kept, scores, self._rewritten(source, layer, kept, statistics)
 
@@ -114,10 +116,10 @@ class ScoringPasses(Passes):
     ) -> dict[str, Tensor]:
         shape, family = self.reader.shapes[layer], self.reader.family
         bias = {}
-        if self.job.method.biased:
-            for module in MODULES:
-                weight = tensors[family.driver(module) + ".weight"].to(self.device)
-                mean = statistics[module].mean
+        if self.job.method.adds_bias:
+            for sublayer in SUBLAYERS:
+                weight = tensors[family.output_proj(sublayer) + ".weight"].to(self.device)
+                mean = statistics[sublayer].mean
                 assert mean is not None
-                bias[module] = compensation_bias(weight, mean, kept[module], shape.unit_width(module))
+                bias[sublayer] = compensation_bias(weight, mean, kept[sublayer], shape.unit_width(sublayer))
         return rewrite_layer(family, tensors, shape, kept, bias)

@@ -5,18 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.channel_statistics import DriverObserver, column_norms
-from ..calibration.second_moments import CurvatureObserver
+from ..calibration.channel_statistics import ChannelObserver, column_norms
+from ..calibration.second_moments import HessianObserver
 from ..checkpoint import CheckpointWriter
 from ..forward.hidden_states import HiddenStates
 from ..forward.layer_forward import LayerForward, Observe
 from ..job.job import Job
 from ..job.record import sparse_entry
-from ..job.result import Outcome, SparseOutcome
+from ..job.result import PruneResult, SparseResult
 from ..methods.weight_sparsity import LinearInputs, SemiStructuredMethod, inputs_of, linears_of
 from ..runtime import distributed
 from ..runtime.device import Meter
-from .base import Passes, build_dense, stored_layers, widest_driver
+from .base import Passes, build_dense, stored_layers, widest_output_proj
 
 
 class SparsifyingPasses(Passes):
@@ -27,10 +27,10 @@ class SparsifyingPasses(Passes):
         self.method = method
 
     @torch.no_grad()
-    def decide(self) -> Outcome:
+    def decide(self) -> PruneResult:
         if self.method.from_hessian:
             hidden_size = max(shape.hidden_size for shape in self.reader.shapes)
-            self.warn_of_few_tokens(max(hidden_size, widest_driver(self.reader.shapes)), "a linear layer's input")
+            self.warn_of_few_tokens(max(hidden_size, widest_output_proj(self.reader.shapes)), "a linear layer's input")
         self.meter = self.meters["prune"] = Meter(self.device)
         self.copy_embeddings()
         forward, last = self.job.forward(), self.reader.layers - 1
@@ -48,7 +48,7 @@ class SparsifyingPasses(Passes):
                     forward.run(forward.build(tensors.items(), layer), layer, hidden, {})
             del tensors  # before the next ones are made
         self.copy_head()
-        return SparseOutcome(entries)
+        return SparseResult(entries)
 
     def _sparse(
         self, forward: LayerForward, layer: int, source: dict[str, Tensor], hidden: HiddenStates
@@ -63,7 +63,7 @@ class SparsifyingPasses(Passes):
                 column_norms(weight, f"{where} ({name})")  # names NaN and Inf
             found = self.method.sparsify(family, inputs, weights, self.job.ratio, where)
             # Devices of two kinds would round, and in a close call choose, in their own ways.
-            distributed.broadcast_from_first(*(own.weight for own in found.values()))
+            distributed.broadcast_(*(own.weight for own in found.values()))
             new = {name + ".weight": own.weight for name, own in found.items()}
             tensors = {}
             for name, stored in source.items():
@@ -82,20 +82,20 @@ class SparsifyingPasses(Passes):
         for names in inputs_of(self.reader.family):
             weight, where = block.get_parameter(names[0] + ".weight").data, f"layer {layer} ({names[0]})"
             observers[names] = (
-                CurvatureObserver(weight.shape[1], self.device, where, False, forward.allow_nonfinite)
+                HessianObserver(weight.shape[1], self.device, where, False, forward.allow_nonfinite)
                 if self.method.from_hessian
-                else DriverObserver(weight, where, False, forward.allow_nonfinite)
+                else ChannelObserver(weight, where, False, forward.allow_nonfinite)
             )
         observe: dict[str, Observe] = {names[0]: observer.observe for names, observer in observers.items()}
         forward.run(block, layer, hidden, observe, advance=False)
         return [self._finished(names, observer) for names, observer in observers.items()]
 
-    def _finished(self, names: tuple[str, ...], observer: CurvatureObserver | DriverObserver) -> LinearInputs:
-        if isinstance(observer, CurvatureObserver):
+    def _finished(self, names: tuple[str, ...], observer: HessianObserver | ChannelObserver) -> LinearInputs:
+        if isinstance(observer, HessianObserver):
             assert self.job.windows is not None
-            inputs = LinearInputs(names, hessian=observer.finish().hessian.mul_(2 / len(self.job.windows)))
+            inputs = LinearInputs(names, hessian=observer.result().hessian.mul_(2 / len(self.job.windows)))
         else:
-            norms = observer.finish().input_squares().sqrt()
+            norms = observer.result().input_squares().sqrt()
             inputs = LinearInputs(names, norms=norms.to(self.device, torch.float32))
         if observer.nonfinite:
             self.nonfinite[observer.where] = observer.nonfinite

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation.budget import choose_globally, total_cost
-from ..architectures.channel_selection import FFN_MIDDLE, SELECTIONS, Selection, select_layer, width
+from ..architectures.channel_selection import FFN_MIDDLE, SELECTIONS, ChannelSelection, select_layer, width
 from ..checkpoint import CheckpointWriter
 from ..checkpoint.finite import check_finite
 from ..checkpoint.load_model import load_model
 from ..job.job import Job
 from ..job.record import selection_entry
-from ..job.result import Outcome, SelectionOutcome, UnitOutcome
+from ..job.result import PruneResult, SelectionResult, UnitResult
 from ..mask_training.budget import select
 from ..mask_training.disp_learner import SelectionLearner
 from ..mask_training.gates import GATES
@@ -60,13 +60,13 @@ class SelectionPasses(Passes):
         super().__init__(job, writer)
         self.method = method
 
-    def decide(self) -> Outcome:
+    def decide(self) -> PruneResult:
         meter = self.meters["train"] = Meter(self.device)
         with meter.layer():
             logits = self._trained()
         selections = select(self.reader.shapes, logits, self.job.ratio, self.method.round_to)
         self._write_selections(selections, logits)
-        return SelectionOutcome(selections, logits)
+        return SelectionResult(selections, logits)
 
     def _trained(self) -> list[dict[str, Tensor]]:
         """Logits of all gates after training."""
@@ -103,7 +103,7 @@ class SelectionPasses(Passes):
         )
         return prior_logits(shapes, importance, self.job.ratio, by_selection=kind == "moments")
 
-    def _write_selections(self, selections: list[Selection], logits: list[dict[str, Tensor]]) -> None:
+    def _write_selections(self, selections: list[ChannelSelection], logits: list[dict[str, Tensor]]) -> None:
         """Each layer with what is not selected cut out, and the indices of its selections."""
         meter = self.meters["prune"] = Meter(self.device)
         family = self.reader.family
@@ -125,19 +125,19 @@ class SelectionPasses(Passes):
 
 
 class PolicyPasses(ScoringPasses):
-    """Survey, keep-probabilities learned from the scores on, slices and biases as of a scoring method."""
+    """Calibration pass, keep-probabilities learned from the scores on, slices and biases as of a scoring method."""
 
     def __init__(self, job: Job, writer: CheckpointWriter, method: Policy) -> None:
         super().__init__(job, writer, method.scoring)
         self.policy = method
 
-    def decide(self) -> Outcome:
+    def decide(self) -> PruneResult:
         assert self.job.windows is not None
         shapes, ratio = self.reader.shapes, self.job.ratio
-        survey = self._survey()
-        for layer, statistics in enumerate(survey):
+        statistics_by_layer = self._calibrate()
+        for layer, statistics in enumerate(statistics_by_layer):
             self._count_nonfinite(layer, statistics)
-        start = start_logits(self.method.scores(survey, shapes), comparable=self.policy.start == "flap")
+        start = start_logits(self.method.scores(statistics_by_layer, shapes), comparable=self.policy.start == "flap")
         meter = self.meters["train"] = Meter(self.device)
         with meter.layer():
             masked, windows = masked_model(self.job), self.job.windows.to(self.device)
@@ -148,10 +148,10 @@ class PolicyPasses(ScoringPasses):
             scores = learner.scores()
             del masked, learner  # the next pass needs only a layer at a time
         choice = choose_globally(scores, shapes, ratio * total_cost(shapes))
-        self._prune_by_choice(choice, scores, survey)
-        return UnitOutcome(choice, scores)
+        self._prune_by_choice(choice, scores, statistics_by_layer)
+        return UnitResult(choice, scores)
 
 
-def index_tensors(selection: Selection, device: torch.device) -> dict[str, Tensor]:
+def index_tensors(selection: ChannelSelection, device: torch.device) -> dict[str, Tensor]:
     """The indices that a layer's forward needs, int32, named within the layer."""
     return {name: kept.to(device, torch.int32) for name, kept in selection.items() if name != FFN_MIDDLE}

@@ -18,21 +18,21 @@ from ..evaluation.roundtrip import verify_roundtrip
 from ..exporters.state_dict import check_state_dict
 from ..job.job import Job
 from ..job.record import FORMAT, dense_summary, parameter_counts, ratio_summary, versions, write_plan
-from ..job.result import Outcome
+from ..job.result import PruneResult
 from ..mask_training.training import FILE as TRAINING
 from ..passes import Passes
 from ..runtime import distributed
-from ..runtime.device import what_ran_out
+from ..runtime.device import oom_summary
 
 # Above, a pruning does not by itself load what it wrote: on a CPU that takes minutes.
 VERIFIED_BYTES = 8 << 30
 
 
-def finish(
+def finalize(
     job: Job,
     writer: CheckpointWriter,
     passes: Passes,
-    outcome: Outcome,
+    outcome: PruneResult,
 ) -> dict[str, Any]:
     """Complete the partial folder, whose shards are all written, and make it the output. Returns the plan."""
     partial = writer.partial
@@ -44,7 +44,7 @@ def finish(
     plan = _plan(job, outcome) | {
         "bytes": [job.reader.bytes, writer.tensor_bytes],
         "passes": {
-            name: meter.summary() | {"cached": name == "survey" and passes.cached}
+            name: meter.summary() | {"cached": name == "calibration" and passes.cached}
             for name, meter in passes.meters.items()
         },
         "peak_memory_bytes": max(meter.peak_memory_bytes for meter in passes.meters.values()),
@@ -62,7 +62,7 @@ def finish(
         try:
             plan["evaluation"] = _evaluate(job, partial, job.evaluation_windows)
         except (InputError, torch.OutOfMemoryError) as error:
-            reason = what_ran_out(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
+            reason = oom_summary(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
             raise InputError(
                 f"{reason}; the pruned model is complete all the same: repeat with --resume and without --evaluate"
             ) from error
@@ -76,7 +76,7 @@ def finish(
     return plan
 
 
-def _verify(job: Job, partial: Path, stored_bytes: int, outcome: Outcome) -> dict[str, Any]:
+def _verify(job: Job, partial: Path, stored_bytes: int, outcome: PruneResult) -> dict[str, Any]:
     """What a fresh process makes of the output: transformers alone where its class is a stock one."""
     if job.options.verify is False:
         return {"verified": False, "reason": "--no-verify"}
@@ -91,7 +91,7 @@ def _verify(job: Job, partial: Path, stored_bytes: int, outcome: Outcome) -> dic
         raise VerificationError(f"{error}; {partial} keeps what was written") from error
 
 
-def _plan(job: Job, outcome: Outcome) -> dict[str, Any]:
+def _plan(job: Job, outcome: PruneResult) -> dict[str, Any]:
     o = job.options
     parameters = parameter_counts(job.reader, outcome.parameters(job.reader.shapes))
     return {

@@ -1,4 +1,4 @@
-"""Survey, plan, prune: from a checkpoint folder and a text to a smaller checkpoint folder."""
+"""One run: from a checkpoint folder and a text to a smaller checkpoint folder."""
 
 import errno
 import json
@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import JOURNAL, CheckpointWriter, changes, check_free, check_space, prove_files
-from ..checkpoint.null_writer import BystanderWriter
+from ..checkpoint import JOURNAL, CheckpointWriter, changes, check_disk_space, check_output_free, prove_files
+from ..checkpoint.null_writer import NullWriter
 from ..errors import InputError, VerificationError
-from ..job.config import PruneOptions
+from ..job.config import PruneConfig
 from ..job.job import Job
 from ..job.record import FILE, whole_plan
 from ..mask_training.training import FILE as TRAINING
 from ..methods import LearnedMethod
 from ..passes import make_passes
 from ..runtime import distributed
-from ..runtime.device import memory_limit, what_ran_out
+from ..runtime.device import memory_limit, oom_summary
 from ..runtime.environment import split
 from ..runtime.faults import explain
 from ..runtime.progress import Progress, silent
-from .finalize import finish
+from .finalize import finalize
 
 
-def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
+def prune(options: PruneConfig, progress: Progress = silent) -> dict[str, Any]:
     """Prune a checkpoint; returns the plan (what was written to plan.json).
 
     Raises InputError for anything wrong with the arguments or the input; then nothing is left behind. A run
@@ -37,7 +37,7 @@ def prune(options: PruneOptions, progress: Progress = silent) -> dict[str, Any]:
     """
     finished = options.resume and (options.output / FILE).is_file()
     if not finished:
-        check_free(options.output)  # before the windows, which may cost a whole model's sampling
+        check_output_free(options.output)  # before the windows, which may cost a whole model's sampling
     threads = torch.get_num_threads()
     try:
         job = Job(options, progress)
@@ -62,10 +62,10 @@ def _run(job: Job) -> dict[str, Any]:
                     writer.discard()
                 raise
             plan: dict[str, Any] = {}
-            with distributed.first_ahead():
-                if distributed.is_first():
-                    plan = finish(job, writer, passes, outcome)
-            return distributed.from_first(lambda: plan)
+            with distributed.main_process_first():
+                if distributed.is_main_process():
+                    plan = finalize(job, writer, passes, outcome)
+            return distributed.broadcast_object(lambda: plan)
     except BaseException:
         writer.settle()
         if fresh and not _worth_resuming(writer):
@@ -96,7 +96,7 @@ def _explained(job: Job, writer: CheckpointWriter) -> Iterator[None]:
         raise InputError(f"{error.filename}: {error.strerror}; {_kept(writer)}repeat{_resuming(writer)}") from error
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"{job.device}: out of memory: {what_ran_out(error)}; {_kept(writer)}free some and "
+            f"{job.device}: out of memory: {oom_summary(error)}; {_kept(writer)}free some and "
             f"repeat{_resuming(writer)}, or start anew with a smaller --device-memory"
         ) from error
     except (MemoryError, RuntimeError) as error:
@@ -155,16 +155,16 @@ def _writer(job: Job) -> CheckpointWriter:
     output, reader = job.options.output, job.reader
     # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
     shards = reader.layers + 2
-    if not distributed.is_first():
-        return BystanderWriter(output, shards, distributed.from_first(dict))
+    if not distributed.is_main_process():
+        return NullWriter(output, shards, distributed.broadcast_object(dict))
     source: dict[str, Any] = {"files": job.source_files, "digests": {}}
     if isinstance(job.method, LearnedMethod) and not job.begun:
         source["digests"] = reader.all_digests()  # training sees the whole model, and its state may outlive a kill
     writer = CheckpointWriter(output, shards, job.identity, job.options.resume, source)
     try:
-        check_space(writer.output, _bytes_to_write(job, writer))
+        check_disk_space(writer.output, _bytes_to_write(job, writer))
         _compare_source(job, writer)
-        distributed.from_first(lambda: writer.done)
+        distributed.broadcast_object(lambda: writer.done)
     except BaseException:
         writer.close()
         raise

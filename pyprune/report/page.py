@@ -12,7 +12,7 @@ from . import plots as plots
 from .quantities import kinds
 from .sparse import is_sparse, losses, zero_shares
 
-PASSES = ("survey", "train", "prune")  # in the order in which they are shown
+PASSES = ("calibration", "train", "prune")  # in the order in which they are shown
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -206,7 +206,7 @@ def _passes_table(plan: dict[str, Any]) -> str:
 
 
 def _pass_plots(plan: dict[str, Any]) -> str:
-    runs = {name: plan["passes"][name]["layers"] for name in ("survey", "prune") if plan["passes"].get(name)}
+    runs = {name: plan["passes"][name]["layers"] for name in ("calibration", "prune") if plan["passes"].get(name)}
     runs = {name: layers for name, layers in runs.items() if layers}
     if not runs:
         return ""

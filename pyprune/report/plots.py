@@ -85,7 +85,7 @@ def _score_scale(axes: Axes, values: np.ndarray) -> None:
 
 def per_pass(values: Mapping[str, Sequence[float]], unit: str) -> str:
     """Bars side by side: one value per layer for each pass."""
-    colors = {"survey": ATTENTION, "prune": PRUNE}
+    colors = {"calibration": ATTENTION, "prune": PRUNE}
     with matplotlib.rc_context(STYLE):
         figure, axes = _layer_axes(max(len(heights) for heights in values.values()), height=2.3)
         width = 0.8 / len(values)

@@ -54,7 +54,7 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def whole_memory(device: torch.device) -> int:
+def usable_memory(device: torch.device) -> int:
     """Bytes that a run may take of the device: of a CPU's all, of a GPU's what is free beside what the caller holds."""
     if device.type == "cuda":
         release_cache(device)
@@ -106,7 +106,7 @@ def check_room(device: torch.device, limit: int, held: int, free: int) -> None:
         )
 
 
-def what_ran_out(error: torch.OutOfMemoryError) -> str:
+def oom_summary(error: torch.OutOfMemoryError) -> str:
     """The first sentence of PyTorch's paragraph."""
     return str(error).split(". ")[0]
 
@@ -179,7 +179,7 @@ class Meter:
         }
 
 
-def tune_allocators() -> None:
+def configure_allocators() -> None:
     """Settings of the whole process that keep its memory small: for the program to make, not for a library.
 
     glibc gives every freed block of a megabyte or more back to the system at once. By default it raises that size to

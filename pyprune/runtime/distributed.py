@@ -130,7 +130,7 @@ def process_group() -> Iterator[None]:
     _group, stopped = _Group(), False
     try:
         with ExitStack() as quiet:
-            if not is_first():
+            if not is_main_process():
                 quiet.enter_context(redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
                 logging.getLogger(__package__).setLevel(logging.ERROR)
             yield
@@ -167,12 +167,12 @@ def world_size() -> int:
     return 1 if _group is None else _group.size
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
 
 
-def own_device(name: str) -> torch.device:
+def local_device(name: str) -> torch.device:
     """`select_device`; in several processes `auto` and `cuda` are a device for each, which is then the current one.
 
     InputError as there, and for more processes than devices, or one device for all.
@@ -198,11 +198,11 @@ def check_windows(count: int) -> None:
     if count < world_size():
         raise InputError(
             f"{count} windows for {world_size()} processes: each needs one; "
-            "start fewer processes, or ask for more windows (--samples, --survey-samples)"
+            "start fewer processes, or ask for more windows (--samples, --allocation-samples)"
         )
 
 
-def own_windows(windows: Tensor) -> Tensor:
+def local_windows(windows: Tensor) -> Tensor:
     """This process's block of windows [N, tokens], a view; sizes differ by one at most. InputError: too few."""
     check_windows(len(windows))
     return windows.tensor_split(world_size())[rank()] if _group else windows
@@ -220,7 +220,7 @@ def all_reduce_(*tensors: Tensor | None) -> None:
                 _exchange(dist.all_reduce, tensor)
 
 
-def totals(*counts: int) -> list[int]:
+def all_reduce_sum(*counts: int) -> list[int]:
     """The sum of each count over all processes."""
     if _group is None:
         return list(counts)
@@ -229,7 +229,7 @@ def totals(*counts: int) -> list[int]:
     return sums.tolist()
 
 
-def smallest(number: int) -> int:
+def all_reduce_min(number: int) -> int:
     """The least of all processes' numbers."""
     if _group is None:
         return number
@@ -239,7 +239,7 @@ def smallest(number: int) -> int:
     return int(least)
 
 
-def gathered(rows: Tensor) -> Tensor:
+def all_gather_rows(rows: Tensor) -> Tensor:
     """The rows [own, ...] of every process below each other, in the order of ranks: [all, ...]."""
     if _group is None:
         return rows
@@ -253,7 +253,7 @@ def gathered(rows: Tensor) -> Tensor:
     return everything
 
 
-def broadcast_from_first(*tensors: Tensor | None) -> None:
+def broadcast_(*tensors: Tensor | None) -> None:
     """Overwrite every tensor by the first process's, whose shape and type it has; None is passed over."""
     if _group is not None:
         _group.meet()
@@ -265,27 +265,27 @@ def broadcast_from_first(*tensors: Tensor | None) -> None:
                     tensor.copy_(whole)
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast_object(make: Callable[[], T]) -> T:
     """What `make` returns in the first process, which alone calls it: something small that can be pickled."""
     if _group is None:
         return make()
-    box = [make()] if is_first() else [None]
+    box = [make()] if is_main_process() else [None]
     _group.meet()
     _exchange(dist.broadcast_object_list, box, 0, device=torch.device("cpu"))
     return box[0]  # type: ignore[return-value]
 
 
 @contextmanager
-def first_ahead() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The first process does what is within it before the others do, however long it takes."""
     if _group is None:
         yield
         return
     meeting = _group.next_meeting()
-    if not is_first():
+    if not is_main_process():
         _group.wait_for(meeting, math.inf)
     yield
-    if is_first():
+    if is_main_process():
         _group.store.set(meeting, "")
 
 

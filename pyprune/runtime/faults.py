@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import InputError, VerificationError
-from .device import what_ran_out
+from .device import oom_summary
 from .files import reason_of
 
 _MEMORY = "out of memory{limit}: free some, or ask for less (fewer --samples, a shorter --sequence-length)"
@@ -68,7 +68,7 @@ def _click(error: BaseException) -> tuple[str, int]:
 
 def _device(error: BaseException) -> tuple[str, int]:
     assert isinstance(error, torch.OutOfMemoryError)
-    return f"the device is out of memory: {what_ran_out(error)}; free some, or give --device-memory", 2
+    return f"the device is out of memory: {oom_summary(error)}; free some, or give --device-memory", 2
 
 
 def _system(error: BaseException) -> tuple[str, int]:

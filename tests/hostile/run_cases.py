@@ -211,10 +211,10 @@ def kept_file(pattern: str, change: Change) -> Damage:
 
 # Where each scene keeps the tensors that the next run reads.
 FILES = {
-    "cached": ".pyprune-cache/survey-*.safetensors",
+    "cached": ".pyprune-cache/calibration-*.safetensors",
     "cached-obs": ".pyprune-cache/curves-*.safetensors",
     "cached-text": ".pyprune-cache/text-*.safetensors",
-    "surveyed": ".pyprune-cache/survey-*.layers/layer-00000.safetensors",
+    "surveyed": ".pyprune-cache/calibration-*.layers/layer-00000.safetensors",
     "curved": ".pyprune-cache/curves-*.layers/layer-00000.safetensors",
     "trained": "out.partial/training.safetensors",
 }

@@ -212,7 +212,7 @@ INDEX_HARMLESS: dict[str, Damage] = {
     "metadata-wrong": index(lambda document: document.update(metadata={"total_size": -1})),
     "more-keys": index(lambda document: document.update(weight_format=[1, 2])),
 }
-PLACES: tuple[Place, ...] = (("weight_map",), ("metadata",), ("weight_map", DOWN))
+HOOK_POINTS: tuple[Place, ...] = (("weight_map",), ("metadata",), ("weight_map", DOWN))
 HEADER_PLACES: tuple[Place, ...] = ((DOWN, "dtype"), (DOWN, "shape"), (DOWN, "data_offsets"), (DOWN,), (EMBEDDINGS,))
 # More than is needed, and no harm in it.
 SPARE = ("entry-extra", "1e5-tensors", "metadata-large")
@@ -255,7 +255,7 @@ def indices() -> Iterator[Case]:
         yield Case(f"index-{name}", damage, prune("flap"), scene="sharded", expected=SAME)
     for name, change in WHOLE.items():
         yield Case(f"index-{name}", by(change, INDEX), next(commands), scene="sharded", generated=True)
-    for name, change in value_damages(PLACES, 12, "index"):
+    for name, change in value_damages(HOOK_POINTS, 12, "index"):
         yield Case(
             f"index-value-{name.replace(DOWN, 'a-tensor')}",
             by(change, INDEX),

@@ -11,7 +11,7 @@ from config_cases import by
 from documents import DEEP, WHOLE, Place, value_damages
 
 TOKENIZER, SETTINGS, GENERATION = (f"model/{n}.json" for n in ("tokenizer", "tokenizer_config", "generation_config"))
-PLACES: tuple[Place, ...] = (
+HOOK_POINTS: tuple[Place, ...] = (
     ("model",), ("model", "vocab"), ("model", "merges"), ("model", "type"), ("added_tokens",),
     ("added_tokens", 0, "id"),
     ("pre_tokenizer",), ("post_processor",), ("decoder",), ("version",), ("truncation",), ("normalizer",),
@@ -119,7 +119,7 @@ def texts() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     commands = cycle((prune("flap"), evaluate(), export("gguf"), prune("wanda-sp"), export("padded"), plan()))
     readers = cycle((prune("flap"), evaluate(), export("gguf")))
-    damaged = ((TOKENIZER, PLACES, 36, readers), (SETTINGS, SETTING_PLACES, 20, readers))
+    damaged = ((TOKENIZER, HOOK_POINTS, 36, readers), (SETTINGS, SETTING_PLACES, 20, readers))
     for file, places, count, own in (*damaged, (GENERATION, GENERATION_PLACES, 9, commands)):
         kind = file.removeprefix("model/").removesuffix(".json")
         for name, change in (*WHOLE.items(), *value_damages(places, count, kind)):

@@ -12,7 +12,8 @@ from pathlib import Path
 from time import monotonic
 
 from fork_client import Ended, ForkServer
-from make_checkpoint import make_checkpoint
+
+from pyprune.testing.random_checkpoint import make_checkpoint
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "models" / "llama-6m-gqa"
 LONGEST = 120.0  # seconds: a command that takes longer hangs

@@ -1,4 +1,4 @@
-"""Channel moments: of a driver's inputs, against torch.var_mean and FLAP's running update."""
+"""Channel moments: of an output projection's inputs, against torch.var_mean and FLAP's running update."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def problem(rows: int, channels: int, device: torch.device) -> Problem:
 
 def cases(model: Model, scale: Scale) -> Iterator[Case]:
     rows = scale.statistics
-    for place, channels in model.drivers().items():
+    for place, channels in model.output_projs().items():
         # Read once; two sums of a tile, a difference and a square. Mean and M2 are read and written.
         work = Work(2 * rows * channels + 16 * channels, 4 * rows * channels)
         yield Case(

@@ -1,4 +1,4 @@
-"""Choosing a fifth of a driver's channels and refitting the rest; the first inverse, which all share, is not timed."""
+"""Removal of a fifth of an output projection's channels with a refit; the shared first inverse is not timed."""
 
 from __future__ import annotations
 

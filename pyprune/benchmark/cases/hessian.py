@@ -1,4 +1,4 @@
-"""Hessian accumulation, H += XᵀX of a driver's inputs in bfloat16, and its completion to both triangles."""
+"""Hessian accumulation, H += XᵀX of an output projection's inputs in bfloat16, and its completion to both triangles."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def finish_problem(channels: int, device: torch.device) -> Problem:
 
 def cases(model: Model, scale: Scale) -> Iterator[Case]:
     rows = scale.statistics
-    for place, channels in model.drivers().items():
+    for place, channels in model.output_projs().items():
         triangle = channels * (channels + 1) // 2
         work = Work(2 * rows * channels + 8 * triangle, 2 * rows * triangle, "bfloat16")
         where = f"{model.name}-{place}"
@@ -170,7 +170,7 @@ def cases(model: Model, scale: Scale) -> Iterator[Case]:
 
 
 def finish_cases(model: Model, scale: Scale) -> Iterator[Case]:
-    for place, channels in model.drivers().items():
+    for place, channels in model.output_projs().items():
         work = Work(4 * channels * channels, 0)  # one triangle is read, the other written
         make = partial(finish_problem, channels)
         yield Case("hessian_finish", f"{model.name}-{place}", f"{channels}x{channels}", torch.float32, work, make)

@@ -130,7 +130,7 @@ def factor_problem(channels: int, device: torch.device) -> Problem:
 def cases_of(
     operator: str, model: Model, work: Callable[[int], Work], problem: Callable[..., Problem]
 ) -> Iterator[Case]:
-    for place, channels in model.drivers().items():
+    for place, channels in model.output_projs().items():
         size = f"{channels}x{channels}"
         make = partial(problem, channels)
         yield Case(operator, f"{model.name}-{place}", size, torch.float32, work(channels), make)

@@ -1,5 +1,5 @@
-"""Two of every four weights of a driver to zero, the rest refitted; the factor of the inverse, which all share, is not
-timed."""
+"""Two of every four weights of an output projection to zero, the rest refitted; the factor of the inverse, which all
+share, is not timed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Make a checkpoint of any size with random weights, for tests and benchmarks that need no trained model.
 
-    python benchmarks/make_checkpoint.py OUT --shape llama-2-7b
-    python benchmarks/make_checkpoint.py OUT --family qwen3 --hidden-size 1024 --layers 8 --heads 16
+    python -m pyprune.testing.random_checkpoint OUT --shape llama-2-7b
+    python -m pyprune.testing.random_checkpoint OUT --family qwen3 --hidden-size 1024 --layers 8 --heads 16
 
 Weights are made and written layer by layer, so a checkpoint may be larger than the memory. They are made on the GPU
 where there is one (`--device`), while the layer before is written: the disk sets the pace. The same seed gives the
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from pyprune.benchmark.models import SHAPES
+from ..benchmark.models import SHAPES
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

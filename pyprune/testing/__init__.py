@@ -1,0 +1,1 @@
+"""For tests and benchmarks: random checkpoints of any size."""
