@@ -46,7 +46,7 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def dist(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the wheel and the source archive, built once with the installed tools and no network."""
     for requirement in PROJECT["optional-dependencies"]["wheel"]:
         tool = requirement.split(">=")[0]
@@ -55,8 +55,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     if shutil.which("make") is None:
         pytest.skip("there is no make on this machine")
     base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "dist"
-    # Two workers would write into one build folder.
+    # Two workers of pytest-xdist would write into one build folder.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "dist"
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
