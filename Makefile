@@ -1,8 +1,8 @@
 # make demo: prune the built-in model, evaluate before and after, write the report.
 # make test: every test, two at a time.
 # make test-fast: the same without the slow ones.
+# make wheel: the source archive and the wheel for $(PYTHON) in dist/, with the CPU and the CUDA core; without PyTorch.
 # make torture: every hostile input, 200 signals and 28 races: half an hour. All set up their own environment first.
-# make wheel: the source archive and the wheel for $(PYTHON) in dist/, with the CPU and the CUDA core; no PyTorch needed.
 PYTHON ?= python3
 VENV ?= .venv
 # The version that the tests ran with. On a machine without a GPU a CPU build of it is enough.
