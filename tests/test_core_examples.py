@@ -46,6 +46,7 @@ def hessian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "hessian"
 
 
+@pytest.mark.slow
 def test_moments_from_cpp(tmp_path: Path) -> None:
     compiler = program(os.environ.get("CXX") or "g++")
     flags = "-std=c++20 -O2 -pthread -Wall -Wextra -Werror"
@@ -57,6 +58,7 @@ def test_moments_from_cpp(tmp_path: Path) -> None:
         assert run.returncode == 0 or b"cannot run on this processor" in run.stderr
 
 
+@pytest.mark.slow
 def test_hessian_is_compiled_and_linked(hessian: Path) -> None:
     """What it reports where there is no driver is CUDA's own text."""
     assert os.access(hessian, os.X_OK)

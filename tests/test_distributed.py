@@ -111,6 +111,7 @@ def test_two_processes_prune_as_one_does(model: Path, text: Path, tmp_path: Path
             assert torch.equal(tensors[name], single), name
 
 
+@pytest.mark.slow
 def test_three_processes_share_one_survey(model: Path, text: Path, tmp_path: Path) -> None:
     """7 windows over three (3, 2, 2); the cached survey answers for three processes, not for one."""
     for name, processes, cached in (("a", 3, False), ("b", 3, True), ("c", 1, False)):
@@ -141,6 +142,7 @@ def test_wrong_input_is_one_line(model: Path, text: Path, tmp_path: Path) -> Non
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["flap", "wanda-sp", "obs"])
 def test_bad_activations_are_one_line(model: Path, text: Path, tmp_path: Path, method: str) -> None:
     bad = overflowing(model, tmp_path / "bad")
@@ -166,6 +168,7 @@ def fail_in_a_layer() -> None:
     CurvatureObserver.finish = fail  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_failure_of_one_process_ends_the_others(model: Path, text: Path, tmp_path: Path) -> None:
     """In the middle, where the first one waits for sums: it keeps what it wrote, since the other one says why."""
     more = ("--method", "slimgpt")
@@ -205,6 +208,7 @@ def die_in_the_survey() -> None:
     LayerLog.write = die  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "die"),
     [
@@ -243,6 +247,7 @@ def test_resume_after_a_kill(model: Path, text: Path, tmp_path: Path, method: st
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_torchrun(model: Path, tmp_path: Path) -> None:
     """The command as it is typed, on text that the first process samples, with an evaluation; then a wrong one."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

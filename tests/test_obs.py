@@ -223,6 +223,7 @@ def test_what_reads_the_stream_is_fitted_to_its_change(
     assert torch.equal(after["self_attn.k_proj.weight"], before["self_attn.k_proj.weight"][rows])
 
 
+@pytest.mark.slow
 def test_obs_beats_slimgpt_and_flap_on_a_trained_model(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

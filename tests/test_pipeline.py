@@ -30,6 +30,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits
 
 
+@pytest.mark.figures
 def test_flap_end_to_end(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "pruned"
     outcome = run(capsys, "prune", demo_model, output, "--ratio", 0.3, *SMALL, "--json",
@@ -242,6 +243,7 @@ def test_allow_nonfinite_counts_them_as_zero(
     assert "64 NaN or Inf activations in layer 1 (mlp.down_proj)" in outcome.out
 
 
+@pytest.mark.slow
 def test_what_pyprune_wrote_can_be_pruned_again(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

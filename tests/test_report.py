@@ -13,6 +13,7 @@ import pytest
 from pyprune import InputError, report_plots
 from pyprune.report import write_report
 
+pytestmark = pytest.mark.figures
 SVG = "{http://www.w3.org/2000/svg}"
 
 

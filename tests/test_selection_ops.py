@@ -155,6 +155,7 @@ def test_nan_stays_in_its_row(device: str) -> None:
 
 if not INTERPRETED:
 
+    @pytest.mark.slow
     def test_in_the_interpreter() -> None:
         run_interpreted(__file__)
 
@@ -295,6 +296,7 @@ if not INTERPRETED:
         assert torch.equal(found[-1:], expected)
         assert not found[:-1].any()
 
+    @pytest.mark.slow
     def test_the_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
         output = tmp_path / "selection.json"
         sizes = ("--hidden", "64", "--tokens", "8", "--repeat", "2", "--device", "cpu")
