@@ -146,6 +146,7 @@ def test_page_shows_the_runs(measured: Measured, tmp_path: Path) -> None:
     assert "prune: other" in (plots / "seconds.svg").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.figures
 def test_page_is_made_from_the_committed_results(tmp_path: Path) -> None:
     made = page.make_page(ROOT / "benchmarks" / "results", tmp_path / "plots")
