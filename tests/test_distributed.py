@@ -79,7 +79,9 @@ def text(tmp_path: Path) -> Path:
     return text
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m if m in ("flap", "obs") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_two_processes_prune_as_one_does(model: Path, text: Path, tmp_path: Path, method: str) -> None:
     """Sums over two blocks of windows (4 and 3) round otherwise than one over all, by some ε = 2⁻²⁴ of their size.
 

@@ -133,7 +133,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda-sp"])
+@pytest.mark.parametrize("method", ["magnitude", pytest.param("wanda-sp", marks=pytest.mark.slow)])
 def test_uniform_result_loads_without_pyprune(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
@@ -178,6 +178,7 @@ def test_wanda_sp_sees_the_pruned_prefix(demo_model: Path, tmp_path: Path, capsy
     assert not set(lowest.tolist()) & set(plan["layers"][2]["intermediate_channels"])
 
 
+@pytest.mark.slow
 def test_half_precision_models_and_computation(
     tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_model: Path
 ) -> None:

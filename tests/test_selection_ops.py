@@ -189,6 +189,7 @@ if not INTERPRETED:
         assert none.shape == rms_norm_gather(residual[:, :0], weight, EPS, index).shape == (2, 0, 20)
         scatter_add_(residual[:, :0], update[:, :0], update_index)
 
+    @pytest.mark.slow
     @each_device
     def test_opcheck(device: str) -> None:
         residual, update, update_index, weight, index = case(device)
