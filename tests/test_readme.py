@@ -31,6 +31,8 @@ def test_make_targets() -> None:
     assert subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, check=True).returncode == 0
 
 
+@pytest.mark.figures
+@pytest.mark.slow
 def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
@@ -44,6 +46,7 @@ def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert shown.returncode == 0, shown.stderr
 
 
+@pytest.mark.slow
 def test_benchmarks_explain_themselves() -> None:
     named = {words[1] for words in commands() if words[0] == "python"}
     assert named
