@@ -290,7 +290,7 @@ def test_a_hessian_that_needs_more_damping_is_reported(
 ) -> None:
     """No real Hessian is indefinite, so one is made so: by a negative eigenvalue of 5 % of its diagonal's mean."""
     model = tiny_checkpoint(family="llama", dtype="float32", layers=2, tokenizer=demo_model)
-    finish = HessianObserver.finish
+    finish = HessianObserver.result
 
     def spoiled(self: HessianObserver, share: float) -> Any:
         second_moments = finish(self)
