@@ -1,7 +1,6 @@
 """`pyprune benchmark`: every operator's rows on a CPU, correctness before time, interruption, one-line errors."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +12,12 @@ from command_line import run
 from torch import Tensor
 
 from pyprune.benchmark import results, runner
-from pyprune.benchmark.case import FULL, SMALL, Contestant, Problem, forced
+from pyprune.benchmark.case import FULL, SMALL, Contestant, Problem
 from pyprune.benchmark.cases import layer_steps
 from pyprune.benchmark.catalogue import MODELS, OPERATORS, case_named, catalogue, choose_cases
 from pyprune.benchmark.rates import Rates, Work
 from pyprune.benchmark.runner import Runner
 from pyprune.benchmark.timing import LEAST_REPEAT, Timer
-from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE
 
 CPU = torch.device("cpu")
 NORM = "rms_norm/tiny/1024x64/bf16"
@@ -288,16 +286,6 @@ def test_repetitions_follow_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert timing.repeat == expected
         assert calls == ["prepare", "call"] * expected
         assert timing.low == timing.median == timing.high == pytest.approx(1e6 * seconds)
-
-
-def test_backend_is_forced_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
-    with forced("cpu"):
-        assert os.environ[ENVIRONMENT_VARIABLE] == "cpu"
-        with forced(None):
-            assert ENVIRONMENT_VARIABLE not in os.environ
-        assert os.environ[ENVIRONMENT_VARIABLE] == "cpu"
-    assert os.environ[ENVIRONMENT_VARIABLE] == "triton"
 
 
 def test_without_its_yardstick_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:

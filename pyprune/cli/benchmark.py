@@ -79,7 +79,7 @@ def make_page(files: tuple[Path, ...], output: Path | None) -> None:
 def choose(device: Any, options: dict[str, Any]) -> list[Any]:
     """The cases of a run, each with somebody of ours to compete."""
     from ..benchmark.catalogue import case_named, choose_cases
-    from ..ops.dispatch import BACKENDS
+    from ..ops.declaration import BACKENDS
 
     wanted = split_names(options["backend_names"])
     for name in wanted:

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...ops import eliminate, lower_gram, refit
+from ...ops import eliminate, lower_gram, refit, use_backend
 from ...ops.eliminate import Elimination, launch_reference
 from ...ops.precision import exact_float32
-from ..case import OTHER, Case, Contestant, Errors, Problem, Scale, forced, normal
+from ..case import OTHER, Case, Contestant, Errors, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 from .inverse import PROBE_ROWS, damped_hessian
@@ -60,7 +60,7 @@ def problem(channels: int, outputs: int, count: int, device: torch.device) -> Pr
     a = torch.empty_like(first_inverse)
 
     def own() -> Refitted:
-        with forced(None):  # it is the elimination whose backend is told
+        with use_backend(None):  # it is the elimination whose backend is told
             gram = lower_gram(weight)
         return refitted_by(eliminate(a, gram, count), weight)
 
