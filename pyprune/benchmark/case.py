@@ -63,6 +63,8 @@ class Scale:
 
 
 FULL, SMALL = Scale("full", 32768, 16384), Scale("small", 2048, 1024)
+# `where` of a row whose size is no model's.
+SWEEP = "sweep"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Case:
 
     @property
     def measures(self) -> tuple[str, str, torch.dtype, Work]:
-        """Equal in cases that differ in the model's name alone."""
+        """Equal in cases of models that differ in the model's name alone."""
         return self.operator, self.size, self.dtype, self.work
 
     def backends(self, device: torch.device, wanted: tuple[str, ...] = ()) -> list[str]:
