@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import write_report
+from common import write_report
 from floors import disk_rates, drop_page_cache, forward_seconds
 from generated import prune_counted, prune_generated
 from layer_profile import LayerProfile

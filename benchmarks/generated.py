@@ -21,7 +21,7 @@ from pyprune.checkpoint.shard_file import _host_bytes
 from pyprune.job.config import PruneConfig
 from pyprune.job.job import Job
 from pyprune.passes import make_passes
-from pyprune.pipeline.finalize import finish
+from pyprune.pipeline.finalize import finalize
 from pyprune.pipeline.run import prune
 from pyprune.runtime.device import memory_limit
 from pyprune.runtime.progress import Progress
@@ -132,7 +132,7 @@ def prune_generated(options: PruneConfig, progress: Progress) -> tuple[dict[str,
     writer.begin()
     with memory_limit(job.device, options.device_memory):
         outcome = passes.execute()
-    plan = finish(job, writer, passes, outcome)
+    plan = finalize(job, writer, passes, outcome)
     return plan, traffic(job.loaders, writer)
 
 

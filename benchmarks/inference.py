@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import prepare_device, run_table
+from common import prepare_device, run_table
 from inference_layouts import LAYOUTS, layouts
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel

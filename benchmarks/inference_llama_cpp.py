@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contest import run_table
+from common import run_table
 
 from pyprune.benchmark.machine import describe_machine, installed_version
 from pyprune.checkpoint import CheckpointReader

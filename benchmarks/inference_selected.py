@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import prepare_device, run_table
+from common import prepare_device, run_table
 from inference import DTYPES, MODES, build, release, timed
 
 from pyprune.architectures import LayerShape, family_of

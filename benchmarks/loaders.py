@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import write_report
+from common import write_report
 from safetensors.torch import save_file
 
 from pyprune.benchmark.machine import describe_machine, installed_version

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import write_report
+from common import write_report
 from end_to_end import METHODS, checkpoint_of, write_text
 from floors import drop_page_cache
 from safetensors.torch import load_file

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from contest import contest_parser, prepare_device, run_table
+from common import benchmark_parser, prepare_device, run_table
 from inference import build, release
 
 from pyprune.architectures import SUBLAYERS, family_of
@@ -106,7 +106,7 @@ HEAD = "method   activations  s a step  h/10000  peak, GB predicted"
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = contest_parser(__doc__, "10")
+    parser = benchmark_parser(__doc__, "10")
     parser.add_argument("shape", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("--sequence-length", type=int, default=2048)
     return parser

@@ -1,14 +1,14 @@
 """Tests of an operator on every backend that this machine has."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 import torch
 
-from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, Problem, unmet_requirement
+from pyprune.ops import use_backend
+from pyprune.ops.dispatch import unmet_requirement
+from pyprune.ops.requirements import Problem
 
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -34,5 +34,5 @@ def forced_backend(
     unmet = unmet_requirement(operator, backend, problem)
     if unmet is not None:
         pytest.skip(unmet.reason(problem))
-    with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: backend}):
+    with use_backend(backend):
         yield

@@ -1,15 +1,23 @@
 """The table that chooses a backend: its predicates, forcing, the error lines, and that a fallback is seen."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pyprune.errors import InputError
-from pyprune.ops import describe, describe_installation
-from pyprune.ops import dispatch as backends
-from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, Problem, choose, eligible_backends, unmet_requirement
+from pyprune.ops import Hessian, describe, describe_installation, dispatch, requirements, use_backend
+from pyprune.ops.declaration import BACKENDS, OPERATORS, VERSIONS, Kernel, Operator
+from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, choose, eligible_backends, unmet_requirement
+from pyprune.ops.requirements import ON_CPU, ON_NVIDIA_GPU, Problem, core_targets
 
 OPERATOR = "channel_moments"
 CPU = torch.device("cpu")
@@ -27,10 +35,10 @@ class Installation:
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: self.capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
-        monkeypatch.setattr(backends, "import_optional", self.import_optional)
-        monkeypatch.setattr(backends, "core_build_info", lambda: self.build)
+        monkeypatch.setattr(requirements, "import_optional", self.import_optional)
+        monkeypatch.setattr(requirements, "core_build_info", lambda: self.build)
         monkeypatch.setenv("CC", "cc")
-        backends.warn_once.cache_clear()
+        dispatch.warn_once.cache_clear()
 
     def import_optional(self, name: str) -> tuple[SimpleNamespace | None, str]:
         if name in self.modules:
@@ -131,7 +139,7 @@ def test_sizes_past_int32(installation: Installation) -> None:
     ],
 )
 def test_targets_that_a_device_runs(capability: tuple[int, int], runnable: list[str]) -> None:
-    assert backends.core_targets(capability, ["sm_80", "sm_90a", "compute_80"]) == runnable
+    assert core_targets(capability, ["sm_80", "sm_90a", "compute_80"]) == runnable
 
 
 def test_forcing(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,21 +203,168 @@ def test_describe_lists_every_dtype_with_reasons(installation: Installation, mon
     }
     assert rows["cpu", "bfloat16"].backend == "cpu"
     assert rows["cuda:0", "float64"].backend == "reference"
-    first_choice = backends.PREFERENCE[OPERATOR, "cuda"][0]
+    first_choice = next(iter(OPERATORS[OPERATOR].kernels))
     assert rows["cuda:0", "bfloat16"].backend == first_choice
-    assert set(rows["cuda:0", "bfloat16"].reasons) == set(backends.BACKENDS) - {first_choice}
+    assert set(rows["cuda:0", "bfloat16"].reasons) == set(BACKENDS) - {first_choice}
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")
-    forced = {(row.device, row.dtype): row for row in describe()}
+    forced = {(row.device, row.dtype): row for row in describe() if row.operator == OPERATOR}
     assert forced["cuda:0", "bfloat16"].backend == "none"
     assert forced["cuda:0", "bfloat16"].reasons["cpu"] == "the input is on cuda:0"
 
 
-def test_every_preference_ends_with_the_reference() -> None:
-    """So that a choice always exists."""
-    for (operator, _), order in backends.PREFERENCE.items():
-        assert order[-1] == "reference"
-        assert backends.REQUIREMENTS[operator]["reference"] == ()
-        assert set(order) <= set(backends.REQUIREMENTS[operator]) <= set(backends.BACKENDS)
+def test_every_kernel_says_first_where_its_input_lies() -> None:
+    """So that nothing is asked of a device that is not there, and no missing package is logged that would not help."""
+    for operator in OPERATORS.values():
+        for backend, kernel in operator.kernels.items():
+            where = {"reference": (), "cpu": (ON_CPU,)}.get(backend, (ON_NVIDIA_GPU,))
+            assert kernel.requirements[:1] == where, (operator.name, backend)
+
+
+def run() -> None:
+    """What a kernel of these tests does."""
+
+
+@pytest.mark.parametrize(
+    ("name", "versions", "backends", "message"),
+    [
+        ("hessian", {}, ["reference"], "operator hessian: hessian is declared already"),
+        ("toy", {"Hessian": 1}, ["reference"], "operator toy: Hessian is declared already"),
+        ("toy", {}, ["gpu", "reference"], "operator toy: gpu is not one of cuda, triton, cpu, reference"),
+        ("toy", {}, ["reference", "cpu"], "operator toy: the last kernel has to be a reference"),
+        ("toy", {}, ["cpu"], "operator toy: the last kernel has to be a reference"),
+    ],
+)
+def test_a_declaration_that_does_not_fit(
+    name: str, versions: dict[str, int], backends: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Operator(name, versions, {backend: Kernel(run) for backend in backends})
+    assert "toy" not in OPERATORS
+    with pytest.raises(ValueError, match="a reference that runs any input"):
+        Operator("toy", {"toy_": 1}, {"reference": Kernel(run, (ON_CPU,))})
+    assert "toy_" not in VERSIONS
+
+
+def chosen() -> str:
+    return choose(OPERATOR, torch.zeros(2, 3)).backend
+
+
+def test_use_backend_nests_and_ends(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen() == "cpu"
+    with use_backend("reference"):
+        assert choose(OPERATOR, torch.zeros(2, 3)).reasons["cpu"] == 'use_backend("reference")'
+        with use_backend("cpu"):
+            assert chosen() == "cpu"
+        assert chosen() == "reference"
+        with use_backend(None):
+            assert chosen() == "cpu"
+        with pytest.raises(KeyError), use_backend("cpu"):
+            raise KeyError
+        assert chosen() == "reference"
+    assert chosen() == "cpu"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert chosen() == "reference"
+    with use_backend("cpu"):
+        assert chosen() == "cpu"
+    with use_backend(None):
+        assert chosen() == "cpu"
+
+
+def test_use_backend_holds_for_its_thread(installation: Installation) -> None:
+    inside, asked = threading.Barrier(2, timeout=30), threading.Barrier(2, timeout=30)
+
+    def ask(backend: str) -> str:
+        with use_backend(backend):
+            inside.wait()  # both are in
+            found = chosen()
+            asked.wait()
+            return found
+
+    with ThreadPoolExecutor(2) as threads, use_backend("reference"):
+        assert list(threads.map(ask, ("cpu", "reference"))) == ["cpu", "reference"]
+        assert threads.submit(chosen).result() == "cpu"
+        assert chosen() == "reference"
+
+
+def test_use_backend_refuses_unknown_names() -> None:
+    with pytest.raises(InputError) as error, use_backend("gpu"):
+        pass
+    assert str(error.value) == "'gpu' is not a backend; choose cuda, triton, cpu, reference, or None to force none"
+
+
+def test_use_backend_reaches_operators_by_either_name() -> None:
+    """Through the function and torch.ops; those that are not written for it run as ever."""
+    x, lower = torch.ones(2, 3), torch.zeros(3, 3)
+    for call in (lambda: Hessian.zeros(3).update(x), lambda: torch.ops.pyprune.hessian_update(x, lower, None)):
+        with use_backend("triton"), pytest.raises(InputError) as error:
+            call()
+        expected = 'use_backend("triton") cannot run hessian here: the input is on cpu; eligible: reference'
+        assert str(error.value) == expected
+        with use_backend("cpu"):  # the Hessian is not written for it
+            call()
+    assert lower.diagonal().tolist() == [2, 2, 2]
+
+
+TOY = """
+import torch
+from torch import Tensor
+
+from .declaration import Kernel, Operator
+from .dispatch import choose_launch
+from .requirements import FLOAT32, ON_CPU
+
+
+@torch.library.custom_op("pyprune::toy", mutates_args=(), schema="(Tensor x) -> Tensor")
+def toy(x: Tensor) -> Tensor:
+    return choose_launch(TOY, x)(x)
+
+
+def toy_reference(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def launch_cpu(x: Tensor) -> Tensor:
+    return x + x + 100  # to be told apart
+
+
+TOY = Operator(
+    "toy",
+    versions={"toy": 3},
+    kernels={"cpu": Kernel(launch_cpu, (ON_CPU, FLOAT32)), "reference": Kernel(toy_reference)},
+)
+"""
+
+FIND_TOY = """
+import sys
+import torch
+import pyprune.ops
+pyprune.ops.__path__.append(sys.argv[1])
+from pyprune.ops import OPERATOR_VERSIONS, toy, use_backend
+x = torch.ones(1)
+assert (toy.toy(x).item(), toy.toy(x.double()).item()) == (102, 2)
+with use_backend("reference"):
+    assert torch.ops.pyprune.toy(x).item() == 2
+assert OPERATOR_VERSIONS["toy"] == 3
+from pyprune.cli.main import main
+main(["backends", "--json"])
+"""
+
+
+def test_an_operator_is_one_file(tmp_path: Path) -> None:
+    """One that is added in a process of its own is chosen, versioned, and listed by `pyprune backends`."""
+    (tmp_path / "toy.py").write_text(TOY)
+    environment = {name: value for name, value in os.environ.items() if name != ENVIRONMENT_VARIABLE}
+    shown = subprocess.run(
+        [sys.executable, "-c", FIND_TOY, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    rows = {
+        (row["device"], row["dtype"]): row for row in json.loads(shown.stdout)["operators"] if row["operator"] == "toy"
+    }
+    assert rows["cpu", "float32"]["backend"] == "cpu"
+    assert rows["cpu", "float64"]["backend"] == "reference"
+    assert rows["cpu", "float64"]["reasons"]["cpu"] == "the input is float64; the kernels compute in float32"
+    assert rows["cpu", "float32"]["reasons"]["cuda"] == "the operator is not written for this backend"
 
 
 def test_describe_installation_names_what_is_missing(installation: Installation) -> None:

@@ -1,7 +1,6 @@
 """`pyprune benchmark`: every operator's rows on a CPU, correctness before time, interruption, one-line errors."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +12,12 @@ from command_line import run
 from torch import Tensor
 
 from pyprune.benchmark import results, runner
-from pyprune.benchmark.case import FULL, SMALL, Contestant, Problem, forced
-from pyprune.benchmark.cases import layer_steps
-from pyprune.benchmark.catalogue import MODELS, OPERATORS, case_named, catalogue, choose_cases
+from pyprune.benchmark.case import FULL, SMALL, Contestant, Problem
+from pyprune.benchmark.cases import hessian, layer_steps, selection
+from pyprune.benchmark.catalogue import MODELS, OPERATORS, SWEEPS, case_named, catalogue, choose_cases
 from pyprune.benchmark.rates import Rates, Work
 from pyprune.benchmark.runner import Runner
 from pyprune.benchmark.timing import LEAST_REPEAT, Timer
-from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE
 
 CPU = torch.device("cpu")
 NORM = "rms_norm/tiny/1024x64/bf16"
@@ -204,7 +202,10 @@ def test_a_folder_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--backends", "gpu"], "unknown backend 'gpu'; one of cuda, triton, cpu, reference"),
         (["--operators", "rms_norm", "--backends", "triton"], "no row runs on triton here"),
         (["--shapes", "gpt-5"], "unknown shape 'gpt-5'"),
-        (["--row", NORM, "--operators", "rms_norm"], "leave --operators and --shapes out"),
+        (["--row", NORM, "--operators", "rms_norm"], "leave --operators, --shapes and --sweep out"),
+        (["--row", NORM, "--sweep"], "leave --operators, --shapes and --sweep out"),
+        (["--sweep", "--shapes", "tiny"], "--sweep has sizes of no model: leave --shapes out"),
+        (["--sweep", "--operators", "swiglu,rotary"], "swiglu, rotary: no sweep; there are sweeps of channel_moments"),
         (["--resume"], "name it with --output"),
         (["--history"], "name a result with --output"),
         (["results.json"], "give earlier results with --history or --page"),
@@ -244,6 +245,51 @@ def test_rows_of_a_gpu() -> None:
     small = choose_cases(torch.device("cuda"), quick=True)
     assert [case.id for case in small] == [case.id for case in choose_cases(CPU)]
     assert all(case.where.startswith("smollm2-135m") for case in small)
+
+
+def test_a_sweep_is_correct_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = benchmark(capsys, "--sweep", "--json")
+    assert outcome.status == 0, outcome.err
+    rows = outcome.json["rows"]
+    assert {row["operator"] for row in rows} == set(SWEEPS)
+    assert all(timed(row, "pyprune") for row in rows)
+    assert [row["id"] for row in rows] == benchmark(capsys, "--sweep", "--list").out.split()
+    full = choose_cases(torch.device("cuda"), sweep=True)
+    assert len({case.id for case in full}) == len(full) > len(rows)
+    assert all(case_named(case.id).measures == case.measures for case in full)
+    models = {case.measures for case in choose_cases(torch.device("cuda"))}
+    assert not [case.id for case in full if case.measures in models and "runs" not in case.id]
+    drift = next(case for case in full if case.where == "drift")
+    rows, d, updates = 2**20, 4096, 32
+    assert drift.work.flops == rows * d * (d + 1)
+    assert drift.work.bytes == 2 * rows * d + updates * 4 * d * (d + 1)
+
+
+def test_a_drifting_hessian_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every update takes a little from the diagonal, too little to be seen in an element of one."""
+
+    def cut_off(x: Tensor, h: Tensor) -> None:
+        hessian.update_float32(x, h)
+        h.diagonal().mul_(1 - 1e-6)
+
+    row = "hessian/drift/4096x64by128/bf16"
+    (right,) = benchmark(capsys, "--row", row, "--json").json["rows"]
+    assert right["allowed"]["diagonal"] < 3e-6
+    monkeypatch.setattr(hessian, "update_ours", cut_off)
+    outcome = benchmark(capsys, "--row", row)
+    assert outcome.status == 1
+    # An update is multiplied by what the 1 to 32 updates from it on take: 16.5e-6 on average.
+    assert "wrong: error of diagonal 1.7e-05" in outcome.out
+
+
+def test_selections_in_runs() -> None:
+    generator = torch.Generator().manual_seed(1)
+    index = selection.selection_in_runs(4096, 2048, generator)
+    assert len(index) == 2048
+    assert index.diff().min() > 0
+    assert 0 <= index[0] <= index[-1] < 4096
+    runs = 1 + (index.diff() > 1).sum().item()
+    assert 6 < 2048 / runs < 10  # MEAN_RUN is 8
 
 
 def test_least_work() -> None:
@@ -288,16 +334,6 @@ def test_repetitions_follow_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert timing.repeat == expected
         assert calls == ["prepare", "call"] * expected
         assert timing.low == timing.median == timing.high == pytest.approx(1e6 * seconds)
-
-
-def test_backend_is_forced_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
-    with forced("cpu"):
-        assert os.environ[ENVIRONMENT_VARIABLE] == "cpu"
-        with forced(None):
-            assert ENVIRONMENT_VARIABLE not in os.environ
-        assert os.environ[ENVIRONMENT_VARIABLE] == "cpu"
-    assert os.environ[ENVIRONMENT_VARIABLE] == "triton"
 
 
 def test_without_its_yardstick_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:

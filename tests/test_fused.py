@@ -10,7 +10,7 @@ from torch import Tensor
 from pyprune.architectures import FAMILIES
 from pyprune.forward import fused
 from pyprune.ops import rms_norm, rotate_, swiglu_
-from pyprune.ops.dispatch import KERNEL_DTYPES
+from pyprune.ops.requirements import KERNEL_DTYPES
 from pyprune.ops.rms_norm import rms_norm_reference
 from pyprune.ops.rotary import rotate_reference
 from pyprune.ops.swiglu import swiglu_reference

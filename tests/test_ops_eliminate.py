@@ -2,11 +2,9 @@
 
 import importlib
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from pyprune.errors import InputError
-from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE
+from pyprune.ops import use_backend
 from pyprune.ops.eliminate import Elimination, eliminate, eliminate_operator, exact_float32, refit
 
 OPERATOR = "eliminate"
@@ -430,7 +428,7 @@ def test_weights_that_do_not_fit() -> None:
 
 def test_forcing_an_ineligible_backend_reaches_the_caller() -> None:
     with (
-        mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "cuda"}),
+        use_backend("cuda"),
         pytest.raises(InputError, match="the input is on cpu"),
     ):
         eliminate(*matrices(), 3)

@@ -1,9 +1,7 @@
 """The errors of removing single units on every backend that this machine has, against float64."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyprune.ops import grouped_cholesky_errors, grouped_cholesky_errors_reference
-from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, Problem, choose_backend, unmet_requirement
+from pyprune.ops import grouped_cholesky_errors, grouped_cholesky_errors_reference, use_backend
+from pyprune.ops.dispatch import choose_backend, unmet_requirement
 from pyprune.ops.grouped_cholesky import OPERATOR, diagonal_blocks
+from pyprune.ops.requirements import Problem
 
 CASES = [
     pytest.param("cpu", "cpu"),
@@ -32,7 +31,7 @@ def forced(backend: str, device: str, width: int) -> Iterator[None]:
     unmet = unmet_requirement(OPERATOR, backend, Problem(torch.device(device), torch.float32, (1, width)))
     if unmet is not None:
         pytest.skip(unmet.reason(Problem(torch.device(device), torch.float32, (1, width))))
-    with mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: backend}):
+    with use_backend(backend):
         yield
 
 

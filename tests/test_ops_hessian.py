@@ -1,8 +1,6 @@
 """The Hessian on every backend that this machine has, against float64."""
 
-import os
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyprune.errors import InputError
-from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, choose
+from pyprune.ops import use_backend
+from pyprune.ops.dispatch import choose
 from pyprune.ops.hessian import (
     Hessian,
     hessian_finish,
@@ -21,6 +20,7 @@ from pyprune.ops.hessian import (
     hessian_update_reference,
     on_sixteen_bytes,
 )
+from pyprune.ops.requirements import KERNEL_DTYPES
 
 OPERATOR = "hessian"
 each_backend = each_backend_of("cuda", "triton")
@@ -397,7 +397,7 @@ def test_a_negative_count_is_an_error() -> None:
 
 def test_forcing_an_ineligible_backend_reaches_the_caller() -> None:
     with (
-        mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "triton"}),
+        use_backend("triton"),
         pytest.raises(InputError, match="the input is on cpu"),
     ):
         Hessian.zeros(3).update(torch.zeros(2, 3))

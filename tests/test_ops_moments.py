@@ -1,8 +1,6 @@
 """Channel moments on every backend that this machine has, against float64."""
 
-import os
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +13,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from pyprune.errors import InputError
-from pyprune.ops import ChannelMoments, channel_moments_update
-from pyprune.ops.dispatch import ENVIRONMENT_VARIABLE, KERNEL_DTYPES, choose
+from pyprune.ops import ChannelMoments, channel_moments_update, use_backend
+from pyprune.ops.dispatch import choose
+from pyprune.ops.requirements import KERNEL_DTYPES
 
 OPERATOR = "channel_moments"
 each_backend = each_backend_of("cpu", "cuda", "triton")
@@ -310,7 +309,7 @@ def test_arguments_that_do_not_fit(x: Tensor, count: int, mean: Tensor, m2: Tens
 
 def test_forcing_an_ineligible_backend_reaches_the_caller() -> None:
     with (
-        mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: "triton"}),
+        use_backend("triton"),
         pytest.raises(InputError, match="the input is on cpu"),
     ):
         ChannelMoments.zeros(3).update(torch.zeros(2, 3))

@@ -91,7 +91,7 @@ def registered() -> set[str]:
 
 def test_every_public_name_has_a_version() -> None:
     """And every registered operator is public. Those names that are not operators have none."""
-    others = {"OPERATOR_VERSIONS", "describe", "describe_installation"}
+    others = {"OPERATOR_VERSIONS", "describe", "describe_installation", "use_backend"}
     assert set(ops.OPERATOR_VERSIONS) == set(ops.__all__) - others
     assert {name.removeprefix("pyprune::") for name in registered()} <= set(ops.OPERATOR_VERSIONS)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import dispatch as backends
+from ..ops.dispatch import eligible_backends
+from ..ops.requirements import Problem as BackendProblem
 from .rates import Work
 from .timing import nothing
 
@@ -64,6 +63,8 @@ class Scale:
 
 
 FULL, SMALL = Scale("full", 32768, 16384), Scale("small", 2048, 1024)
+# `where` of a row whose size is no model's.
+SWEEP = "sweep"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Case:
 
     @property
     def measures(self) -> tuple[str, str, torch.dtype, Work]:
-        """Equal in cases that differ in the model's name alone."""
+        """Equal in cases of models that differ in the model's name alone."""
         return self.operator, self.size, self.dtype, self.work
 
     def backends(self, device: torch.device, wanted: tuple[str, ...] = ()) -> list[str]:
@@ -99,24 +100,10 @@ class Case:
         """
         if self.table is None:
             return [OURS]
-        eligible = backends.eligible_backends(self.table, backends.Problem(device, self.dtype, self.shape))
+        eligible = eligible_backends(self.table, BackendProblem(device, self.dtype, self.shape))
         if wanted:
             return [name for name in eligible if name in wanted]
         return [name for name in eligible if name != "reference"] or ["reference"]
-
-
-@contextmanager
-def forced(backend: str | None) -> Iterator[None]:
-    """Operators run on this backend; None: on the one that is chosen for each, whatever PYPRUNE_BACKEND was."""
-    before = os.environ.pop(backends.ENVIRONMENT_VARIABLE, None)
-    if backend is not None:
-        os.environ[backends.ENVIRONMENT_VARIABLE] = backend
-    try:
-        yield
-    finally:
-        os.environ.pop(backends.ENVIRONMENT_VARIABLE, None)
-        if before is not None:
-            os.environ[backends.ENVIRONMENT_VARIABLE] = before
 
 
 def on_backends(own: Contestant, names: list[str]) -> list[Contestant]:

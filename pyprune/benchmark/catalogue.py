@@ -1,4 +1,4 @@
-"""Which rows there are: every operator on the sizes of a model, in full or small; and which of them a run takes."""
+"""Which rows there are: every operator on the sizes of a model or of a sweep, in full or small; which a run takes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ OPERATORS: dict[str, Callable[[Model, Scale], Iterator[Case]]] = {
     "scatter_add": selection.scatter_cases,
     "scatter_add_rms_norm_gather": selection.whole_cases,
 }
+# Sizes that no model has, from small to large, of the operators whose speed or accuracy hangs on them.
+SWEEPS: dict[str, Callable[[Scale], Iterator[Case]]] = {
+    "channel_moments": channel_moments.sweep,
+    "hessian": hessian.sweep,
+    "spd_inverse": inverse.sweep,
+    "spd_inverse_factor": inverse.factor_sweep,
+    "grouped_cholesky_errors": grouped_cholesky.sweep,
+    "eliminate": eliminate.sweep,
+    "rms_norm_gather": selection.gather_sweep,
+    "scatter_add": selection.scatter_sweep,
+    "scatter_add_rms_norm_gather": selection.whole_sweep,
+}
 MODELS = ("llama-2-7b", "llama-3.1-8b", "llama-2-13b", "llama-3.3-70b")
 # A published model whose matrices a CPU factors in a fraction of a second: all rows take half a minute on one core.
 SMALL_MODELS = ("smollm2-135m",)
@@ -52,12 +64,26 @@ def catalogue(models: Sequence[str], scale: Scale, operators: Sequence[str]) -> 
 
 
 def choose_cases(
-    device: torch.device, operators: Sequence[str] = (), models: Sequence[str] = (), quick: bool = False
+    device: torch.device,
+    operators: Sequence[str] = (),
+    models: Sequence[str] = (),
+    quick: bool = False,
+    sweep: bool = False,
 ) -> list[Case]:
-    """The rows of a run. A CPU gets small sizes; so does `quick`."""
+    """The rows of a run. A CPU gets small sizes; so does `quick`. `sweep`: those of SWEEPS, of no model."""
     small = quick or device.type == "cpu"
+    if sweep:
+        return swept_cases(operators, SMALL if small else FULL)
     chosen = models or (SMALL_MODELS if small else MODELS)
     return catalogue(chosen, SMALL if small else FULL, operators_named(operators))
+
+
+def swept_cases(operators: Sequence[str], scale: Scale) -> list[Case]:
+    """InputError where none of the operators has a sweep."""
+    named = [name for name in operators_named(operators) if name in SWEEPS]
+    if not named:
+        raise InputError(f"{', '.join(operators)}: no sweep; there are sweeps of {', '.join(SWEEPS)}")
+    return [case for name in named for case in SWEEPS[name](scale)]
 
 
 def case_named(row: str) -> Case:
@@ -67,6 +93,8 @@ def case_named(row: str) -> Case:
         for scale in (FULL, SMALL):
             for operator in OPERATORS.values():
                 cases |= {case.id: case for case in operator(model_of(model), scale)}
+    for scale in (FULL, SMALL):
+        cases |= {case.id: case for case in swept_cases((), scale)}
     if row not in cases:
         near = difflib.get_close_matches(row, cases, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

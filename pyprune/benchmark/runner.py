@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ..errors import VerificationError
-from ..ops import dispatch as backends
-from .case import OURS, Case, Contestant, Errors, Problem, forced, on_backends
+from ..ops import use_backend
+from ..ops.requirements import dtype_name
+from .case import OURS, Case, Contestant, Errors, Problem, on_backends
 from .rates import Rates
 from .timing import Timer
 
@@ -80,7 +81,7 @@ class Runner:
         allowed: Errors = {}
         reason = ""
         try:
-            with forced(None):
+            with use_backend(None):
                 problem = case.make(self.device)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -94,7 +95,7 @@ class Runner:
             "operator": case.operator,
             "where": case.where,
             "size": case.size,
-            "dtype": backends.dtype_name(case.dtype),
+            "dtype": dtype_name(case.dtype),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "bytes": case.work.bytes,
             "flops": case.work.flops,
@@ -149,7 +150,7 @@ class Runner:
         """Whatever a contestant raises is its outcome; a device that broke down ends the run."""
         own = outcome.contestant.kind == OURS
         try:
-            with forced(outcome.contestant.name if own and outcome.contestant.name != OURS else None):
+            with use_backend(outcome.contestant.name if own and outcome.contestant.name != OURS else None):
                 call()
         except torch.AcceleratorError as error:
             name = outcome.contestant.name

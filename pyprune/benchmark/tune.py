@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, VerificationError
-from ..ops import dispatch as backends
 from ..ops import tuning
+from ..ops.dispatch import unmet_requirement
+from ..ops.requirements import Problem
 from ..runtime.device import select_device
 from ..runtime.progress import Progress
 from .case import normal
@@ -106,8 +107,8 @@ def what_to_tune(device_name: str, operators: Sequence[str]) -> tuple[list[str],
         raise InputError(f"{tuning.ENVIRONMENT_VARIABLE} is {tuning.OFF}: unset it, or name a file to write")
     chosen = list(operators) or list(tuning.OPERATORS)
     for operator in chosen:
-        problem = backends.Problem(device, torch.bfloat16, (8, 8))
-        unmet = backends.unmet_requirement(operator, "triton", problem)
+        problem = Problem(device, torch.bfloat16, (8, 8))
+        unmet = unmet_requirement(operator, "triton", problem)
         if unmet is not None:
             raise InputError(f"{operator} has no Triton kernel to tune here: {unmet.reason(problem)}")
     return chosen, gpu, device

@@ -25,6 +25,7 @@ from .console import Console
 @click.option("--operators", metavar="NAME,NAME", help="Only these.  [default: all]")
 @click.option("--shapes", metavar="MODEL,MODEL", help="Sizes of these models.  [default: 4 on a GPU, a small one else]")
 @click.option("--quick", is_flag=True, help="A small model and few tokens, as on a CPU.")
+@click.option("--sweep", is_flag=True, help="Sizes beside the models', and the drift of H over many updates.")
 @click.option("--row", "row_ids", metavar="ID", multiple=True, help="Only this row; may be repeated.")
 @click.option("--backends", "backend_names", metavar="NAME,NAME", help="Ours.  [default: all but the reference]")
 @click.option("--compile", "compiled", is_flag=True, help="Rivals under torch.compile too, which takes long.")
@@ -41,6 +42,7 @@ def benchmark(files: tuple[Path, ...], **options: Any) -> None:
     \b
         pyprune benchmark --output results.json             and results.html
         pyprune benchmark --row hessian/llama-2-7b-down/32768x11008/bf16
+        pyprune benchmark --sweep --operators hessian       few and many rows, the drift of the diagonal
         pyprune benchmark --output new.json --history earlier/*.json
         pyprune benchmark --page results/*.json --output page.html
 
@@ -79,20 +81,21 @@ def make_page(files: tuple[Path, ...], output: Path | None) -> None:
 def choose(device: Any, options: dict[str, Any]) -> list[Any]:
     """The cases of a run, each with somebody of ours to compete."""
     from ..benchmark.catalogue import case_named, choose_cases
-    from ..ops.dispatch import BACKENDS
+    from ..ops.declaration import BACKENDS
 
     wanted = split_names(options["backend_names"])
     for name in wanted:
         if name not in BACKENDS:
             raise InputError(f"unknown backend {name!r}; one of {', '.join(BACKENDS)}")
+    if options["row_ids"] and (options["operators"] or options["shapes"] or options["sweep"]):
+        raise InputError("--row names whole rows: leave --operators, --shapes and --sweep out")
+    if options["sweep"] and options["shapes"]:
+        raise InputError("--sweep has sizes of no model: leave --shapes out")
     if options["row_ids"]:
-        if options["operators"] or options["shapes"]:
-            raise InputError("--row names whole rows: leave --operators and --shapes out")
         cases = [case_named(row) for row in options["row_ids"]]
     else:
-        cases = choose_cases(
-            device, split_names(options["operators"]), split_names(options["shapes"]), options["quick"]
-        )
+        operators, models = split_names(options["operators"]), split_names(options["shapes"])
+        cases = choose_cases(device, operators, models, options["quick"], options["sweep"])
     cases = [case for case in cases if case.backends(device, tuple(wanted))]
     if not cases:
         raise InputError(f"no row runs on {', '.join(wanted)} here; `pyprune backends` says why")

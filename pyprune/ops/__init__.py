@@ -1,4 +1,5 @@
-"""Operators: one a file, with its schema, its reference in plain PyTorch and the launch of each backend.
+"""Operators: one a file, with its schema, its reference in plain PyTorch, the launch of each backend
+and its declaration.
 
 The names in __all__ are public and stay: README.md in this folder describes them, OPERATOR_VERSIONS says what of their
 behaviour may be relied on, and __init__.pyi has their types, which torch.library's wrapper hides.
@@ -8,7 +9,7 @@ import functools
 
 from torch.library import CustomOpDef
 
-from .dispatch import describe, describe_installation
+from .dispatch import describe, describe_installation, use_backend
 from .eliminate import Elimination, eliminate, refit
 from .gather_scatter import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
 from .grouped_cholesky import grouped_cholesky_errors, grouped_cholesky_errors_reference
@@ -53,6 +54,7 @@ __all__ = [
     "spd_inverse",
     "spd_inverse_factor",
     "swiglu_",
+    "use_backend",
 ]
 
 # help() and inspect.signature() of an operator show the function that it was made of.

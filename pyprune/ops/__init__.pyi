@@ -2,6 +2,7 @@ from torch import Tensor
 
 from .dispatch import describe as describe
 from .dispatch import describe_installation as describe_installation
+from .dispatch import use_backend as use_backend
 from .eliminate import Elimination as Elimination
 from .eliminate import eliminate as eliminate
 from .eliminate import refit as refit

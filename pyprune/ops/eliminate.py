@@ -26,11 +26,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import dispatch as backends
 from .checks import WIDE, check_apart, check_contiguous, check_kind, check_square
+from .declaration import Kernel, Operator
+from .dispatch import choose_launch
 from .grouped_cholesky import grouped_cholesky_errors
 from .moments import multiprocessors_of
 from .precision import exact_float32, tf32_products
+from .requirements import CORE_BUILT, CUDA_CORE, FLOAT32, ON_CPU, ON_NVIDIA_GPU, required_core
 from .split_tf32 import has_fast_tf32, high_and_low, split_factors, split_panel, subtract_product, triangle_updates
 
 OPERATOR = "eliminate"
@@ -91,7 +93,7 @@ def eliminate(
     Nothing waits for a GPU, but for split updates (from SPLIT_FROM on, where TF32 is fast, without `tf32`), which copy
     two tables to it first.
     Raises ValueError for arguments that do not fit each other or leave no unit, InputError as
-    backends.choose_backend does.
+    choose_backend does.
     """
     order, errors, factor = eliminate_operator(a, g, count, width, keep_factor, tf32)
     return Elimination(order, errors, factor, width)
@@ -353,7 +355,7 @@ def eliminate_operator(
     with exact_float32():
         if width > 1:
             return eliminate_units(a, g, count, width, keep_factor)
-        return LAUNCHES[backends.choose_backend(OPERATOR, a)](a, g, count, keep_factor, tf32)
+        return choose_launch(ELIMINATE, a)(a, g, count, keep_factor, tf32)
 
 
 @eliminate_operator.register_fake
@@ -388,7 +390,7 @@ def core_arguments(
 
 
 def launch_cpu(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool) -> tuple[Tensor, Tensor, Tensor]:
-    core = backends.required_core()
+    core = required_core()
 
     def panel(a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor) -> None:
         arguments = core_arguments(a, g, selection, first, lower, products)
@@ -398,7 +400,7 @@ def launch_cpu(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool) 
 
 
 def launch_cuda(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool) -> tuple[Tensor, Tensor, Tensor]:
-    core = backends.required_core()
+    core = required_core()
     with torch.cuda.device(a.device):
         multiprocessors = multiprocessors_of(a.device)
         plan = core.eliminate_cuda_plan(len(a), multiprocessors)
@@ -418,4 +420,13 @@ def launch_cuda(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool)
         return eliminate_channels(a, g, count, keep_factor, tf32, panel, plan["panel"])
 
 
-LAUNCHES = {"cpu": launch_cpu, "cuda": launch_cuda, "reference": launch_reference}
+# Shape: [channels, channels]
+ELIMINATE = Operator(
+    OPERATOR,
+    versions={"Elimination": 1, "eliminate": 1, "refit": 1},
+    kernels={
+        "cuda": Kernel(launch_cuda, (ON_NVIDIA_GPU, FLOAT32, *CUDA_CORE)),
+        "cpu": Kernel(launch_cpu, (ON_CPU, FLOAT32, CORE_BUILT)),
+        "reference": Kernel(launch_reference),
+    },
+)

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch as backends
 from .checks import FLOATS, INDICES, check_apart, check_device, check_kind
+from .declaration import Kernel, Operator
+from .dispatch import choose_launch
+from .requirements import AMPERE_OR_LATER, KERNEL_DTYPE, ON_NVIDIA_GPU, ROW_IN_REGISTERS, TRITON
 from .rms_norm import check_tensors, rms_norm_reference
 
 NAME = "selection"  # in messages
@@ -50,20 +52,13 @@ def rms_norm_gather(x: Tensor, weight: Tensor, eps: float, index: Tensor) -> Ten
     x: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides; weight: [channels], a floating
     type, on x's device; index: [n], see the file's head. Returns [..., n], contiguous, in the promoted type of x and
     weight, with the rounding of `rms_norm`. Has gradients for x and weight. Nothing waits for a GPU.
-    Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
+    Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
     check_tensors(x, weight)
     check_index(x, index)
     if x.numel() == 0:
         return empty_selection(x, weight, index)
-    if backends.choose_backend("rms_norm_gather", x) == "triton":
-        from ..triton_kernels.selection import rms_norm_gather_triton
-
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        with torch.cuda.device(x.device):
-            selected = rms_norm_gather_triton(rows, weight.contiguous(), eps, index.contiguous())
-        return selected.view(*x.shape[:-1], len(index))
-    return rms_norm_gather_reference(x, weight, eps, index)
+    return choose_launch(RMS_NORM_GATHER, x)(x, weight, eps, index)
 
 
 @rms_norm_gather.register_fake
@@ -115,20 +110,14 @@ def scatter_add_(residual: Tensor, update: Tensor, index: Tensor) -> None:
     changed in place (not contiguous: by the reference); update: [..., n] of its type and device, any strides, in memory
     of its own; index: [n], see the file's head. Each channel is added to once, so that the result is deterministic.
     Has no gradients, and autograd does not say so: neither may need any. Nothing waits for a GPU.
-    Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
+    Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
     check_update(residual, update, index)
     check_apart(NAME, {"residual": residual}, {"update": update, "index": index})
     if residual.numel() == 0:
         return
-    if residual.is_contiguous() and backends.choose_backend("scatter_add", residual) == "triton":
-        from ..triton_kernels.selection import scatter_add_triton
-
-        rows = residual.view(-1, residual.shape[-1])
-        with torch.cuda.device(residual.device):
-            scatter_add_triton(rows, update.contiguous(), index.contiguous())
-    else:
-        scatter_add_reference(residual, update, index)
+    launch = choose_launch(SCATTER_ADD, residual) if residual.is_contiguous() else scatter_add_reference
+    launch(residual, update, index)
 
 
 @scatter_add_.register_fake
@@ -157,16 +146,10 @@ def scatter_add_rms_norm_gather_(
     check_apart(NAME, {"residual": residual}, others)
     if residual.numel() == 0:
         return empty_selection(residual, weight, index)
-    if residual.is_contiguous() and backends.choose_backend("scatter_add_rms_norm_gather", residual) == "triton":
-        from ..triton_kernels.selection import scatter_add_rms_norm_gather_triton
-
-        rows = residual.view(-1, residual.shape[-1])
-        with torch.cuda.device(residual.device):
-            selected = scatter_add_rms_norm_gather_triton(
-                rows, update.contiguous(), update_index.contiguous(), weight.contiguous(), eps, index.contiguous()
-            )
-        return selected.view(*residual.shape[:-1], len(index))
-    return scatter_add_rms_norm_gather_reference(residual, update, update_index, weight, eps, index)
+    launch = scatter_add_rms_norm_gather_reference
+    if residual.is_contiguous():
+        launch = choose_launch(SCATTER_ADD_RMS_NORM_GATHER, residual)
+    return launch(residual, update, update_index, weight, eps, index)
 
 
 @scatter_add_rms_norm_gather_.register_fake
@@ -217,3 +200,58 @@ def check_update(residual: Tensor, update: Tensor, index: Tensor, name: str = "i
         )
     check_kind(NAME, "residual", residual, FLOATS)
     check_kind(NAME, "update", update, FLOATS)
+
+
+def launch_rms_norm_gather(x: Tensor, weight: Tensor, eps: float, index: Tensor) -> Tensor:
+    from ..triton_kernels.selection import rms_norm_gather_triton
+
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    with torch.cuda.device(x.device):
+        selected = rms_norm_gather_triton(rows, weight.contiguous(), eps, index.contiguous())
+    return selected.view(*x.shape[:-1], len(index))
+
+
+def launch_scatter_add(residual: Tensor, update: Tensor, index: Tensor) -> None:
+    from ..triton_kernels.selection import scatter_add_triton
+
+    rows = residual.view(-1, residual.shape[-1])
+    with torch.cuda.device(residual.device):
+        scatter_add_triton(rows, update.contiguous(), index.contiguous())
+
+
+def launch_scatter_add_rms_norm_gather(
+    residual: Tensor, update: Tensor, update_index: Tensor, weight: Tensor, eps: float, index: Tensor
+) -> Tensor:
+    from ..triton_kernels.selection import scatter_add_rms_norm_gather_triton
+
+    rows = residual.view(-1, residual.shape[-1])
+    with torch.cuda.device(residual.device):
+        selected = scatter_add_rms_norm_gather_triton(
+            rows, update.contiguous(), update_index.contiguous(), weight.contiguous(), eps, index.contiguous()
+        )
+    return selected.view(*residual.shape[:-1], len(index))
+
+
+# Shape of all three: [..., channels]
+BY_TRITON = (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, ROW_IN_REGISTERS, *TRITON)
+RMS_NORM_GATHER = Operator(
+    "rms_norm_gather",
+    versions={"rms_norm_gather": 1},
+    kernels={
+        "triton": Kernel(launch_rms_norm_gather, BY_TRITON),
+        "reference": Kernel(rms_norm_gather_reference),
+    },
+)
+SCATTER_ADD = Operator(
+    "scatter_add",
+    versions={"scatter_add_": 1},
+    kernels={"triton": Kernel(launch_scatter_add, BY_TRITON), "reference": Kernel(scatter_add_reference)},
+)
+SCATTER_ADD_RMS_NORM_GATHER = Operator(
+    "scatter_add_rms_norm_gather",
+    versions={"scatter_add_rms_norm_gather_": 1},
+    kernels={
+        "triton": Kernel(launch_scatter_add_rms_norm_gather, BY_TRITON),
+        "reference": Kernel(scatter_add_rms_norm_gather_reference),
+    },
+)

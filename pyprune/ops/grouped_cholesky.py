@@ -6,12 +6,16 @@ Optimal Brain Surgeon on units. The operator is `pyprune::grouped_cholesky_error
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import dispatch as backends
 from .checks import WIDE, check_device, check_kind, check_square
+from .declaration import Kernel, Operator
+from .dispatch import choose_launch
 from .precision import exact_float32
+from .requirements import CORE_BUILT, CUDA_CORE, FLOAT32, ON_CPU, ON_NVIDIA_GPU, WIDTH_256, required_core
 
 OPERATOR = "grouped_cholesky_errors"
 NAME = "grouped Cholesky"  # in messages
@@ -86,15 +90,14 @@ def grouped_cholesky_errors(a: Tensor, g: Tensor, width: int, diagonal: bool = F
         diagonal=True    Σ_j G_jj / L_jj², SlimGPT's grouped Cholesky (arXiv 2412.18110)
 
     A unit whose block is not positive definite gets NaN; the others are what they would be without it. Nothing waits
-    for the device. Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
+    for the device. Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
     check_tensors(a, g, width)
     check_strides(a, g)
     units = a.shape[0] // width
     if units == 0:
         return a.new_empty(0)
-    backend = backends.choose_backend(OPERATOR, a, (units, width))
-    return LAUNCHES[backend](a, g, width, diagonal)
+    return choose_launch(GROUPED_CHOLESKY, a, (units, width))(a, g, width, diagonal)
 
 
 @grouped_cholesky_errors.register_fake
@@ -112,7 +115,7 @@ def row_stride(x: Tensor) -> int:
 
 def launch_cpu(a: Tensor, g: Tensor, width: int, diagonal: bool) -> Tensor:
     errors = a.new_empty(a.shape[0] // width)
-    backends.required_core().grouped_cholesky_errors_cpu(
+    required_core().grouped_cholesky_errors_cpu(
         a.data_ptr(),
         row_stride(a),
         g.data_ptr(),
@@ -129,7 +132,7 @@ def launch_cpu(a: Tensor, g: Tensor, width: int, diagonal: bool) -> Tensor:
 def launch_cuda(a: Tensor, g: Tensor, width: int, diagonal: bool) -> Tensor:
     with torch.cuda.device(a.device):
         errors = a.new_empty(a.shape[0] // width)
-        backends.required_core().grouped_cholesky_errors_cuda(
+        required_core().grouped_cholesky_errors_cuda(
             a.data_ptr(),
             row_stride(a),
             g.data_ptr(),
@@ -143,8 +146,13 @@ def launch_cuda(a: Tensor, g: Tensor, width: int, diagonal: bool) -> Tensor:
     return errors
 
 
-LAUNCHES = {
-    "cpu": launch_cpu,
-    "cuda": launch_cuda,
-    "reference": grouped_cholesky_errors_reference,
-}
+# Shape: [units, width]
+GROUPED_CHOLESKY: Operator[Callable[[Tensor, Tensor, int, bool], Tensor]] = Operator(
+    OPERATOR,
+    versions={"grouped_cholesky_errors": 1, "grouped_cholesky_errors_reference": 1},
+    kernels={
+        "cuda": Kernel(launch_cuda, (ON_NVIDIA_GPU, FLOAT32, WIDTH_256, *CUDA_CORE)),
+        "cpu": Kernel(launch_cpu, (ON_CPU, FLOAT32, CORE_BUILT)),
+        "reference": Kernel(grouped_cholesky_errors_reference),
+    },
+)

@@ -13,9 +13,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import dispatch as backends
 from .checks import FLOATS, SINGLE, check_apart, check_contiguous, check_device, check_kind, check_matrix, check_rows
+from .declaration import Kernel, Operator
+from .dispatch import choose_launch
 from .moments import as_rows, multiprocessors_of, row_count
+from .requirements import (
+    AMPERE_OR_LATER,
+    CORE_BUILT,
+    CORE_WITH_CUDA,
+    CORE_WITH_WGMMA,
+    HALF_DTYPE,
+    KERNEL_DTYPE,
+    ON_NVIDIA_GPU,
+    SIZES_FIT_INT32,
+    TRITON,
+    WIDTH_8,
+    dtype_name,
+    required_core,
+)
 from .split_tf32 import has_fast_tf32, split_gram
 
 OPERATOR = "hessian"
@@ -172,7 +187,7 @@ def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
     lower: float32 [channels, channels], contiguous, on x's device, changed in place; above the diagonal anything
     may be written. sums: float32 [channels], contiguous, changed in place, or None.
     Has no gradients, and autograd does not say so: x must not need any.
-    Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
+    Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
     check_tensors(x, lower, sums)
     check_apart(OPERATOR, {"lower": lower, "sums": sums}, {"x": x})
@@ -181,7 +196,7 @@ def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
     if x.numel() == 0:
         return
     rows = as_rows(x)
-    LAUNCHES[backends.choose_backend(OPERATOR, rows)](rows, lower, sums)
+    choose_launch(HESSIAN, rows)(rows, lower, sums)
 
 
 @hessian_update.register_fake
@@ -227,7 +242,7 @@ def on_sixteen_bytes(rows: Tensor) -> Tensor:
 
 
 def launch_cuda(rows: Tensor, lower: Tensor, sums: Tensor | None) -> None:
-    core = backends.required_core()
+    core = required_core()
     multiprocessors = multiprocessors_of(rows.device)
     with torch.cuda.device(rows.device):
         rows = on_sixteen_bytes(rows)
@@ -236,7 +251,7 @@ def launch_cuda(rows: Tensor, lower: Tensor, sums: Tensor | None) -> None:
         workspace = torch.empty(size, dtype=torch.uint8, device=rows.device)
         core.hessian_update_cuda(
             rows.data_ptr(),
-            backends.dtype_name(rows.dtype),
+            dtype_name(rows.dtype),
             count,
             channels,
             # The stride of a single row has no meaning and may be anything.
@@ -263,8 +278,13 @@ def launch_triton(rows: Tensor, lower: Tensor, sums: Tensor | None) -> None:
         hessian_triton(rows, lower, sums, configuration, properties.multi_processor_count)
 
 
-LAUNCHES: dict[str, Callable[[Tensor, Tensor, Tensor | None], None]] = {
-    "cuda": launch_cuda,
-    "triton": launch_triton,
-    "reference": hessian_update_reference,
-}
+# Shape: [rows, channels]. On a CPU the reference is BLAS.
+HESSIAN: Operator[Callable[[Tensor, Tensor, Tensor | None], None]] = Operator(
+    OPERATOR,
+    versions={"Hessian": 1, "hessian_finish": 1, "hessian_update": 1, "lower_gram": 1},
+    kernels={
+        "cuda": Kernel(launch_cuda, (ON_NVIDIA_GPU, HALF_DTYPE, WIDTH_8, CORE_BUILT, CORE_WITH_CUDA, CORE_WITH_WGMMA)),
+        "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)),
+        "reference": Kernel(hessian_update_reference),
+    },
+)

@@ -11,10 +11,12 @@ it computes. `inverse_factor` looks after dead channels and raises the damping w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .declaration import Operator
 from .gauss_jordan import blocking_for, inverse_factor_, uses_gauss_jordan
 from .precision import exact_float32
 from .spd_inverse import check_tensor, shifted, solve_damped
@@ -91,3 +93,9 @@ def reverse_(a: Tensor) -> None:
         reversed_head = head.flip(0)
         head.copy_(tail.flip(0))
         tail.copy_(reversed_head)
+
+
+# Plain PyTorch on every device.
+INVERSE_FACTOR: Operator[Any] = Operator(
+    "spd_inverse_factor", versions={"InverseFactor": 1, "inverse_factor": 1, "spd_inverse_factor": 1}
+)

@@ -6,14 +6,28 @@ The statistic behind FLAP's fluctuation, and behind every centred statistic. The
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from . import dispatch as backends
 from .checks import FLOATS, SINGLE, check_alike, check_apart, check_contiguous, check_device, check_kind, check_rows
+from .declaration import Kernel, Operator
+from .dispatch import choose_launch
+from .requirements import (
+    AMPERE_OR_LATER,
+    CORE_BUILT,
+    CUDA_CORE,
+    KERNEL_DTYPE,
+    ON_CPU,
+    ON_NVIDIA_GPU,
+    SIZES_FIT_INT32,
+    TRITON,
+    dtype_name,
+    required_core,
+)
 
 OPERATOR = "channel_moments"
 NAME = "channel moments"  # in messages
@@ -161,7 +175,7 @@ def channel_moments_update(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> N
     count: rows already in the state, which must be zeros if it is 0; the caller adds x's rows afterwards.
     mean, m2: float32 [channels], contiguous, on x's device, changed in place.
     Has no gradients, and autograd does not say so: x must not need any.
-    Raises ValueError for arguments that do not fit each other, InputError as backends.choose does.
+    Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
     check_tensors(x, mean, m2)
     check_strides(mean, m2)
@@ -171,7 +185,7 @@ def channel_moments_update(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> N
     if x.numel() == 0:
         return
     rows = as_rows(x)
-    LAUNCHES[backends.choose_backend(OPERATOR, rows)](rows, count, mean, m2)
+    choose_launch(CHANNEL_MOMENTS, rows)(rows, count, mean, m2)
 
 
 @channel_moments_update.register_fake
@@ -185,12 +199,12 @@ def core_arguments(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> tuple[
     """What both launches of the compiled core begin with."""
     # The stride of a single row has no meaning and may be anything.
     row_stride = rows.stride(0) if len(rows) > 1 else rows.shape[1]
-    dtype = backends.dtype_name(rows.dtype)
+    dtype = dtype_name(rows.dtype)
     return (rows.data_ptr(), dtype, *rows.shape, row_stride, count, mean.data_ptr(), m2.data_ptr())
 
 
 def launch_cpu(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
-    core = backends.required_core()
+    core = required_core()
     core.channel_moments_cpu(*core_arguments(rows, count, mean, m2), threads=torch.get_num_threads())
 
 
@@ -200,9 +214,9 @@ def multiprocessors_of(device: torch.device) -> int:
 
 
 def launch_cuda(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
-    core = backends.required_core()
+    core = required_core()
     multiprocessors = multiprocessors_of(rows.device)
-    dtype = backends.dtype_name(rows.dtype)
+    dtype = dtype_name(rows.dtype)
     size = core.channel_moments_cuda_workspace(dtype, *rows.shape, multiprocessors)
     with torch.cuda.device(rows.device):
         workspace = torch.empty(size, dtype=torch.uint8, device=rows.device)
@@ -224,9 +238,14 @@ def launch_triton(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
         channel_moments_triton(rows, count, mean, m2, configuration, properties.multi_processor_count)
 
 
-LAUNCHES = {
-    "cpu": launch_cpu,
-    "cuda": launch_cuda,
-    "triton": launch_triton,
-    "reference": channel_moments_update_reference,
-}
+# Shape: [rows, channels]
+CHANNEL_MOMENTS: Operator[Callable[[Tensor, int, Tensor, Tensor], None]] = Operator(
+    OPERATOR,
+    versions={"ChannelMoments": 1, "channel_moments_update": 1, "channel_moments_update_reference": 1},
+    kernels={
+        "cuda": Kernel(launch_cuda, (ON_NVIDIA_GPU, KERNEL_DTYPE, *CUDA_CORE)),
+        "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)),
+        "cpu": Kernel(launch_cpu, (ON_CPU, KERNEL_DTYPE, CORE_BUILT)),
+        "reference": Kernel(channel_moments_update_reference),
+    },
+)

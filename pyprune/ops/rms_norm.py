@@ -5,11 +5,15 @@ The operator is `pyprune::rms_norm`; `rms_norm_reference` says in plain PyTorch 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import dispatch as backends
 from .checks import FLOATS, check_device, check_kind
+from .declaration import Kernel, Operator
+from .dispatch import choose_launch
+from .requirements import AMPERE_OR_LATER, KERNEL_DTYPE, ON_NVIDIA_GPU, ROW_IN_REGISTERS, TRITON
 
 OPERATOR = "rms_norm"
 
@@ -28,18 +32,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: [..., channels] bfloat16, float16, float32 (float64: reference only); weight: [channels], a floating type, on x's
     device. Returns x's shape, contiguous, in the promoted type of both. Has no gradients; `rms_norm_gather` has.
     Nothing waits for a GPU.
-    Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
+    Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
     check_tensors(x, weight)
     if x.numel() == 0:
         return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
     rows = x.reshape(-1, x.shape[-1])
-    if backends.choose_backend(OPERATOR, rows) == "triton":
-        from ..triton_kernels.rms_norm import rms_norm_triton
-
-        with torch.cuda.device(x.device):
-            return rms_norm_triton(rows.contiguous(), weight.contiguous(), eps).view(x.shape)
-    return rms_norm_reference(rows, weight, eps).contiguous().view(x.shape)
+    return choose_launch(RMS_NORM, rows)(rows, weight, eps).contiguous().view(x.shape)
 
 
 @rms_norm.register_fake
@@ -57,3 +56,21 @@ def check_tensors(x: Tensor, weight: Tensor, name: str = "x") -> None:
     check_kind("rms norm", name, x, FLOATS)
     check_kind("rms norm", "the weight", weight, FLOATS)
     check_device("rms norm", name, x, "the weight", weight)
+
+
+def launch_triton(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from ..triton_kernels.rms_norm import rms_norm_triton
+
+    with torch.cuda.device(rows.device):
+        return rms_norm_triton(rows.contiguous(), weight.contiguous(), eps)
+
+
+# Shape: [rows, channels]
+RMS_NORM: Operator[Callable[[Tensor, Tensor, float], Tensor]] = Operator(
+    OPERATOR,
+    versions={"rms_norm": 1},
+    kernels={
+        "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, ROW_IN_REGISTERS, *TRITON)),
+        "reference": Kernel(rms_norm_reference),
+    },
+)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch as backends
 from .checks import FLOATS, check_alike, check_apart, check_kind
+from .declaration import Kernel, Operator
+from .dispatch import choose_launch
+from .requirements import AMPERE_OR_LATER, KERNEL_DTYPE, ON_NVIDIA_GPU, TRITON
 
 OPERATOR = "rotary"
 
@@ -29,19 +31,15 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     overlap, changed in place. cos, sin: [1 or batch, tokens, head_dim], of x's type and device. The halves of a head
     are the two coordinates (Llama's order). Has no gradients, and autograd does not say so: x must not need any.
     Nothing waits for a GPU.
-    Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
+    Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
     check_tensors(x, cos, sin)
     check_apart(OPERATOR, {"x": x}, {"cos": cos, "sin": sin})
     if x.numel() == 0:
         return
-    if x.stride(-1) == 1 and backends.choose_backend(OPERATOR, x) == "triton":
-        from ..triton_kernels.rotary import rotate_triton
-
-        with torch.cuda.device(x.device):
-            rotate_triton(x, cos.contiguous(), sin.contiguous())
-    else:
-        rotate_reference(x, cos, sin)
+    # The kernel reads along heads.
+    launch = choose_launch(ROTARY, x) if x.stride(-1) == 1 else rotate_reference
+    launch(x, cos, sin)
 
 
 @rotate_.register_fake
@@ -61,3 +59,21 @@ def check_tensors(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         check_alike(OPERATOR, name, angles, "x", x)
     if cos.shape != sin.shape:
         raise ValueError(f"rotary: cos is {list(cos.shape)}, sin {list(sin.shape)}")
+
+
+def launch_triton(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    from ..triton_kernels.rotary import rotate_triton
+
+    with torch.cuda.device(x.device):
+        rotate_triton(x, cos.contiguous(), sin.contiguous())
+
+
+# Shape: [batch, heads, tokens, head_dim]
+ROTARY = Operator(
+    OPERATOR,
+    versions={"rotate_": 1},
+    kernels={
+        "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, *TRITON)),
+        "reference": Kernel(rotate_reference),
+    },
+)

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import dispatch as backends
 from .checks import WIDE, check_apart, check_kind
+from .declaration import Kernel, Operator
+from .dispatch import choose_launch
 from .moments import as_rows
 from .precision import exact_float32
+from .requirements import AMPERE_OR_LATER, BLOCK_OF_COLUMNS, FLOAT32, ON_NVIDIA_GPU, TRITON
 from .split_tf32 import add_product
 
 OPERATOR = "sparsify"
@@ -112,14 +114,14 @@ def sparsify_(
     group > 0: of every `group` consecutive weights of a row the `zeros` lowest w² / U_jj² go, chosen when the walk
     comes to them. group = 0: in every block of BLOCK columns the int(ratio·n) lowest of its n go; `parts`: numbers of
     rows that are compared among themselves, as weights of several matrices on the same inputs (none: all rows).
-    The first of equal ones goes. Raises ValueError for arguments that do not fit, InputError as backends.choose does.
+    The first of equal ones goes. Raises ValueError for arguments that do not fit, InputError as choose_backend does.
     """
     parts = parts or []
     check_tensors(weight, factor, zeros, group, ratio, parts)
     check_apart(OPERATOR, {"weight": weight}, {"factor": factor})
     if weight.numel() == 0:
         return weight.new_zeros(len(weight))
-    walk = WALKS[backends.choose_backend(OPERATOR, weight, (len(weight), block_columns(group)))]
+    walk = choose_launch(SPARSIFY, weight, (len(weight), block_columns(group)))
     rows = weight if weight.stride(1) == 1 else weight.contiguous()  # the kernel reads along rows
     with exact_float32():
         losses = walk_blocks(rows, as_rows(factor), zeros, group, ratio, parts, walk)
@@ -168,4 +170,12 @@ def walk_triton(block: Tensor, factor: Tensor, mask: Tensor | None, zeros: int, 
         return walk_block(block, factor, mask, zeros, group)
 
 
-WALKS: dict[str, Walk] = {"triton": walk_triton, "reference": walk_reference}
+# Shape: [rows, columns of a block]
+SPARSIFY: Operator[Walk] = Operator(
+    OPERATOR,
+    versions={"sparsify_": 1},
+    kernels={
+        "triton": Kernel(walk_triton, (ON_NVIDIA_GPU, FLOAT32, AMPERE_OR_LATER, BLOCK_OF_COLUMNS, *TRITON)),
+        "reference": Kernel(walk_reference),
+    },
+)

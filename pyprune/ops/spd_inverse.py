@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .checks import WIDE, check_kind, check_square
+from .declaration import Operator
 from .gauss_jordan import blocking_for, inverse_, mirror_lower, uses_gauss_jordan
 from .precision import exact_float32
 
@@ -141,3 +143,9 @@ def spd_inverse(h: Tensor, shift: float) -> tuple[Tensor, Tensor]:
 def _(h: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     check_tensor(h)
     return h.new_empty(h.shape), h.new_empty((), dtype=torch.int32)
+
+
+# Plain PyTorch on every device.
+SPD_INVERSE: Operator[Any] = Operator(
+    "spd_inverse", versions={"DampedInverse": 1, "damped_inverse": 1, "spd_inverse": 1}
+)

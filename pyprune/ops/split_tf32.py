@@ -1,9 +1,12 @@
 """Products of float32 matrices on tensor cores: three products in TF32 of the high and low parts of each factor."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .checks import WIDE, check_alike, check_apart, check_kind, check_matrix
+from .declaration import Operator
 from .precision import exact_float32, tf32_products
 
 # Compute capabilities whose TF32 has several times the rate of float32; elsewhere at most twice, and three products
@@ -137,3 +140,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
         ((first, _),), ((_, second),) = (split_factors(parts[0].shape[1], buffer) for buffer in buffers)
         with tf32_products():
             total.addmm_(first, second.mT, alpha=alpha)
+
+
+# Library products on every device.
+ADD_SPLIT_PRODUCT: Operator[Any] = Operator("add_split_product", versions={"add_split_product": 1})

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch as backends
 from .checks import FLOATS, check_apart, check_kind
+from .declaration import Kernel, Operator
+from .dispatch import choose_launch
+from .requirements import AMPERE_OR_LATER, KERNEL_DTYPE, ON_NVIDIA_GPU, TRITON
 
 OPERATOR = "swiglu"
 
@@ -25,20 +27,15 @@ def swiglu_(gate: Tensor, up: Tensor) -> None:
 
     gate, up: of one shape, type and device, bfloat16, float16, float32 (float64: reference only), any strides; gate is
     changed in place. Has no gradients, and autograd does not say so: neither may need any. Nothing waits for a GPU.
-    Raises ValueError for arguments that do not fit each other, InputError as backends.choose_backend does.
+    Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
     check_tensors(gate, up)
     check_apart(OPERATOR, {"gate": gate}, {"up": up})
     if gate.numel() == 0:
         return
     together = gate.is_contiguous() and up.is_contiguous()
-    if together and backends.choose_backend(OPERATOR, gate) == "triton":
-        from ..triton_kernels.swiglu import swiglu_triton
-
-        with torch.cuda.device(gate.device):
-            swiglu_triton(gate, up)
-    else:
-        swiglu_reference(gate, up)
+    launch = choose_launch(SWIGLU, gate) if together else swiglu_reference
+    launch(gate, up)
 
 
 @swiglu_.register_fake
@@ -55,3 +52,21 @@ def check_tensors(gate: Tensor, up: Tensor) -> None:
         )
     check_kind(OPERATOR, "gate", gate, FLOATS)
     check_kind(OPERATOR, "up", up, FLOATS)
+
+
+def launch_triton(gate: Tensor, up: Tensor) -> None:
+    from ..triton_kernels.swiglu import swiglu_triton
+
+    with torch.cuda.device(gate.device):
+        swiglu_triton(gate, up)
+
+
+# Shape: that of the gate
+SWIGLU = Operator(
+    OPERATOR,
+    versions={"swiglu_": 1},
+    kernels={
+        "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, *TRITON)),
+        "reference": Kernel(swiglu_reference),
+    },
+)

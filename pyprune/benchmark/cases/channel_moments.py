@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops import channel_moments_update
-from ..case import OTHER, Case, Contestant, Errors, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Case, Contestant, Errors, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 
@@ -92,18 +92,20 @@ def problem(rows: int, channels: int, device: torch.device) -> Problem:
     )
 
 
+def case_of(where: str, rows: int, channels: int) -> Case:
+    # Read once; two sums of a tile, a difference and a square. Mean and M2 are read and written.
+    work = Work(2 * rows * channels + 16 * channels, 4 * rows * channels)
+    size, make = (rows, channels), partial(problem, rows, channels)
+    return Case("channel_moments", where, f"{rows}x{channels}", torch.bfloat16, work, make, "channel_moments", size)
+
+
 def cases(model: Model, scale: Scale) -> Iterator[Case]:
-    rows = scale.statistics
     for place, channels in model.output_projs().items():
-        # Read once; two sums of a tile, a difference and a square. Mean and M2 are read and written.
-        work = Work(2 * rows * channels + 16 * channels, 4 * rows * channels)
-        yield Case(
-            "channel_moments",
-            f"{model.name}-{place}",
-            f"{rows}x{channels}",
-            torch.bfloat16,
-            work,
-            partial(problem, rows, channels),
-            "channel_moments",
-            (rows, channels),
-        )
+        yield case_of(f"{model.name}-{place}", scale.statistics, channels)
+
+
+def sweep(scale: Scale) -> Iterator[Case]:
+    """From less than a tile, of an odd width, to more rows than a run updates with."""
+    large = ((2048, 4096), (65536, 4096), (262144, 4096), (65536, 11008))
+    for rows, channels in ((37, 1000), *(large if scale is FULL else ((512, 4096),))):
+        yield case_of(SWEEP, rows, channels)

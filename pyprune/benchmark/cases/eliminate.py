@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...ops import eliminate, lower_gram, refit
+from ...ops import eliminate, lower_gram, refit, use_backend
 from ...ops.eliminate import Elimination, launch_reference
 from ...ops.precision import exact_float32
-from ..case import OTHER, Case, Contestant, Errors, Problem, Scale, forced, normal
+from ..case import FULL, OTHER, SWEEP, Case, Contestant, Errors, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 from .inverse import PROBE_ROWS, damped_hessian
@@ -60,7 +60,7 @@ def problem(channels: int, outputs: int, count: int, device: torch.device) -> Pr
     a = torch.empty_like(first_inverse)
 
     def own() -> Refitted:
-        with forced(None):  # it is the elimination whose backend is told
+        with use_backend(None):  # it is the elimination whose backend is told
             gram = lower_gram(weight)
         return refitted_by(eliminate(a, gram, count), weight)
 
@@ -93,12 +93,21 @@ def problem(channels: int, outputs: int, count: int, device: torch.device) -> Pr
     )
 
 
-def cases(model: Model, scale: Scale) -> Iterator[Case]:
-    channels, outputs = model.intermediate, model.hidden
-    count = int(REMOVED * channels)
+def case_of(where: str, channels: int, outputs: int, share: float) -> Case:
+    count = int(share * channels)
     # W and triangles of A are read, the refitted W is written; what is kept between needs not leave the device's cache.
     moved = 2 * channels**2 + 4 * outputs * (2 * channels - count)
     work = Work(moved, least_flops(channels, count, outputs))
     make: Callable[[torch.device], Problem] = partial(problem, channels, outputs, count)
-    size, where = f"{count}of{channels}", f"{model.name}-down"
-    yield Case("eliminate", where, size, torch.float32, work, make, "eliminate", (channels, channels))
+    size, table = f"{count}of{channels}", (channels, channels)
+    return Case("eliminate", where, size, torch.float32, work, make, "eliminate", table)
+
+
+def cases(model: Model, scale: Scale) -> Iterator[Case]:
+    yield case_of(f"{model.name}-down", model.intermediate, model.hidden, REMOVED)
+
+
+def sweep(scale: Scale) -> Iterator[Case]:
+    """Half of the channels, of few and of many."""
+    for channels, outputs in ((4096, 4096), (11008, 4096)) if scale is FULL else ((256, 64), (512, 64)):
+        yield case_of(SWEEP, channels, outputs, 0.5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops import grouped_cholesky_errors, grouped_cholesky_errors_reference
 from ...ops.grouped_cholesky import diagonal_blocks
 from ...ops.precision import exact_float32
-from ..case import OTHER, Case, Contestant, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Case, Contestant, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 
@@ -93,17 +93,20 @@ def problem(units: int, width: int, outputs: int, device: torch.device) -> Probl
     )
 
 
-def cases(model: Model, scale: Scale) -> Iterator[Case]:
-    units, width = model.kv_heads, model.group * model.head_dim
+def case_of(where: str, units: int, width: int, outputs: int) -> Case:
     # Of a unit's blocks of A and G a triangle; a third of w³ each for factor, its inverse, and the product with G.
     work = Work(units * (4 * width * (width + 1) + 4), units * width**3)
-    yield Case(
-        "grouped_cholesky_errors",
-        f"{model.name}-o",
-        f"{units}x{width}",
-        torch.float32,
-        work,
-        partial(problem, units, width, model.hidden),
-        "grouped_cholesky_errors",
-        (units, width),
-    )
+    name, size = "grouped_cholesky_errors", (units, width)
+    make = partial(problem, units, width, outputs)
+    return Case(name, where, f"{units}x{width}", torch.float32, work, make, name, size)
+
+
+def cases(model: Model, scale: Scale) -> Iterator[Case]:
+    yield case_of(f"{model.name}-o", model.kv_heads, model.group * model.head_dim, model.hidden)
+
+
+def sweep(scale: Scale) -> Iterator[Case]:
+    """Many small units, and the widest that the kernel holds; wider ones are the models'."""
+    outputs = 4096 if scale is FULL else 256
+    for units, width in ((64, 128), (8, 256)) if scale is FULL else ((16, 32), (2, 256)):
+        yield case_of(SWEEP, units, width, outputs)

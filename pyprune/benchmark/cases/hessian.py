@@ -1,4 +1,7 @@
-"""Hessian accumulation, H += XᵀX of an output projection's inputs in bfloat16, and its completion to both triangles."""
+"""Hessian accumulation, H += XᵀX of an output projection's inputs in bfloat16, and its completion to both triangles.
+
+The sweep also adds up many updates: what sums that are cut off, not rounded, take from the diagonal grows with them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from ...ops.hessian import hessian_finish, hessian_update
 from ...ops.precision import exact_float32
-from ..case import OTHER, Case, Contestant, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Case, Contestant, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 
@@ -57,6 +60,9 @@ HALF_WAYS: dict[str, Update] = {
     "h += mm(out_dtype=float32), 8192 rows at a time": update_mm_in_chunks,
 }
 YARDSTICK = "h += x.float().T @ x.float()"
+
+# (rows, channels, rows an update) of the drift: 1 M tokens as a run accumulates them, 8 GiB.
+DRIFT, SMALL_DRIFT = (2**20, 4096, 2**15), (2**12, 64, 2**7)
 
 
 def update_ours(x: Tensor, h: Tensor) -> None:
@@ -158,15 +164,65 @@ def finish_problem(channels: int, device: torch.device) -> Problem:
     )
 
 
+def mean_drift(h: Tensor, exact: Tensor) -> float:
+    """|mean(diag(H) / exact − 1)|: rounding cancels out in the mean, cutting off does not."""
+    return abs((h.diagonal().double() / exact - 1).mean().item())
+
+
+def drift_problem(rows: int, channels: int, batch: int, device: torch.device) -> Problem:
+    x = normal(device, torch.bfloat16, rows, channels, seed=1)
+    h = torch.zeros(channels, channels, device=device)
+    exact = torch.zeros(channels, dtype=torch.float64, device=device)
+    for part in x.split(batch):
+        exact += part.double().square_().sum(0)
+
+    def updated_by(update: Update) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with exact_float32():
+                for part in x.split(batch):
+                    update(part, h)
+            return h
+
+        return run
+
+    return Problem(
+        Contestant("own", updated_by(update_ours), h.zero_),
+        (
+            Contestant(YARDSTICK, updated_by(update_float32), h.zero_),
+            Contestant("h += mm(out_dtype=float32)", updated_by(update_mm), h.zero_),
+        ),
+        lambda result: {"diagonal": mean_drift(result, exact)},
+        YARDSTICK,
+        lambda plain: {"diagonal": largest_allowed(plain["diagonal"], batch)},
+    )
+
+
+def update_work(rows: int, channels: int, updates: int = 1) -> Work:
+    """x is read once; the triangle of H is read and written at every update."""
+    triangle = channels * (channels + 1) // 2
+    return Work(2 * rows * channels + 8 * triangle * updates, 2 * rows * triangle, "bfloat16")
+
+
+def case_of(where: str, rows: int, channels: int) -> Case:
+    size, make = (rows, channels), partial(problem, rows, channels)
+    work = update_work(rows, channels)
+    return Case("hessian", where, f"{rows}x{channels}", torch.bfloat16, work, make, "hessian", size)
+
+
 def cases(model: Model, scale: Scale) -> Iterator[Case]:
-    rows = scale.statistics
     for place, channels in model.output_projs().items():
-        triangle = channels * (channels + 1) // 2
-        work = Work(2 * rows * channels + 8 * triangle, 2 * rows * triangle, "bfloat16")
-        where = f"{model.name}-{place}"
-        make = partial(problem, rows, channels)
-        size = (rows, channels)
-        yield Case("hessian", where, f"{rows}x{channels}", torch.bfloat16, work, make, "hessian", size)
+        yield case_of(f"{model.name}-{place}", scale.statistics, channels)
+
+
+def sweep(scale: Scale) -> Iterator[Case]:
+    """Few rows, few channels, many of either; and the drift of the diagonal over many updates."""
+    large = ((2048, 4096), (32768, 2048), (131072, 4096), (16384, 28672))
+    for rows, channels in large if scale is FULL else ((64, 256), (4096, 512)):
+        yield case_of(SWEEP, rows, channels)
+    rows, channels, batch = DRIFT if scale is FULL else SMALL_DRIFT
+    work = update_work(rows, channels, rows // batch)
+    size, make = f"{rows}x{channels}by{batch}", partial(drift_problem, rows, channels, batch)
+    yield Case("hessian", "drift", size, torch.bfloat16, work, make, "hessian", (batch, channels))
 
 
 def finish_cases(model: Model, scale: Scale) -> Iterator[Case]:

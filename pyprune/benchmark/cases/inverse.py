@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops import spd_inverse_factor
 from ...ops.precision import exact_float32
 from ...ops.spd_inverse import spd_inverse
-from ..case import OTHER, Case, Contestant, Errors, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Case, Contestant, Errors, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 
@@ -127,20 +127,38 @@ def factor_problem(channels: int, device: torch.device) -> Problem:
     )
 
 
-def cases_of(
-    operator: str, model: Model, work: Callable[[int], Work], problem: Callable[..., Problem]
-) -> Iterator[Case]:
-    for place, channels in model.output_projs().items():
-        size = f"{channels}x{channels}"
-        make = partial(problem, channels)
-        yield Case(operator, f"{model.name}-{place}", size, torch.float32, work(channels), make)
+def inverse_case(where: str, channels: int) -> Case:
+    """d³/3 for the factorisation, ⅔ d³ for the inverse from it; a triangle is read, the whole is written."""
+    work = Work(6 * channels * channels, channels**3)
+    size, make = f"{channels}x{channels}", partial(inverse_problem, channels)
+    return Case("spd_inverse", where, size, torch.float32, work, make)
+
+
+def factor_case(where: str, channels: int) -> Case:
+    """d³/3 for the factorisation, d³/3 for its triangular inverse; of both matrices a triangle."""
+    work = Work(4 * channels * channels, 2 * channels**3 // 3)
+    size, make = f"{channels}x{channels}", partial(factor_problem, channels)
+    return Case("spd_inverse_factor", where, size, torch.float32, work, make)
 
 
 def cases(model: Model, scale: Scale) -> Iterator[Case]:
-    """d³/3 for the factorisation, ⅔ d³ for the inverse from it; a triangle is read, the whole is written."""
-    return cases_of("spd_inverse", model, lambda d: Work(6 * d * d, d**3), inverse_problem)
+    for place, channels in model.output_projs().items():
+        yield inverse_case(f"{model.name}-{place}", channels)
 
 
 def factor_cases(model: Model, scale: Scale) -> Iterator[Case]:
-    """d³/3 for the factorisation, d³/3 for its triangular inverse; of both matrices a triangle."""
-    return cases_of("spd_inverse_factor", model, lambda d: Work(4 * d * d, 2 * d**3 // 3), factor_problem)
+    for place, channels in model.output_projs().items():
+        yield factor_case(f"{model.name}-{place}", channels)
+
+
+def swept_sizes(scale: Scale) -> tuple[int, ...]:
+    """On a GPU on both sides of 1024 channels, from which on Gauss-Jordan elimination runs."""
+    return (512, 1024, 2048, 16384) if scale is FULL else (256, 512)
+
+
+def sweep(scale: Scale) -> Iterator[Case]:
+    return (inverse_case(SWEEP, channels) for channels in swept_sizes(scale))
+
+
+def factor_sweep(scale: Scale) -> Iterator[Case]:
+    return (factor_case(SWEEP, channels) for channels in swept_sizes(scale))

@@ -1,4 +1,4 @@
-"""Selections of the residual stream, half of its channels at random: gather in the norm, scatter-add, both."""
+"""Selections of the residual stream, half its channels, at random or in runs: gather in the norm, scatter-add, both."""
 
 from __future__ import annotations
 
@@ -16,12 +16,31 @@ from ...ops.gather_scatter import (
     scatter_add_reference,
     scatter_add_rms_norm_gather_reference,
 )
-from ..case import OTHER, Case, Contestant, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Case, Contestant, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 from .layer_steps import EPS, STEPS, against, as_the_steps
 
 SOURCE = "transformers, LlamaRMSNorm, beside index_add_ and index_select as DISP-LLM has them, arXiv 2410.11988"
+
+
+MEAN_RUN = 8  # channels: of a selection in runs
+
+
+def random_selection(channels: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(channels, generator=generator)[:count].sort().values
+
+
+def selection_in_runs(channels: int, count: int, generator: torch.Generator) -> Tensor:
+    """Kept and dropped runs in turn, their lengths geometric; a stretch of them that has `count` channels."""
+    runs = torch.empty(8 * channels, dtype=torch.float64).geometric_(1 / MEAN_RUN, generator=generator).long()
+    kept = (torch.arange(len(runs)) % 2).repeat_interleave(runs)
+    before = functional.pad(kept.cumsum(0), (1, 0))
+    start = (before[channels:] - before[:-channels] == count).nonzero()[0, 0]
+    return kept[start : start + channels].nonzero()[:, 0]
+
+
+SELECTIONS = {"random": random_selection, "runs": selection_in_runs}
 
 
 @dataclass(frozen=True)
@@ -35,9 +54,9 @@ class Stream:
     read: Tensor
 
     @classmethod
-    def random(cls, tokens: int, hidden: int, device: torch.device) -> Stream:
+    def random(cls, tokens: int, hidden: int, pattern: str, device: torch.device) -> Stream:
         count, generator = hidden // 2, torch.Generator().manual_seed(0)
-        added, read = (torch.randperm(hidden, generator=generator)[:count].sort().values for _ in range(2))
+        added, read = (SELECTIONS[pattern](hidden, count, generator) for _ in range(2))
         return cls(
             normal(device, torch.bfloat16, tokens, hidden),
             normal(device, torch.bfloat16, tokens, count, seed=1),
@@ -63,8 +82,8 @@ def add_by_inverse(residual: Tensor, update: Tensor, inverse: Tensor) -> Tensor:
     return residual
 
 
-def gather_problem(tokens: int, hidden: int, device: torch.device) -> Problem:
-    stream = Stream.random(tokens, hidden, device)
+def gather_problem(tokens: int, hidden: int, pattern: str, device: torch.device) -> Problem:
+    stream = Stream.random(tokens, hidden, pattern, device)
     x, weight, read = stream.stored, stream.weight, stream.read
     exact = rms_norm_gather_reference(x.double(), weight.double(), EPS, read)
     return Problem(
@@ -85,8 +104,8 @@ def gather_problem(tokens: int, hidden: int, device: torch.device) -> Problem:
     )
 
 
-def scatter_problem(tokens: int, hidden: int, device: torch.device) -> Problem:
-    stream = Stream.random(tokens, hidden, device)
+def scatter_problem(tokens: int, hidden: int, pattern: str, device: torch.device) -> Problem:
+    stream = Stream.random(tokens, hidden, pattern, device)
     update, added, inverse = stream.update, stream.added, stream.inverse_index()
     residual = stream.stored.clone()
     exact = stream.stored.double()
@@ -124,8 +143,8 @@ def scatter_problem(tokens: int, hidden: int, device: torch.device) -> Problem:
     )
 
 
-def whole_problem(tokens: int, hidden: int, device: torch.device) -> Problem:
-    stream = Stream.random(tokens, hidden, device)
+def whole_problem(tokens: int, hidden: int, pattern: str, device: torch.device) -> Problem:
+    stream = Stream.random(tokens, hidden, pattern, device)
     update, weight, added, read = stream.update, stream.weight, stream.added, stream.read
     inverse, residual = stream.inverse_index(), stream.stored.clone()
     exact = scatter_add_rms_norm_gather_reference(
@@ -158,37 +177,62 @@ def whole_problem(tokens: int, hidden: int, device: torch.device) -> Problem:
     )
 
 
-def cases_of(
-    operator: str, model: Model, scale: Scale, work: Callable[[int, int], Work], problem: Callable[..., Problem]
-) -> Iterator[Case]:
-    """work: of (elements of the stream, half of them)."""
-    tokens, hidden = scale.activations, model.hidden
-    elements = tokens * hidden
-    size = f"{tokens}x{hidden // 2}of{hidden}"
-    make = partial(problem, tokens, hidden)
-    table_shape = (tokens, hidden)
-    moved = work(elements, elements // 2)
-    yield Case(operator, model.name, size, torch.bfloat16, moved, make, operator, table_shape)
+def gather_case(where: str, tokens: int, hidden: int, pattern: str = "random") -> Case:
+    """The stream is read; of the selected half a factor and a weight, and it is written."""
+    n, half = tokens * hidden, tokens * (hidden // 2)
+    work = Work(2 * n + 2 * half, 2 * n + 2 * half)
+    return case_of("rms_norm_gather", where, tokens, hidden, work, partial(gather_problem, tokens, hidden, pattern))
+
+
+def scatter_case(where: str, tokens: int, hidden: int, pattern: str = "random") -> Case:
+    """Half of the stream is read and written, the update is read."""
+    half = tokens * (hidden // 2)
+    work = Work(6 * half, half)
+    return case_of("scatter_add", where, tokens, hidden, work, partial(scatter_problem, tokens, hidden, pattern))
+
+
+def whole_case(where: str, tokens: int, hidden: int, pattern: str = "random") -> Case:
+    """The stream and the update are read; half of the stream and the result are written."""
+    n, half = tokens * hidden, tokens * (hidden // 2)
+    work = Work(2 * n + 6 * half, 2 * n + 3 * half)
+    make = partial(whole_problem, tokens, hidden, pattern)
+    return case_of("scatter_add_rms_norm_gather", where, tokens, hidden, work, make)
+
+
+def case_of(
+    operator: str, where: str, tokens: int, hidden: int, work: Work, make: Callable[[torch.device], Problem]
+) -> Case:
+    size, table = f"{tokens}x{hidden // 2}of{hidden}", (tokens, hidden)
+    return Case(operator, where, size, torch.bfloat16, work, make, operator, table)
 
 
 def gather_cases(model: Model, scale: Scale) -> Iterator[Case]:
-    """The stream is read; of the selected half a factor and a weight, and it is written."""
-    return cases_of(
-        "rms_norm_gather", model, scale, lambda n, half: Work(2 * n + 2 * half, 2 * n + 2 * half), gather_problem
-    )
+    yield gather_case(model.name, scale.activations, model.hidden)
 
 
 def scatter_cases(model: Model, scale: Scale) -> Iterator[Case]:
-    """Half of the stream is read and written, the update is read."""
-    return cases_of("scatter_add", model, scale, lambda n, half: Work(6 * half, half), scatter_problem)
+    yield scatter_case(model.name, scale.activations, model.hidden)
 
 
 def whole_cases(model: Model, scale: Scale) -> Iterator[Case]:
-    """The stream and the update are read; half of the stream and the result are written."""
-    return cases_of(
-        "scatter_add_rms_norm_gather",
-        model,
-        scale,
-        lambda n, half: Work(2 * n + 6 * half, 2 * n + 3 * half),
-        whole_problem,
-    )
+    yield whole_case(model.name, scale.activations, model.hidden)
+
+
+def swept(case: Callable[[str, int, int, str], Case], scale: Scale) -> Iterator[Case]:
+    """A single token, as in decoding, and channels that lie in runs."""
+    for hidden in (4096, 8192) if scale is FULL else (256,):
+        yield case(SWEEP, 1, hidden, "random")
+        for tokens in (1, scale.activations):
+            yield case(f"{SWEEP}-runs", tokens, hidden, "runs")
+
+
+def gather_sweep(scale: Scale) -> Iterator[Case]:
+    return swept(gather_case, scale)
+
+
+def scatter_sweep(scale: Scale) -> Iterator[Case]:
+    return swept(scatter_case, scale)
+
+
+def whole_sweep(scale: Scale) -> Iterator[Case]:
+    return swept(whole_case, scale)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: build, GPU tests, benchmarks, compute-sanitizer. About fifteen minutes.
 #
-#   bash benchmarks/gpu_session.sh [STEP...]     (in the repository's root; results go to $OUT, default .)
+#   bash benchmarks/gpu_check.sh [STEP...]     (in the repository's root; results go to $OUT, default .)
 #
-# Steps: build facts tests prune fused selection moments hessian inverse grouped_cholesky eliminate layer sanitize; all, if none is named.
+# Steps: build facts tests prune operators sweep layer sanitize; all, if none is named.
 # Whole models take longer: benchmarks/end_to_end.py.
 #
 # No network is used. A step that fails is named at the end and makes the exit status 1; later steps still run.
@@ -13,7 +13,7 @@ out=$(realpath "${OUT:-.}")
 export PYTHONUNBUFFERED=1
 failed=()
 
-wanted=" ${*:-build facts tests prune fused selection moments hessian inverse grouped_cholesky eliminate layer sanitize} "
+wanted=" ${*:-build facts tests prune operators sweep layer sanitize} "
 
 # step NAME SECONDS COMMAND...: if it is wanted, run it, show it, keep its output in $out/NAME.txt
 step() {
@@ -25,13 +25,6 @@ step() {
     status=${PIPESTATUS[0]}
     echo "=== $name: status $status after $((SECONDS - start)) s"
     [ "$status" -eq 0 ] || failed+=("$name ($status)")
-}
-
-# bench NAME SECONDS ARGUMENTS...: the step that runs benchmarks/NAME.py into $out/NAME.json
-bench() {
-    local name=$1 limit=$2
-    shift 2
-    step "$name" "$limit" python3 "benchmarks/$name.py" --device cuda "$@" --output "$out/$name.json"
 }
 
 build() {
@@ -97,14 +90,9 @@ step build 120 bash -c build
 step facts 60 bash -c facts
 step tests 300 python3 -m pytest -q -m gpu -p no:cacheprovider tests
 step prune 120 bash -c prune
-bench fused 90
-bench selection 150
-bench moments 150 --sweep
-bench hessian 150
-bench inverse 90
-bench grouped_cholesky 40
-bench eliminate 150
-bench layer 150
+step operators 400 python3 -m pyprune benchmark --device cuda --output "$out/operators.json"
+step sweep 300 python3 -m pyprune benchmark --device cuda --sweep --output "$out/sweep.json"
+step layer 150 python3 benchmarks/layer.py --device cuda --output "$out/layer.json"
 step sanitize 180 bash -c sanitize
 
 if [ ${#failed[@]} -gt 0 ]; then

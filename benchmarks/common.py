@@ -1,6 +1,6 @@
-"""What the benchmarks of single operators share around their timings: arguments, device, backends, inputs, report.
+"""Arguments, device and report of the benchmarks of whole models.
 
-The clock, the machine's facts and other tools' formulations are pyprune.benchmark's.
+The clock and the machine's facts are pyprune.benchmark's, which also times the single operators.
 """
 
 import argparse
@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pyprune.benchmark.machine import describe_machine
 from pyprune.errors import InputError
-from pyprune.ops.dispatch import Problem, eligible_backends
 
 
-def contest_parser(description: str | None, repeat: str) -> argparse.ArgumentParser:
+def benchmark_parser(description: str | None, repeat: str) -> argparse.ArgumentParser:
     """--device, --repeat, --threads and --output; `repeat` says what the default is."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -36,13 +33,6 @@ def prepare_device(arguments: argparse.Namespace) -> torch.device:
     device = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(device)
     return device
-
-
-def start_report(device: torch.device, repeat: int) -> dict[str, Any]:
-    """The machine, which is printed, and the repetitions."""
-    machine = describe_machine(device)
-    print(json.dumps(machine))
-    return {"machine": machine, "repeat": repeat}
 
 
 def write_report(report: dict[str, Any], path: Path | None) -> None:
@@ -67,19 +57,3 @@ def run_table(
     for row in report["rows"]:
         print(line(row))
     write_report(report, arguments.output)
-
-
-def backends_for(operator: str, x: Tensor) -> list[str]:
-    """The backends that can run the operator on x, but on a GPU not the reference."""
-    eligible = eligible_backends(operator, Problem(x.device, x.dtype, tuple(x.shape)))
-    return [name for name in eligible if name != "reference" or not x.is_cuda]
-
-
-def sizes_of(shape: str) -> list[int]:
-    return [int(size) for size in shape.split("x")]
-
-
-def random_input(shape: str, device: torch.device) -> Tensor:
-    """Random normal bfloat16 of a shape such as 32768x4096."""
-    generator = torch.Generator(device).manual_seed(0)
-    return torch.randn(*sizes_of(shape), dtype=torch.bfloat16, device=device, generator=generator)
