@@ -28,11 +28,12 @@ from ..checkpoint.finite import check_finite, described_rows, nonfinite_rows
 from ..checkpoint.special_ids import check_generation_config, check_special_ids, generation_fields
 from ..checkpoint.writer import partial_of
 from ..errors import InputError
-from ..estimation.memory import MemoryPlan, Sizes, plan_memory
+from ..estimation.memory import MemoryPlan, plan_memory
+from ..estimation.sizes import Sizes
 from ..estimation.training_memory import check_fits, training_memory
 from ..forward.fused import OPERATORS as FORWARD_OPERATORS
 from ..forward.layer_forward import LayerForward, micro_batch
-from ..methods import LearnedMethod, Method, make_method, resolve_ratio
+from ..methods import Method, make_method, resolve_ratio
 from ..ops import dispatch as backends
 from ..ops.tuning import operator_fingerprint
 from ..runtime import distributed
@@ -232,11 +233,12 @@ class Job:
 
     def _recompute(self) -> bool:
         """Of a method that trains: whether activations are computed again going backward. InputError: it cannot."""
-        if not isinstance(self.method, LearnedMethod):
+        training = self.method.training
+        if training is None:
             return False
         if distributed.world_size() > 1:
             raise InputError(f"{self.method.name} trains in one process: start it without torchrun")
-        memory = training_memory(self.reader, self.method, self.options.sequence_length, self.dtype)
+        memory = training_memory(self.reader, training, self.options.sequence_length, self.dtype)
         budget = self.options.device_memory or usable_memory(self.device)
         return check_fits(memory, budget, self.method.name)
 
