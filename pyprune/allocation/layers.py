@@ -8,7 +8,7 @@ import torch
 
 from ..architectures import SUBLAYERS, LayerShape
 from ..errors import InputError
-from .budget import KeptUnits, RemovedCounts, total_cost
+from .budget import KeptUnits, RemovedCounts, check_ratio, total_cost
 
 T = TypeVar("T")
 
@@ -82,9 +82,10 @@ def layer_subset(text: str | None, total: int) -> LayerSubset:
 
 def check_layers_ratio(subset: LayerSubset, text: str, shapes: list[LayerShape], ratio: float, least: int) -> None:
     """InputError for a ratio of the whole model that the subset, named by `text`, cannot give."""
+    check_ratio(shapes, ratio, least)
     own = subset.select(shapes)
     most = (total_cost(own) - sum(shape.group_cost + least for shape in own)) / total_cost(shapes)
-    if not 0 < ratio <= most and 0 < ratio < 1:
+    if ratio > most:
         channels = "one FFN channel" if least == 1 else f"{least} FFN channels"
         raise InputError(
             f"ratio {ratio:g} is impossible with --layers {text}: it is a share of all decoder linears, one KV group "

@@ -347,7 +347,8 @@ def deepest(sizes: Sizes[SecondOrderMethod]) -> float:
 
 
 def pruned_layer(sizes: Sizes) -> int:
-    return int((1 - sizes.ratio) * sizes.layer())
+    """A layer as it is written; a whole one where some stay whole."""
+    return sizes.layer() if sizes.method.spares_layers else int((1 - sizes.ratio) * sizes.layer())
 
 
 def inverting(sizes: Sizes, sublayer: str) -> int:

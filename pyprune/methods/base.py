@@ -82,6 +82,11 @@ class Method(ABC):
         return ("channel_moments",) if self.needs_text else ()
 
     @property
+    def spares_layers(self) -> bool:
+        """Whether it leaves some layers as large as they are."""
+        return False
+
+    @property
     def training(self) -> Training | None:
         """How it trains on the whole model, if it does."""
         return None
@@ -147,6 +152,10 @@ class UnitMethod(Method):
     @property
     def adds_bias(self) -> bool:
         return self.compensation == "bias"
+
+    @property
+    def spares_layers(self) -> bool:
+        return self.layers is not None
 
     @property
     def sizes_known(self) -> bool:
