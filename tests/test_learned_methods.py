@@ -252,8 +252,8 @@ def test_refuses_in_one_line(
     assert "disp has no gate 'hard'" in line("--method", "disp", "--ratio", 0.4, "--gate", "hard")
     assert "disp has no warm_start 'obs'" in line("--method", "disp", "--ratio", 0.4, "--warm-start", "obs")
     assert "policy has no start 'obs'" in line("--method", "policy", "--ratio", 0.4, "--start", "obs")
-    assert "disp has no --uniform" in line("--method", "disp", "--ratio", 0.4, "--uniform")
-    assert "policy has no --uniform" in line("--method", "policy", "--ratio", 0.4, "--round-to", 8)
+    assert "method disp has no option --uniform" in line("--method", "disp", "--ratio", 0.4, "--uniform")
+    assert "method policy has no option --round-to" in line("--method", "policy", "--ratio", 0.4, "--round-to", 8)
     assert "--learning-rate 0.0 is not positive" in line("--method", "disp", "--ratio", 0.4, "--learning-rate", 0)
     for value in ("nan", "inf", "-1"):
         assert "is not positive and finite" in line("--method", "disp", "--ratio", 0.4, "--learning-rate", value)

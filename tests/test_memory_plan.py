@@ -14,11 +14,14 @@ from command_line import run
 from pyprune.architectures import LayerShape
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
-from pyprune.estimation.estimate import estimate, pass_flops
-from pyprune.estimation.memory import Sizes, plan_memory
-from pyprune.estimation.time import GPU_RATES, pass_seconds
+from pyprune.estimation.estimate import estimate
+from pyprune.estimation.memory import plan_memory
+from pyprune.estimation.procedures import PROCEDURES, costs_of
+from pyprune.estimation.sizes import Sizes
+from pyprune.estimation.time import GPU_RATES
 from pyprune.job.config import PruneConfig
-from pyprune.methods import make_method
+from pyprune.methods import METHODS, make_method
+from pyprune.passes import PASSES
 from pyprune.pipeline.run import prune
 from pyprune.runtime.device import check_room, memory_limit
 
@@ -87,8 +90,10 @@ def test_predictions_of_measured_runs(file: Path) -> None:
     peak = measured["peak_memory"]["device_reserved_bytes"]
     assert plan_memory(run_sizes, budget).peak == pytest.approx(peak, rel=0.15)
     if measured["source"] == "generated":
-        for name, seconds in pass_seconds(run_sizes, GPU_RATES["h200"]).items():
-            own = measured["passes"][name]
+        for name, cost in costs_of(run_sizes).items():
+            seconds, own = cost.seconds(GPU_RATES["h200"]), measured["passes"][name]
+            if not seconds:  # a pass without a forward
+                continue
             warm = own["seconds"] - own["layers"][0]["seconds"]  # the first layer loads the kernels
             assert seconds * (len(shape) - 1) / len(shape) == pytest.approx(warm, rel=0.3), name
 
@@ -108,9 +113,15 @@ def test_a_gpu_that_is_not_here(method: str, tiny_checkpoint: Callable[..., Path
 
 def test_flops_of_a_survey_on_fewer_windows() -> None:
     shapes = SHAPES["llama-2-13b"][:2]
-    few, all_ = (pass_flops(shapes, make_method("obs", {"allocation_samples": n}), 0.2, 128, 64) for n in (32, 500))
-    assert few["calibration"] == pytest.approx(all_["calibration"] / 4)
-    assert few["prune"] == all_["prune"]
+    few, all_ = (
+        costs_of(Sizes(shapes, make_method("obs", {"allocation_samples": n}), 0.2, 128, 64, 2, 2)) for n in (32, 500)
+    )
+    assert few["calibration"].flops() == pytest.approx(all_["calibration"].flops() / 4)
+    assert few["prune"].flops() == all_["prune"].flops()
+
+
+def test_every_procedure_has_passes_and_costs() -> None:
+    assert PASSES.keys() == PROCEDURES.keys() == {method.procedure for method in METHODS.values()}
 
 
 def test_sizes_on_the_command_line(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from pyprune.errors import InputError
 from pyprune.job.config import PruneConfig
 from pyprune.job.record import read_plan
 from pyprune.methods import METHODS, make_method
-from pyprune.methods.base import COMPENSATIONS
+from pyprune.methods.registry import methods_of_choice, methods_with
 from pyprune.pipeline.run import prune
 
 RemovedCounts = list[dict[str, int]]
@@ -251,16 +251,18 @@ def test_uniform_by_default_takes_what_fits_it() -> None:
 
 
 def test_compensations() -> None:
-    for kind, names in COMPENSATIONS.items():
-        assert set(names.split(", ")) == {name for name, method in METHODS.items() if kind in method.compensations}
-    for name, method in METHODS.items():
-        assert make_method(name, {}).options["compensation"] == method.compensations[0]
-        for kind in method.compensations:
-            assert make_method(name, {"compensation": kind}).biased == (kind == "bias")
-        for kind in COMPENSATIONS.keys() - set(method.compensations):
+    having = dict(methods_with("compensation"))
+    assert METHODS.keys() - having.keys() == {"wanda", "sparsegpt", "dass"}
+    for name, option in having.items():
+        choices = option.choices or ()
+        assert make_method(name, {}).options["compensation"] == choices[0]
+        for kind in choices:
+            assert name in methods_of_choice("compensation", kind)
+            assert make_method(name, {"compensation": kind}).adds_bias == (kind == "bias")
+        for kind in {"bias", "weights", "none"} - set(choices):
             with pytest.raises(InputError, match=f"{name} has no compensation '{kind}'.*a method that has it: "):
                 make_method(name, {"compensation": kind})
-    with pytest.raises(InputError, match=r"flap has no compensation 'weights'; one of bias, none, .*: obs, slimgpt"):
+    with pytest.raises(InputError, match=r"flap has no compensation 'weights'; one of bias, none, .*: slimgpt, obs"):
         make_method("flap", {"compensation": "weights"})
     with pytest.raises(InputError, match=r"obs has no compensation 'x'; one of weights, bias, none$"):
         make_method("obs", {"compensation": "x"})
@@ -406,7 +408,7 @@ def test_refused_on_the_command_line(
         (("--uniform", "--structure", "AL-AM"), "leave one of them out"),
         (("--round-to", 705), "--round-to 705 is more than the 704 FFN channels"),
         (("--round-to", 0), "0 is not in the range x>=1"),
-        (("--compensation", "weights"), "a method that has it: obs, slimgpt"),
+        (("--compensation", "weights"), "a method that has it: slimgpt, obs"),
         (("--uniform", "--method", "obs", "--allocation", "log"), "--allocation log does not"),
         (("--round-to", 704, "--ratio", 0.9), "one KV group and 704 FFN channels stay"),
     ):

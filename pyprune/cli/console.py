@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from ..methods.options import flag_of
 from ..ops.dispatch import BackendRow
 from ..runtime import distributed, streams
 from ..runtime.progress import Progress as Advance
@@ -195,18 +196,36 @@ class Console:
         self.out.print(table)
 
     def methods(self, described: dict[str, dict[str, Any]]) -> None:
+        """All methods with their options' defaults, or one method with all that its options say."""
         if self.as_json:
-            self._json(described)
+            self._json({name: _method_document(own) for name, own in described.items()})
+            return
+        if len(described) == 1:
+            self._method(*described.values())
             return
         table = Table(box=None, pad_edge=False)
         for heading in ("method", "what it does", "options and defaults"):
             table.add_column(heading, overflow="fold")
         for name, entry in described.items():
-            options = "\n".join(
-                f"--{option.replace('_', '-')} {default}" for option, default in entry["options"].items()
-            )
+            options = "\n".join(f"{flag_of(option)} {own['default']}" for option, own in entry["options"].items())
             table.add_row(name, entry["summary"], options)
         self.out.print(table)
+
+    def _method(self, described: dict[str, Any]) -> None:
+        self._rows([("method", described["name"]), ("", described["summary"])])
+        table = Table(box=None, pad_edge=False)
+        for heading in ("option", "type", "default", "choices", "what it does"):
+            table.add_column(heading, overflow="fold")
+        for name, own in described["options"].items():
+            cells = (flag_of(name), own["type"], str(own["default"]), ", ".join(own["choices"] or ()), own["help"])
+            table.add_row(*(Text(cell) for cell in cells))
+        self.out.print(table)
+
+
+def _method_document(described: dict[str, Any]) -> dict[str, Any]:
+    """JSON of one method: its options' defaults by name, and in `option_details` all that the options say."""
+    defaults = {name: own["default"] for name, own in described["options"].items()}
+    return described | {"options": defaults, "option_details": described["options"]}
 
 
 def _proof(verification: dict[str, Any]) -> tuple[str, str]:

@@ -1,85 +1,86 @@
-"""Options that several commands share, and those of the methods."""
+"""Options of a pruning: what to calibrate on, and those that the methods declare."""
 
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ..allocation.depth_schedule import SCHEDULES
-from ..mask_training.gates import GATES
-from ..methods import METHODS, flap, obs
-from ..methods import mask_learning as learned
-from ..methods.base import COMPENSATIONS
-from ..methods.pattern import UNSTRUCTURED
+from ..methods import METHODS, load_entry_points
+from ..methods.options import Option, flag_of
+from ..methods.registry import methods_with, option_names
 
-# option -> (type, help): each names the methods that have it, if not all have it, and its values. bool: a flag;
-# bool | None: one that can be denied, since its default follows from other options.
-METHOD_OPTIONS: dict[str, tuple[Any, str]] = {
-    "uniform": (bool, "The same number of KV groups and FFN channels in every layer, as stock model classes need."),
-    "round_to": (
-        click.IntRange(1),
-        "Keep FFN channels in multiples of this, or all of a layer's: 128 suits GPUs, 256 llama.cpp's K-quants.  "
-        "[default: 1]",
-    ),
-    "compensation": (
-        str,
-        "For what was removed: " + "; ".join(f"{kind}: {names}" for kind, names in COMPENSATIONS.items()) + ".  "
-        "[default: bias for flap, weights for slimgpt, obs and sparsegpt, else none]",
-    ),
-    "metric": (str, f"flap: {', '.join(flap.METRICS)}.  [default: WIFV]"),
-    "structure": (str, f"flap: {', '.join(flap.STRUCTURES)}.  [default: AL-AM; with --uniform UL-UM]"),
-    "mode": (str, f"flap: {' or '.join(flap.MODES)}.  [default: exact]"),
-    "square_attention": (bool | None, "flap: square attention scores, as the authors' code does."),
-    "attention_ratio": (float, "flap, UL-MM and AL-MM: the attention's own ratio."),
-    "allocation": (
-        str,
-        f"obs: how many units each layer loses: {', '.join(obs.ALLOCATIONS)}; with --uniform, how it is split between "
-        "KV groups and channels: residual (by error) or uniform (the same share).  [default: residual]",
-    ),
-    "target": (str, f"obs: what the output projection is fitted to: {' or '.join(obs.TARGETS)}.  [default: residual]"),
-    "target_share": (
-        float,
-        "obs: share of the residual stream's error that an output projection makes up.  [default: 0.5]",
-    ),
-    "input_share": (float, "obs: share of the inputs' change that q, k, v, gate, up make up.  [default: 1]"),
-    "allocation_samples": (int, "obs: calibration windows that the residual allocation looks at.  [default: 32]"),
-    "pattern": (
-        str,
-        f"wanda, sparsegpt, dass: N:M, N weights of every M stay (2:4, 4:8), or {UNSTRUCTURED}, which takes --ratio.  "
-        "[default: 2:4]",
-    ),
-    "damping": (float, "slimgpt, obs, sparsegpt: added to H's diagonal, as a share of its mean.  [default: 0.01]"),
-    "schedule": (
-        str,
-        f"slimgpt: how ratios rise with depth: {', '.join(SCHEDULES)}.  [default: log; with --uniform uniform]",
-    ),
-    "first_share": (
-        float,
-        "slimgpt, obs (log, linear): the first layer's ratio as a share of --ratio.  [default: 0, if possible]",
-    ),
-    "steps": (click.IntRange(1), "disp, policy: steps of training.  [default: 1500]"),
-    "rows": (click.IntRange(1), "disp, policy: calibration windows in a step.  [default: 1]"),
-    "learning_rate": (float, "disp, policy: of AdamW or Adam.  [default: 0.001 for disp, 0.02 for policy]"),
-    "gate": (str, f"disp: {' or '.join(GATES)}.  [default: reinmax]"),
-    "budget_weight": (float, "disp: weight of |ln(kept / asked)| beside the loss.  [default: 6]"),
-    "warm_start": (
-        str,
-        f"disp: what gates begin at: {', '.join(learned.WARM_STARTS)} (all open).  [default: gradients]",
-    ),
-    "warm_windows": (click.IntRange(1), "disp: calibration windows that the warm start looks at.  [default: 32]"),
-    "start": (str, f"policy: whose scores it begins at: {', '.join(learned.STARTS)}.  [default: flap]"),
-}
+# Modules of other packages with methods of their own: their options are options of the commands too.
+load_entry_points()
+
+
+def method_option(name: str) -> Callable[[Any], Any]:
+    """The command's option for an option of methods, generated from the fields of all methods that have it."""
+    having = dict(methods_with(name))
+    options = list(having.values())
+    kind, flag = options[0].kind, options[0].flag
+    text = method_option_help(having)
+    if kind is bool and options[0].nullable:
+        return click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)
+    if kind is bool:
+        return click.option(flag, is_flag=True, default=None, help=text)
+    whole = kind is int and all(option.minimum is not None for option in options)
+    least = min(int(option.minimum or 0) for option in options)
+    return click.option(flag, type=click.IntRange(least) if whole else kind, help=text)
+
+
+def method_option_help(having: dict[str, Option]) -> str:
+    """Which methods have the option, unless all have it, what it does, its values, and its defaults.
+
+    having: by method. Where methods differ, each text, value and default is said with their names.
+    """
+    everywhere = len(having) == len(METHODS)
+    helps = _by_value({method: option.help for method, option in having.items()})
+    parts = [text if everywhere else f"{', '.join(names)}: {text}" for text, names in helps.items()]
+    choices = {method: option.choices for method, option in having.items() if option.choices is not None}
+    if len(set(choices.values())) == 1:
+        parts.append(f"One of {', '.join(next(iter(choices.values())))}.")
+    elif choices:
+        values = dict.fromkeys(value for own in choices.values() for value in own)
+        by_value = {value: [method for method, own in choices.items() if value in own] for value in values}
+        parts.append("; ".join(f"{value}: {', '.join(names)}" for value, names in by_value.items()) + ".")
+    defaults = _by_value({method: _default_of(method, option) for method, option in having.items()})
+    if len(defaults) == 1:
+        said = next(iter(defaults))
+    else:
+        said = ", ".join(f"{text or 'none'} for {', '.join(names)}" for text, names in defaults.items())
+    return " ".join(parts) + (f"  [default: {said}]" if said else "")
+
+
+def _by_value(texts: dict[str, str]) -> dict[str, list[str]]:
+    """Methods by their text."""
+    found: dict[str, list[str]] = {}
+    for method, text in texts.items():
+        found.setdefault(text, []).append(method)
+    return found
+
+
+def _default_of(method: str, option: Option) -> str:
+    """The default in words; "" where there is nothing to say."""
+    if option.default_text is not None:
+        text = option.default_text
+    elif option.default is None or option.kind is bool:
+        text = ""
+    else:
+        text = f"{option.default:g}" if option.kind is float else str(option.default)
+    uniform = METHODS[method].uniform_defaults
+    return text + (f"; with --uniform {uniform[option.name]}" if option.name in uniform else "")
+
+
+def _aliases() -> dict[str, Option]:
+    """Older names of the methods' options."""
+    return {alias: own for name in option_names() for _, own in methods_with(name) for alias in own.aliases}
 
 
 def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for name, (kind, text) in reversed(METHOD_OPTIONS.items()):
-        flag = "--" + name.replace("_", "-")
-        if kind is bool:
-            command = click.option(flag, is_flag=True, default=None, help=text)(command)
-        elif kind == bool | None:
-            command = click.option(f"{flag}/--no-{flag[2:]}", default=None, help=text)(command)
-        else:
-            command = click.option(flag, type=kind, help=text)(command)
+    for alias, own in _aliases().items():
+        command = click.option(flag_of(alias), type=own.kind, hidden=True)(command)
+    for name in reversed(option_names()):
+        command = method_option(name)(command)
     for option in (
         click.option("--sequence-length", type=click.IntRange(2), default=2048, help="Tokens in a calibration window."),
         click.option("--samples", type=click.IntRange(1), default=128, help="Calibration windows."),
@@ -99,4 +100,4 @@ def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def options_given(options: dict[str, Any]) -> dict[str, Any]:
     """The method options that the user typed."""
-    return {name: options[name] for name in METHOD_OPTIONS if options[name] is not None}
+    return {name: options[name] for name in [*option_names(), *_aliases()] if options.get(name) is not None}

@@ -1,4 +1,4 @@
-"""How long a pass takes on a GPU, from sizes and three rates of the device: what `pyprune plan` says beforehand.
+"""How long the stages of a pass take on a GPU, from sizes and three rates of the device.
 
 Each term is the work of one stage over the rate that bounds it. Shares of the rates were measured on an H200 with 13 B
 and 70 B shapes; what no stage names (waiting for decisions, the first use of each kernel) is in OVERHEAD.
@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import ATTENTION, FFN, SUBLAYERS
-from ..methods import SecondOrderMethod, SemiStructuredMethod
-from ..methods.second_order import CURVES, NONE
-from .memory import Sizes
+from ..architectures import ATTENTION, FFN
+from .sizes import Sizes
 
 OVERHEAD = 1.1
 # Of the rate of matrix products: H (one triangle, 2·T·d²/2 FLOP at 0.9), split products in TF32 (per d³ or n·d²).
@@ -121,42 +119,3 @@ def sparsifying_seconds(sizes: Sizes, tokens: int, rates: Rates) -> float:
         seconds += tokens * d * d / (HESSIAN_SHARE * rates.matmul)
         seconds += 2 / 3 * d**3 / (INVERSE_SHARE * rates.matmul * d / (d + 6000)) + d * WALK_SECONDS
     return seconds
-
-
-def pass_seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
-    """Seconds of every pass that looks at the text, over all layers, weights being there and files not waited for."""
-    method, layers = sizes.method, len(sizes.shapes)
-    tokens = sizes.windows * sizes.sequence_length
-    forward = sum(sublayer_seconds(sizes, sublayer, tokens, rates) for sublayer in SUBLAYERS)
-    if not isinstance(method, SecondOrderMethod):
-        moments = sum(2 * tokens * sizes.width(sublayer) for sublayer in SUBLAYERS) / rates.memory
-        found = {"calibration": forward + moments}
-        if isinstance(method, SemiStructuredMethod):
-            found = {
-                "prune": 2 * forward + (sparsifying_seconds(sizes, tokens, rates) if method.from_hessian else moments)
-            }
-        elif method.sequential:
-            found = {"prune": forward * (2 - sizes.ratio) + moments}
-        return {name: OVERHEAD * layers * seconds for name, seconds in found.items()}
-    found = {}
-    if method.dense_statistics == CURVES:
-        few = sizes.allocation_windows * sizes.sequence_length
-        dense_statistics = forward * few / tokens
-        for sublayer in SUBLAYERS:
-            share = sizes.deepest if sublayer == FFN else 1.0  # how far the curves go
-            own = output_proj_seconds(sizes, sublayer, few, share, rates, CURVE_SHARE)
-            dense_statistics += own["hessian"] + own["inverse"] + own["eliminate"]
-        found["calibration"] = dense_statistics
-    elif method.dense_statistics != NONE:
-        found["calibration"] = forward
-    prune = forward * (2 - sizes.ratio) + (forward if method.correction else 0.0)
-    for sublayer in SUBLAYERS:
-        own = output_proj_seconds(sizes, sublayer, tokens, sizes.ratio, rates)
-        prune += own["hessian"] + own["inverse"] + own["eliminate"] + own["gram"]
-        prune += own["stream error"] + own["fit"] if method.correction else 0.0
-    if method.alignment:
-        aligned = output_proj_seconds(sizes, ATTENTION, tokens, 0.0, rates)
-        square = (sizes.shape.hidden_size / sizes.width(ATTENTION)) ** 2
-        norms = 56 * tokens * sizes.shape.hidden_size / rates.memory
-        prune += 2 * (square * (aligned["hessian"] + aligned["stream error"] + aligned["inverse"]) + norms)
-    return {name: OVERHEAD * layers * seconds for name, seconds in (found | {"prune": prune}).items()}

@@ -10,7 +10,7 @@ from ..checkpoint import CheckpointReader
 from ..errors import InputError
 from ..mask_training.hypernetwork import STATE_WIDTH
 from ..mask_training.policy_learner import MASKS
-from ..methods import LearnedMethod
+from ..methods.base import Training
 
 # Buffers that libraries keep, and what the allocator rounds up.
 OVERHEAD_BYTES = 1 << 30
@@ -32,7 +32,7 @@ class TrainingMemory:
 
 
 def training_memory(
-    reader: CheckpointReader, method: LearnedMethod, sequence_length: int, dtype: torch.dtype
+    reader: CheckpointReader, method: Training, sequence_length: int, dtype: torch.dtype
 ) -> TrainingMemory:
     """What `method` takes to train on the checkpoint in a compute type, by windows of so many tokens."""
     shapes, itemsize = reader.shapes, dtype.itemsize

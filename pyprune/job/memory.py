@@ -4,10 +4,11 @@ import torch
 
 from ..checkpoint import CheckpointReader
 from ..errors import InputError
-from ..estimation.memory import MemoryPlan, Sizes, plan_memory
+from ..estimation.memory import MemoryPlan, plan_memory
+from ..estimation.sizes import Sizes
 from ..estimation.training_memory import check_fits, training_memory
 from ..forward.layer_forward import micro_batch
-from ..methods import LearnedMethod, Method
+from ..methods import Method
 from ..runtime import distributed
 from ..runtime.device import check_room, free_memory, release_cache, usable_memory
 from .config import PruneConfig
@@ -57,9 +58,10 @@ def fit_training(
     reader: CheckpointReader, method: Method, config: PruneConfig, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Whether a method that trains has to compute activations again going backward. InputError: it cannot run."""
-    if not isinstance(method, LearnedMethod):
+    training = method.training
+    if training is None:
         return False
     if distributed.world_size() > 1:
         raise InputError(f"{method.name} trains in one process: start it without torchrun")
-    memory = training_memory(reader, method, config.sequence_length, dtype)
+    memory = training_memory(reader, training, config.sequence_length, dtype)
     return check_fits(memory, config.device_memory or usable_memory(device), method.name)

@@ -1,35 +1,21 @@
-"""The pruning methods. A new one is one file beside these and one entry here."""
+"""The pruning methods. A new one is one file beside these, or a module that a package names as an entry point."""
 
-from dataclasses import fields
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from ..errors import InputError
-from .base import LayerStatistics, Method, ScoringMethod
-from .dass import Dass
-from .flap import Flap
-from .magnitude import Magnitude
-from .mask_learning import Disp, LearnedMethod, Policy
-from .obs import Obs
+from .base import LayerStatistics, Method, ScoringMethod, UnitMethod
+from .mask_learning import LearnedMethod
+from .options import flag_of, options_of
+from .registry import METHODS, describe, load_entry_points, register
 from .second_order import SecondOrderMethod
-from .slimgpt import SlimGpt
-from .sparsegpt import SparseGpt
-from .wanda import Wanda
-from .wanda_sp import WandaSp
 from .weight_sparsity import SemiStructuredMethod
 
-METHOD_CLASSES: tuple[type[Method], ...] = (
-    Magnitude,
-    WandaSp,
-    Flap,
-    SlimGpt,
-    Obs,
-    Disp,
-    Policy,
-    Wanda,
-    SparseGpt,
-    Dass,
-)
-METHODS: dict[str, type[Method]] = {method.name: method for method in METHOD_CLASSES}
+# The order of listings; files that are not named here come last.
+LISTED = ("magnitude", "wanda_sp", "flap", "slimgpt", "obs", "disp", "policy", "wanda", "sparsegpt", "dass")
+for module in dict.fromkeys([*LISTED, *(found.name for found in iter_modules(__path__))]):
+    import_module(f"{__name__}.{module}")
 
 
 def make_method(name: str, options: dict[str, Any]) -> Method:
@@ -37,25 +23,24 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     method = METHODS[name]
-    known = {field.name for field in fields(method)}
-    for option in options:
-        if option not in known:
-            own = ", ".join("--" + o.replace("_", "-") for o in sorted(known)) or "none"
-            raise InputError(f"method {name} has no option --{option.replace('_', '-')}; its options: {own}")
-    uniform_defaults = method.uniform_defaults if options.get("uniform") else {}
-    return method(**(uniform_defaults | options))
+    known = options_of(method)
+    aliases = {alias: own.name for own in known.values() for alias in own.aliases}
+    given: dict[str, Any] = {}
+    for option, value in options.items():
+        own = aliases.get(option, option)
+        if own not in known:
+            flags = ", ".join(flag_of(each) for each in sorted(known)) or "none"
+            raise InputError(f"method {name} has no option {flag_of(option)}; its options: {flags}")
+        if own in given:
+            raise InputError(f"{flag_of(own)} is given twice, by its old name too; leave one of them out")
+        given[own] = value
+    uniform_defaults = method.uniform_defaults if given.get("uniform") else {}
+    return method(**(uniform_defaults | given))
 
 
 def list_methods() -> dict[str, dict[str, Any]]:
-    """List the pruning methods: by name a `summary`, whether it `needs_text`, and its `options` with their defaults."""
-    return {
-        name: {
-            "summary": (method.__doc__ or "").strip().splitlines()[0],
-            "needs_text": method.needs_text,
-            "options": {field.name: field.default for field in fields(method)},
-        }
-        for name, method in METHODS.items()
-    }
+    """List the pruning methods: by name a `summary`, whether it `needs_text`, and its `options`."""
+    return {name: describe(method) for name, method in METHODS.items()}
 
 
 def resolve_ratio(method: Method, ratio: float | None) -> float:
@@ -69,15 +54,17 @@ def resolve_ratio(method: Method, ratio: float | None) -> float:
 
 __all__ = [
     "METHODS",
-    "Disp",
     "LayerStatistics",
     "LearnedMethod",
     "Method",
-    "Policy",
     "ScoringMethod",
     "SecondOrderMethod",
     "SemiStructuredMethod",
+    "UnitMethod",
+    "describe",
     "list_methods",
+    "load_entry_points",
     "make_method",
+    "register",
     "resolve_ratio",
 ]

@@ -2,65 +2,74 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from ..allocation.budget import KeptUnits, RemovedCounts, UnitScores, check_ratio, choose_by_counts, uniform_counts
 from ..allocation.common_size import common_counts, common_sizes
+from ..allocation.layers import LayerSubset, check_layers_ratio, layer_subset, parse_layers
 from ..allocation.rounding import check_multiple, rounded_counts
 from ..architectures import SUBLAYERS, Family, LayerShape
 from ..calibration.channel_statistics import ChannelStatistics
 from ..errors import InputError
+from .options import option, options_of
+from .registry import methods_of_choice
 
 LayerStatistics = dict[str, ChannelStatistics]  # sublayer -> statistics of its output projection
 
-# What makes up for removed units -> the methods that can do so.
-COMPENSATIONS = {
-    "bias": "flap, obs, policy",
-    "weights": "obs, slimgpt, disp, sparsegpt",
-    "none": "magnitude, wanda-sp, flap, obs, disp, policy, wanda, dass",
-}
+
+class Training(Protocol):
+    """How a method trains masks on the whole frozen model: `steps` of `rows` windows each.
+
+    `backward`: training needs gradients through the model, not forwards alone.
+    """
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def backward(self) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A method's fields are its options; its docstring's first line is what `pyprune methods` prints.
+    """A pruning method with its options.
 
+    Every field is declared by `option`, every concrete class is `register`ed under its `name`; the docstring's first
+    line is what `pyprune methods` prints.
+
+    `procedure`: which passes the method runs: a key of `passes.PASSES` and of `estimation.procedures.PROCEDURES`.
     `needs_text`: it looks at activations. `sequential`: each layer is judged on the output of the pruned layers before
-    it (else all layers are judged on the dense model, in one calibration pass). `shrinks`: it removes units, and does
-    not leave zeros in their place. `compensations`: those it can do. `uniform_defaults`: options whose default is
-    another one with `uniform`.
-
-    `uniform`: every layer keeps the same number of KV groups and of FFN channels. `round_to`: of FFN channels each
-    layer keeps a multiple, or all. `compensation`: a bias on the output projection, new weights of the output
-    projection, or none.
+    it (else all layers are judged on the dense model, in one calibration pass). `shrinks`: it makes matrices smaller,
+    and does not leave zeros in their place. `uniform_defaults`: option defaults that apply with `uniform`.
     """
 
     name: ClassVar[str]
+    procedure: ClassVar[str]
     needs_text: ClassVar[bool] = True
     shrinks: ClassVar[bool] = True
     sequential: ClassVar[bool] = False
-    compensations: ClassVar[tuple[str, ...]] = ("none",)
     uniform_defaults: ClassVar[dict[str, Any]] = {}
-    uniform: bool = False
-    round_to: int = 1
-    compensation: str = "none"
 
     def __post_init__(self) -> None:
-        if self.round_to < 1:
-            raise InputError(f"--round-to {self.round_to} is less than 1: it is a number of FFN channels")
-        if self.compensation not in self.compensations:
-            others = COMPENSATIONS.get(self.compensation)
-            raise InputError(
-                f"{self.name} has no compensation {self.compensation!r}; one of {', '.join(self.compensations)}"
-                + (f", or a method that has it: {others}" if others else "")
-            )
+        for name, own in options_of(type(self)).items():
+            value = getattr(self, name)
+            try:
+                own.check(self.name, value)
+            except InputError as error:
+                others = methods_of_choice(name, value)
+                if not others:
+                    raise
+                raise InputError(f"{error}, or a method that has it: {', '.join(others)}") from None
 
     @property
     def adds_bias(self) -> bool:
         """Whether it writes compensation biases."""
-        return self.compensation == "bias"
+        return False
 
     @property
     def implied_ratio(self) -> float | None:
@@ -73,12 +82,103 @@ class Method(ABC):
         return ("channel_moments",) if self.needs_text else ()
 
     @property
+    def spares_layers(self) -> bool:
+        """Whether it leaves some layers as large as they are."""
+        return False
+
+    @property
+    def training(self) -> Training | None:
+        """How it trains on the whole model, if it does."""
+        return None
+
+    def known_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts | None:
+        """Units that each layer loses, where that follows from shapes and ratio alone."""
+        return None
+
+    def check(self, shapes: list[LayerShape], ratio: float) -> None:
+        """InputError for a ratio or sizes that cannot be met, as far as the shapes alone tell."""
+        check_ratio(shapes, ratio)
+
+    def check_layers(self, family: Family, config: Any) -> None:  # noqa: B027 (most methods ask nothing more)
+        """InputError for layers of which the method can make nothing, whatever the ratio."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def compensation_option(*kinds: str) -> Any:
+    """The option `compensation` of a method that knows these kinds, the first by default."""
+    return option(
+        kinds[0],
+        choices=kinds,
+        help="What makes up for removed units: a bias on the output projection, new weights of it, or none.",
+    )
+
+
+@dataclass(frozen=True)
+class UnitMethod(Method):
+    """A method that removes whole KV groups and FFN channels, a number in each layer that an allocation says.
+
+    Its public functions are given all layers of the model and the ratio of all their linears; those named `…_within`,
+    which methods override, the layers that may lose units and the ratio of these.
+    """
+
+    uniform: bool = option(
+        False, help="The same number of KV groups and FFN channels in every layer, as stock model classes need."
+    )
+    round_to: int = option(
+        1,
+        minimum=1,
+        help="Keep FFN channels in multiples of this, or all of a layer's: 128 suits GPUs, 256 llama.cpp's K-quants.",
+        meaning="it is a number of FFN channels",
+    )
+    compensation: str = compensation_option("none")
+    layers: str | None = option(
+        None,
+        help="Layers that may lose units, counted from 0: 4-29, or 2-5,8,10-; --ratio stays the share of all layers.",
+        default_text="all",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            parse_layers(self.layers)
+            if self.uniform:
+                raise InputError(
+                    f"--uniform makes all layers alike, --layers {self.layers} does not: leave one of them out"
+                )
+
+    @property
+    def adds_bias(self) -> bool:
+        return self.compensation == "bias"
+
+    @property
+    def spares_layers(self) -> bool:
+        return self.layers is not None
+
+    @property
     def sizes_known(self) -> bool:
         """Whether every layer's size follows from shapes and ratio alone."""
         return True
 
+    def subset(self, shapes: list[LayerShape]) -> LayerSubset:
+        """The layers that may lose units. InputError: the model does not have all of them."""
+        return layer_subset(self.layers, len(shapes))
+
+    def ratio_within(self, shapes: list[LayerShape], ratio: float) -> float:
+        """The ratio of the layers that may lose units, of which all layers' is `ratio`."""
+        return self.subset(shapes).ratio(shapes, ratio)
+
     def removed_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
-        """Units that each layer loses, of a method whose sizes are predetermined."""
+        """Units that each layer loses, of a method whose sizes are known."""
+        subset = self.subset(shapes)
+        return subset.spread(self.counts_within(subset.select(shapes), subset.ratio(shapes, ratio)))
+
+    def known_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts | None:
+        return self.removed_counts(shapes, ratio) if self.sizes_known else None
+
+    def counts_within(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         if self.uniform:
             return common_counts(shapes, ratio, self.round_to)
         return rounded_counts(self.unrounded_counts(shapes, ratio), shapes, ratio, self.round_to)
@@ -88,39 +188,33 @@ class Method(ABC):
         return uniform_counts(shapes, ratio, least=self.round_to)
 
     def check(self, shapes: list[LayerShape], ratio: float) -> None:
-        """InputError for a ratio or sizes that cannot be met, as far as the shapes alone tell."""
+        subset = self.subset(shapes)
+        if self.layers is None:
+            self.check_within(shapes, ratio)
+            return
+        check_layers_ratio(subset, self.layers, shapes, ratio, self.round_to)
+        try:
+            self.check_within(subset.select(shapes), subset.ratio(shapes, ratio))
+        except InputError as error:
+            raise InputError(f"{error} (ratios are those of --layers {self.layers} alone)") from error
+
+    def check_within(self, shapes: list[LayerShape], ratio: float) -> None:
         check_multiple(shapes, self.round_to)
         check_ratio(shapes, ratio, self.round_to)
         if self.uniform:
             common_sizes(shapes, ratio, self.round_to)
         if self.sizes_known:
-            self.removed_counts(shapes, ratio)
-
-    def check_layers(self, family: Family, config: Any) -> None:  # noqa: B027 (most methods ask nothing more)
-        """InputError for layers of which the method can make nothing, whatever the ratio."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def check_damping(self, damping: float) -> None:
-        """InputError for a damping that is no share."""
-        if not 0 <= damping <= 1:
-            raise InputError(f"damping {damping:g} is outside [0, 1]: it is a share of the mean of H's diagonal")
-
-    def check_option(self, option: str, known: tuple[str, ...]) -> None:
-        """InputError if the option's value is not one of those known."""
-        value = getattr(self, option)
-        if value not in known:
-            raise InputError(f"{self.name} has no {option} {value!r}; one of {', '.join(known)}")
+            self.counts_within(shapes, ratio)
 
 
 @dataclass(frozen=True)
-class ScoringMethod(Method):
+class ScoringMethod(UnitMethod):
     """A method that scores channels and slices: kept weights stay as they are.
 
     `by_window`: it needs statistics that depend on where a window ends.
     """
+
+    procedure: ClassVar[str] = "slice"
 
     @property
     def by_window(self) -> bool:
@@ -143,4 +237,10 @@ class ScoringMethod(Method):
         return [self.unit_scores(layer, shape) for layer, shape in zip(statistics_by_layer, shapes, strict=True)]
 
     def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> KeptUnits:
-        return choose_by_counts(scores, self.removed_counts(shapes, ratio))
+        """The units that stay in every layer."""
+        subset = self.subset(shapes)
+        own = self.choose_within(subset.select(scores), subset.select(shapes), subset.ratio(shapes, ratio))
+        return subset.spread_kept(own, shapes)
+
+    def choose_within(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> KeptUnits:
+        return choose_by_counts(scores, self.counts_within(shapes, ratio))

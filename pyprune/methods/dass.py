@@ -3,12 +3,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..architectures import Family
+from .registry import register
 from .weight_sparsity import InputNormMethod
 
 # Of the norm of an FFN channel beside a weight of gate or up, as in the paper.
 POWER = 0.5
 
 
+@register
 @dataclass(frozen=True)
 class Dass(InputNormMethod):
     """DaSS: Wanda whose gate and up go by the norm of the FFN channel they make (arXiv 2405.01943).

@@ -21,13 +21,16 @@ from ..allocation.rounding import rounded_counts, worth_by_scores
 from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from ..calibration.channel_statistics import ChannelStatistics
 from ..errors import InputError
-from .base import LayerStatistics, ScoringMethod
+from .base import LayerStatistics, ScoringMethod, compensation_option
+from .options import option
+from .registry import register
 
 METRICS = ("IFV", "WIFV", "WIFN")
 STRUCTURES = ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
 MODES = ("exact", "reference")
 
 
+@register
 @dataclass(frozen=True)
 class Flap(ScoringMethod):
     """FLAP: fluctuation of each channel, global adaptive search, bias compensation (arXiv 2312.11983).
@@ -41,20 +44,22 @@ class Flap(ScoringMethod):
     """
 
     name = "flap"
-    compensations: ClassVar[tuple[str, ...]] = ("bias", "none")
     uniform_defaults: ClassVar[dict[str, Any]] = {"structure": "UL-UM"}
-    compensation: str = "bias"
-    metric: str = "WIFV"
-    structure: str = "AL-AM"
-    mode: str = "exact"
-    square_attention: bool | None = None
-    attention_ratio: float | None = None
+    compensation: str = compensation_option("bias", "none")
+    metric: str = option("WIFV", choices=METRICS, help="Importance of a channel.")
+    structure: str = option(
+        "AL-AM", choices=STRUCTURES, help="Uniform (UL) or adaptive (AL) over layers, and the attention's share."
+    )
+    mode: str = option("exact", choices=MODES, help="exact meets the budget; reference computes as the authors' code.")
+    square_attention: bool | None = option(
+        None, help="Square attention scores, as the authors' code does.", default_text="with --mode reference"
+    )
+    attention_ratio: float | None = option(
+        None, help="The attention's own ratio, with the structures UL-MM and AL-MM; of --layers alone, if given."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_option("metric", METRICS)
-        self.check_option("structure", STRUCTURES)
-        self.check_option("mode", MODES)
         if self.uniform and not self.sizes_known:
             raise InputError(
                 f"--uniform makes all layers alike, --structure {self.structure} does not: leave one of them out, or "
@@ -97,22 +102,22 @@ class Flap(ScoringMethod):
             for sublayer in SUBLAYERS
         }
 
-    def removed_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
+    def counts_within(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         if self.uniform:
             return common_counts(shapes, ratio, self.round_to, self.attention_ratio)
-        return super().removed_counts(shapes, ratio)
+        return super().counts_within(shapes, ratio)
 
     def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         return uniform_counts(shapes, ratio, self.attention_ratio, self.round_to)
 
-    def check(self, shapes: list[LayerShape], ratio: float) -> None:
-        super().check(shapes, ratio)
+    def check_within(self, shapes: list[LayerShape], ratio: float) -> None:
+        super().check_within(shapes, ratio)
         if self.structure == "AL-MM":
             self.unrounded_counts(shapes, ratio)
 
-    def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> KeptUnits:
+    def choose_within(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> KeptUnits:
         if self.sizes_known:
-            return super().choose(scores, shapes, ratio)
+            return super().choose_within(scores, shapes, ratio)
         choice = self._choose_adaptively(scores, shapes, ratio)
         if self.round_to == 1:
             return choice

@@ -4,8 +4,10 @@ from torch import Tensor
 
 from ..calibration.channel_statistics import ChannelStatistics
 from .base import ScoringMethod
+from .registry import register
 
 
+@register
 @dataclass(frozen=True)
 class Magnitude(ScoringMethod):
     """Magnitude-sp: the norm of each output projection column, uniform over layers; looks at no text (baseline)."""

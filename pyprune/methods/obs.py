@@ -1,5 +1,4 @@
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -10,14 +9,17 @@ from ..allocation.residual import ErrorCurves, residual_counts
 from ..architectures import LayerShape
 from ..errors import InputError
 from ..ops import eliminate, lower_gram, refit
-from .base import LayerStatistics
+from .base import LayerStatistics, compensation_option
 from .flap import Flap
-from .second_order import CURVES, MOMENTS, NONE, SecondOrderMethod
+from .options import option
+from .registry import register
+from .second_order import CURVES, MOMENTS, NONE, SecondOrderMethod, first_share_option
 
 ALLOCATIONS = ("residual", "log", "linear", "uniform", "fluctuation")
 TARGETS = ("residual", "weights")
 
 
+@register
 @dataclass(frozen=True)
 class Obs(SecondOrderMethod):
     """Exact greedy OBS: units one by one by exact error, residual allocation and target, least-squares refit (ours).
@@ -35,25 +37,39 @@ class Obs(SecondOrderMethod):
     """
 
     name = "obs"
-    compensations: ClassVar[tuple[str, ...]] = ("weights", "bias", "none")
-    compensation: str = "weights"
-    allocation: str = "residual"
-    target: str = "residual"
-    target_share: float = 0.5
-    input_share: float = 1.0
-    first_share: float | None = None
-    allocation_samples: int = 32
+    compensation: str = compensation_option("weights", "bias", "none")
+    allocation: str = option(
+        "residual",
+        choices=ALLOCATIONS,
+        help="How many units each layer loses; with --uniform, how it is split between KV groups and channels: "
+        "residual (by error) or uniform (the same share).",
+    )
+    target: str = option("residual", choices=TARGETS, help="What the output projection is fitted to.")
+    target_share: float = option(
+        0.5,
+        above=0,
+        maximum=1,
+        help="Share of the residual stream's error that an output projection makes up.",
+        meaning="it is a share of the stream error",
+    )
+    input_share: float = option(
+        1.0,
+        minimum=0,
+        maximum=1,
+        help="Share of the inputs' change that q, k, v, gate, up make up.",
+        meaning="it is a share of the difference",
+    )
+    first_share: float | None = first_share_option()
+    allocation_samples: int = option(
+        32,
+        minimum=1,
+        help="Calibration windows that the residual allocation looks at.",
+        meaning="the calibration pass needs a window",
+        aliases=("survey_samples",),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_option("allocation", ALLOCATIONS)
-        self.check_option("target", TARGETS)
-        if not 0 < self.target_share <= 1:
-            raise InputError(f"target share {self.target_share:g} is outside (0, 1]: it is a share of the stream error")
-        if self.allocation_samples < 1:
-            raise InputError(f"calibration pass samples {self.allocation_samples}: the calibration pass needs a window")
-        if not 0 <= self.input_share <= 1:
-            raise InputError(f"input share {self.input_share:g} is outside [0, 1]: it is a share of the difference")
         if self.uniform and self.allocation not in ("residual", "uniform"):
             raise InputError(
                 f"--uniform makes all layers alike, --allocation {self.allocation} does not: leave one of them out"
@@ -86,7 +102,7 @@ class Obs(SecondOrderMethod):
     def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         return incremental_counts(shapes, ratio, self.allocation, self.first_share, self.round_to)
 
-    def allocate(
+    def allocate_within(
         self,
         shapes: list[LayerShape],
         ratio: float,
@@ -99,7 +115,7 @@ class Obs(SecondOrderMethod):
         if moments is not None:
             flap = Flap(round_to=self.round_to)
             return counts_of(flap.choose(flap.scores(moments, shapes), shapes, ratio), shapes)
-        return self.removed_counts(shapes, ratio)
+        return self.counts_within(shapes, ratio)
 
     def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
         """Every unit by its exact error after all removals before it; then, unless weights stay, one refit."""

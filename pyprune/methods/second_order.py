@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from ..calibration.channel_statistics import column_norms
 from ..calibration.second_moments import SecondMoments
 from ..errors import InputError
 from ..ops import add_split_product, damped_inverse, grouped_cholesky_errors
-from .base import LayerStatistics, Method
+from .base import LayerStatistics, UnitMethod
+from .options import option
 
 NONE, MOMENTS, CURVES = "none", "moments", "curves"
 
@@ -35,23 +36,40 @@ class Reconstruction:
     damping: float
 
 
+def damping_option() -> Any:
+    """The option `damping`: λ of H + λ mean(diag H) I."""
+    return option(
+        0.01,
+        minimum=0,
+        maximum=1,
+        help="Added to H's diagonal, as a share of its mean.",
+        meaning="it is a share of the mean of H's diagonal",
+    )
+
+
+def first_share_option() -> Any:
+    """The option `first_share` of a method whose ratios rise with depth."""
+    return option(
+        None,
+        help="The first layer's ratio as a share of --ratio, where ratios rise (log, linear).",
+        default_text="0, if possible",
+    )
+
+
 @dataclass(frozen=True)
-class SecondOrderMethod(Method):
+class SecondOrderMethod(UnitMethod):
     """A sequential method on the second moments of each output projection's inputs.
 
-    `damping`: λ of H + λ mean(diag H) I. `centred`: statistics about the mean, and a bias. `correction`: α, how
+    `centred`: statistics about the mean, and a bias. `correction`: α, how
     much of the residual stream's error the output projection takes on (0: none; no dense stream is carried then).
     `alignment`: β, how much of the difference between the dense and the pruned stream the matrices that read the
     stream (q, k, v, gate, up) make up; needs a correction.
     `dense_statistics`: which statistics of the dense model the allocation needs.
     """
 
+    procedure: ClassVar[str] = "reconstruct"
     sequential: ClassVar[bool] = True
-    damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_damping(self.damping)
+    damping: float = damping_option()
 
     @property
     def refits(self) -> bool:
@@ -84,7 +102,6 @@ class SecondOrderMethod(Method):
         moments = ("channel_moments",) if self.dense_statistics == MOMENTS else ()
         return (*moments, "hessian", "grouped_cholesky_errors", "eliminate")
 
-    @abstractmethod
     def allocate(
         self,
         shapes: list[LayerShape],
@@ -93,6 +110,21 @@ class SecondOrderMethod(Method):
         moments: list[LayerStatistics] | None,
     ) -> RemovedCounts:
         """Units that each layer loses; the statistics that `dense_statistics` names are there, the others None."""
+        subset = self.subset(shapes)
+        own_curves = None if curves is None else subset.select(curves)
+        own_moments = None if moments is None else subset.select(moments)
+        own_ratio = subset.ratio(shapes, ratio)
+        return subset.spread(self.allocate_within(subset.select(shapes), own_ratio, own_curves, own_moments))
+
+    @abstractmethod
+    def allocate_within(
+        self,
+        shapes: list[LayerShape],
+        ratio: float,
+        curves: list[ErrorCurves] | None,
+        moments: list[LayerStatistics] | None,
+    ) -> RemovedCounts:
+        """`allocate` in the layers that may lose units."""
 
     @abstractmethod
     def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,17 @@ from ..allocation.residual import ErrorCurves
 from ..architectures import LayerShape
 from ..errors import InputError
 from ..ops import grouped_cholesky_errors
-from .base import LayerStatistics
-from .second_order import SecondOrderMethod
+from .base import LayerStatistics, compensation_option
+from .options import option
+from .registry import register
+from .second_order import SecondOrderMethod, first_share_option
 
 # Dynamic group size (arXiv 2412.18110, algorithm 1 and the authors' settings): half of what is to be removed beyond
 # the last GROUP_SLACK columns, within these bounds.
 GROUP_SLACK, SMALLEST_GROUP, LARGEST_GROUP = 512, 64, 1024
 
 
+@register
 @dataclass(frozen=True)
 class SlimGpt(SecondOrderMethod):
     """SlimGPT: OBS on heads and channels, grouped Cholesky, dynamic group size, incremental ratio (arXiv 2412.18110).
@@ -27,15 +30,13 @@ class SlimGpt(SecondOrderMethod):
     """
 
     name = "slimgpt"
-    compensations: ClassVar[tuple[str, ...]] = ("weights",)
     uniform_defaults: ClassVar[dict[str, Any]] = {"schedule": "uniform"}
-    compensation: str = "weights"
-    schedule: str = "log"
-    first_share: float | None = None
+    compensation: str = compensation_option("weights")
+    schedule: str = option("log", choices=SCHEDULES, help="How ratios rise with depth.")
+    first_share: float | None = first_share_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_option("schedule", SCHEDULES)
         if self.uniform and self.schedule != "uniform":
             raise InputError(
                 f"--uniform makes all layers alike, --schedule {self.schedule} does not: leave one of them out"
@@ -44,14 +45,14 @@ class SlimGpt(SecondOrderMethod):
     def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         return incremental_counts(shapes, ratio, self.schedule, self.first_share, self.round_to)
 
-    def allocate(
+    def allocate_within(
         self,
         shapes: list[LayerShape],
         ratio: float,
         curves: list[ErrorCurves] | None,
         moments: list[LayerStatistics] | None,
     ) -> RemovedCounts:
-        return self.removed_counts(shapes, ratio)
+        return self.counts_within(shapes, ratio)
 
     def remove(self, inverse: Tensor, weight: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
         """Algorithm 1: heads one at a time by grouped Cholesky, channels in groups of dynamic size."""

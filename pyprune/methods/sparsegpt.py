@@ -7,26 +7,22 @@ from torch import Tensor
 from ..architectures import Family
 from ..errors import InputError
 from ..ops import inverse_factor, sparsify_
+from .registry import register
+from .second_order import damping_option
 from .weight_sparsity import LinearInputs, SemiStructuredMethod, Sparse
 
 
+@register
 @dataclass(frozen=True)
 class SparseGpt(SemiStructuredMethod):
     """SparseGPT: OBS on single weights; the rest of a row makes up for them (arXiv 2301.00774).
 
-    `damping`: λ of H + λ mean(diag H) I, H = 2/N Σ x xᵀ over N windows. An unstructured ratio is met in every block of
-    128 columns of every linear.
+    H = 2/N Σ x xᵀ over N windows. An unstructured ratio is met in every block of 128 columns of every linear.
     """
 
     name = "sparsegpt"
-    compensations: ClassVar[tuple[str, ...]] = ("weights",)
     from_hessian: ClassVar[bool] = True
-    compensation: str = "weights"
-    damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_damping(self.damping)
+    damping: float = damping_option()
 
     @property
     def operators(self) -> tuple[str, ...]:

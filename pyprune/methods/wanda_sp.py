@@ -4,8 +4,10 @@ from torch import Tensor
 
 from ..calibration.channel_statistics import ChannelStatistics
 from .base import ScoringMethod
+from .registry import register
 
 
+@register
 @dataclass(frozen=True)
 class WandaSp(ScoringMethod):
     """Wanda-sp: mean weight times input norm, uniform over layers, on pruned inputs (baseline)."""

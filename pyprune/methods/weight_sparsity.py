@@ -10,7 +10,8 @@ from torch import Tensor
 from ..architectures import FFN, SUBLAYERS, Family, LayerShape
 from ..errors import InputError
 from .base import Method
-from .pattern import Pattern, parse_pattern
+from .options import option
+from .pattern import UNSTRUCTURED, Pattern, parse_pattern
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,20 @@ class Sparse:
 class SemiStructuredMethod(Method):
     """A sequential method that zeroes weights of all of a layer's linears, each layer on the sparse ones before it.
 
-    `pattern`: N:M, or unstructured with a ratio. `from_hessian`: whether it needs Σ x xᵀ, or the norms of inputs.
+    `from_hessian`: whether it needs Σ x xᵀ, or the norms of inputs.
     """
 
+    procedure: ClassVar[str] = "sparsify"
     sequential: ClassVar[bool] = True
     shrinks: ClassVar[bool] = False
     from_hessian: ClassVar[bool] = False
-    pattern: str = "2:4"
+    pattern: str = option(
+        "2:4", help=f"N:M, N weights of every M stay (2:4, 4:8), or {UNSTRUCTURED}, which takes --ratio."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_pattern(self.pattern)
-        if self.uniform or self.round_to > 1:
-            raise InputError(f"{self.name} has no --uniform and no --round-to: it removes no units, every shape stays")
 
     @property
     def zeroed(self) -> Pattern:

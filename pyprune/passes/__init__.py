@@ -1,27 +1,29 @@
 """Passes over a model's layers: calibrate and prune."""
 
+from collections.abc import Callable
+from typing import Any
+
 from ..checkpoint import CheckpointWriter
 from ..job.job import Job
-from ..methods import Disp, Policy, ScoringMethod, SecondOrderMethod, SemiStructuredMethod
 from .base import Passes
 from .reconstruct import ReconstructionPasses
 from .slice import ScoringPasses
 from .sparsify import SparsifyingPasses
 from .train_masks import PolicyPasses, SelectionPasses
 
+# `Method.procedure` -> the passes; `estimation.procedures.PROCEDURES` has their costs by the same names.
+PASSES: dict[str, Callable[[Job, CheckpointWriter, Any], Passes]] = {
+    "slice": ScoringPasses,
+    "reconstruct": ReconstructionPasses,
+    "sparsify": SparsifyingPasses,
+    "train-selections": SelectionPasses,
+    "train-units": PolicyPasses,
+}
+
 
 def make_passes(job: Job, writer: CheckpointWriter) -> Passes:
     """The passes that the job's method needs."""
-    if isinstance(job.method, SecondOrderMethod):
-        return ReconstructionPasses(job, writer, job.method)
-    if isinstance(job.method, Disp):
-        return SelectionPasses(job, writer, job.method)
-    if isinstance(job.method, Policy):
-        return PolicyPasses(job, writer, job.method)
-    if isinstance(job.method, SemiStructuredMethod):
-        return SparsifyingPasses(job, writer, job.method)
-    assert isinstance(job.method, ScoringMethod)
-    return ScoringPasses(job, writer, job.method)
+    return PASSES[job.method.procedure](job, writer, job.method)
 
 
-__all__ = ["Passes", "make_passes"]
+__all__ = ["PASSES", "Passes", "make_passes"]

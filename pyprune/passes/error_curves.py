@@ -36,7 +36,7 @@ def cached_curves(job: Job, method: SecondOrderMethod, meter: Meter) -> tuple[li
 
     They are taken over the first `allocation_windows` windows, an FFN's up to `deepest_cut` of its channels.
     """
-    deepest = deepest_cut(job.ratio)
+    deepest = deepest_cut(method.ratio_within(job.reader.shapes, job.ratio))
     files = [curves_file(job, method, tenths) for tenths in range(deepest, 11)]
     stored = distributed.broadcast_object(lambda: first_curves(job, files, deepest))
     if stored is not None:

@@ -18,34 +18,25 @@ from .calibrate import cached_statistics, observe_layer, weight_statistics
 from .rewrite import compensation_bias, rewrite_layer
 
 
-class ScoringPasses(Passes):
-    """Units are chosen by scores; kept weights stay as they are."""
+class SlicingPasses(Passes):
+    """Statistics of output projections, and slices with compensation biases; subclasses choose the units.
 
-    def __init__(self, job: Job, writer: CheckpointWriter, method: ScoringMethod) -> None:
-        super().__init__(job, writer)
-        self.method = method
-
-    def decide(self) -> PruneResult:
-        if self.method.sequential:
-            return UnitResult(*self._prune_in_sequence())
-        statistics_by_layer = self._calibrate()
-        for layer, statistics in enumerate(statistics_by_layer):
-            self._count_nonfinite(layer, statistics)
-        scores = self.method.scores(statistics_by_layer, self.reader.shapes)
-        choice = distributed.broadcast_object(lambda: self.method.choose(scores, self.reader.shapes, self.job.ratio))
-        self._prune_by_choice(choice, scores, statistics_by_layer)
-        return UnitResult(choice, scores)
+    Nothing here asks who scores: `by_window` is an argument, and whether biases are written is the job's method's to
+    say.
+    """
 
     def _count_nonfinite(self, layer: int, statistics: LayerStatistics) -> None:
         for sublayer in SUBLAYERS:
             if statistics[sublayer].nonfinite:
                 self.nonfinite[layer_name(self.reader.family, layer, sublayer)] = statistics[sublayer].nonfinite
 
-    def _calibrate(self) -> list[LayerStatistics]:
+    def _calibrate(self, by_window: bool) -> list[LayerStatistics]:
         meter = self.meters["calibration"] = Meter(self.device)
         if self.job.windows is None:
             return weight_statistics(self.reader, self.device, meter, self.job.progress)
-        statistics_by_layer, self.cached = cached_statistics(self.job, self.method.by_window, meter)
+        statistics_by_layer, self.cached = cached_statistics(self.job, by_window, meter)
+        for layer, statistics in enumerate(statistics_by_layer):
+            self._count_nonfinite(layer, statistics)
         return statistics_by_layer
 
     def _prune_by_choice(
@@ -66,6 +57,36 @@ class ScoringPasses(Passes):
                     pruned = self._rewritten(source, layer, choice.layers[layer], statistics_by_layer[layer])
                     self.write_layer(layer, pruned, records[layer])
         self.copy_head()
+
+    def _rewritten(
+        self, tensors: dict[str, Tensor], layer: int, kept: Kept, statistics: LayerStatistics
+    ) -> dict[str, Tensor]:
+        shape, family = self.reader.shapes[layer], self.reader.family
+        bias = {}
+        if self.job.method.adds_bias:
+            for sublayer in SUBLAYERS:
+                weight = tensors[family.output_proj(sublayer) + ".weight"].to(self.device)
+                mean = statistics[sublayer].mean
+                assert mean is not None
+                bias[sublayer] = compensation_bias(weight, mean, kept[sublayer], shape.unit_width(sublayer))
+        return rewrite_layer(family, tensors, shape, kept, bias)
+
+
+class ScoringPasses(SlicingPasses):
+    """Units are chosen by scores; kept weights stay as they are."""
+
+    def __init__(self, job: Job, writer: CheckpointWriter, method: ScoringMethod) -> None:
+        super().__init__(job, writer)
+        self.method = method
+
+    def decide(self) -> PruneResult:
+        if self.method.sequential:
+            return UnitResult(*self._prune_in_sequence())
+        statistics_by_layer = self._calibrate(self.method.by_window)
+        scores = self.method.scores(statistics_by_layer, self.reader.shapes)
+        choice = distributed.broadcast_object(lambda: self.method.choose(scores, self.reader.shapes, self.job.ratio))
+        self._prune_by_choice(choice, scores, statistics_by_layer)
+        return UnitResult(choice, scores)
 
     def _prune_in_sequence(self) -> tuple[KeptUnits, list[UnitScores]]:
         """Score, slice and propagate layer by layer: each sees the output of the pruned layers before it."""
@@ -110,16 +131,3 @@ class ScoringPasses(Passes):
             lambda: {sublayer: keep_highest(scores[sublayer], removed[sublayer]) for sublayer in SUBLAYERS}
         )
         return kept, scores, self._rewritten(source, layer, kept, statistics)
-
-    def _rewritten(
-        self, tensors: dict[str, Tensor], layer: int, kept: Kept, statistics: LayerStatistics
-    ) -> dict[str, Tensor]:
-        shape, family = self.reader.shapes[layer], self.reader.family
-        bias = {}
-        if self.job.method.adds_bias:
-            for sublayer in SUBLAYERS:
-                weight = tensors[family.output_proj(sublayer) + ".weight"].to(self.device)
-                mean = statistics[sublayer].mean
-                assert mean is not None
-                bias[sublayer] = compensation_bias(weight, mean, kept[sublayer], shape.unit_width(sublayer))
-        return rewrite_layer(family, tensors, shape, kept, bias)

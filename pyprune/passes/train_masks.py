@@ -21,11 +21,13 @@ from ..mask_training.importance import gradient_importance, moment_importance, p
 from ..mask_training.masked_model import MaskedModel
 from ..mask_training.policy_learner import UnitLearner, start_logits
 from ..mask_training.training import FILE, Learner, train
-from ..methods import Disp, LearnedMethod, Policy
+from ..methods import LearnedMethod
+from ..methods.disp import Disp
+from ..methods.policy import Policy
 from ..runtime.device import Meter
 from .base import Passes, build_dense, stored_layers
 from .refit import Refit
-from .slice import ScoringPasses
+from .slice import SlicingPasses
 
 IMPORTANCE = {"gradients": gradient_importance, "moments": moment_importance}
 
@@ -124,27 +126,26 @@ class SelectionPasses(Passes):
         self.copy_head()
 
 
-class PolicyPasses(ScoringPasses):
+class PolicyPasses(SlicingPasses):
     """Calibration pass, keep-probabilities learned from the scores on, slices and biases as of a scoring method."""
 
     def __init__(self, job: Job, writer: CheckpointWriter, method: Policy) -> None:
-        super().__init__(job, writer, method.scoring)
-        self.policy = method
+        super().__init__(job, writer)
+        self.method = method
 
     def decide(self) -> PruneResult:
         assert self.job.windows is not None
         shapes, ratio = self.reader.shapes, self.job.ratio
-        statistics_by_layer = self._calibrate()
-        for layer, statistics in enumerate(statistics_by_layer):
-            self._count_nonfinite(layer, statistics)
-        start = start_logits(self.method.scores(statistics_by_layer, shapes), comparable=self.policy.start == "flap")
+        scoring = self.method.scoring
+        statistics_by_layer = self._calibrate(scoring.by_window)
+        start = start_logits(scoring.scores(statistics_by_layer, shapes), comparable=self.method.start == "flap")
         meter = self.meters["train"] = Meter(self.device)
         with meter.layer():
             masked, windows = masked_model(self.job), self.job.windows.to(self.device)
             learner = UnitLearner(
-                masked, shapes, windows, ratio, start, self.policy.learning_rate, self.job.options.seed
+                masked, shapes, windows, ratio, start, self.method.learning_rate, self.job.options.seed
             )
-            train_masks(self, learner, self.policy)
+            train_masks(self, learner, self.method)
             scores = learner.scores()
             del masked, learner  # the next pass needs only a layer at a time
         choice = choose_globally(scores, shapes, ratio * total_cost(shapes))

@@ -15,7 +15,6 @@ from ..job.config import PruneConfig
 from ..job.job import Job
 from ..job.record import FILE, whole_plan
 from ..mask_training.training import FILE as TRAINING
-from ..methods import LearnedMethod
 from ..passes import make_passes
 from ..runtime import distributed
 from ..runtime.device import memory_limit, oom_summary
@@ -158,7 +157,7 @@ def _writer(job: Job) -> CheckpointWriter:
     if not distributed.is_main_process():
         return NullWriter(output, shards, distributed.broadcast_object(dict))
     source: dict[str, Any] = {"files": job.source_files, "digests": {}}
-    if isinstance(job.method, LearnedMethod) and not job.begun:
+    if job.method.training is not None and not job.begun:
         source["digests"] = reader.all_digests()  # training sees the whole model, and its state may outlive a kill
     writer = CheckpointWriter(output, shards, job.identity, job.options.resume, source)
     try:

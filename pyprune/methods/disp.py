@@ -1,0 +1,48 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..architectures import LayerShape
+from ..mask_training.budget import check_selections
+from ..mask_training.gates import GATES
+from .base import compensation_option
+from .mask_learning import LearnedMethod
+from .options import option
+from .registry import register
+
+WARM_STARTS = ("gradients", "moments", "none")
+
+
+@register
+@dataclass(frozen=True)
+class Disp(LearnedMethod):
+    """DISP-LLM: each block learns which channels of the residual stream it reads and writes (arXiv 2410.11988).
+
+    `gate`: reinmax, or gumbel as in the authors' code. `budget_weight` is λ. `warm_start`: gates begin at what each is
+    worth by the squares of its gradients or of its values (`warm_windows` windows), or all open as in the paper.
+    `compensation` weights: the output projections are refitted afterwards.
+    """
+
+    name = "disp"
+    procedure: ClassVar[str] = "train-selections"
+    round_to: int = option(
+        1,
+        minimum=1,
+        help="Every selection keeps a multiple of this many channels.",
+        meaning="it is a number of channels",
+    )
+    compensation: str = compensation_option("none", "weights")
+    gate: str = option("reinmax", choices=tuple(GATES), help="How gradients pass the gates.")
+    budget_weight: float = option(6.0, above=0, help="Weight of |ln(kept / asked)| beside the loss.")
+    warm_start: str = option("gradients", choices=WARM_STARTS, help="What gates begin at; none: all open.")
+    warm_windows: int = option(32, minimum=1, help="Calibration windows that the warm start looks at.")
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        return ("hessian",) if self.compensation == "weights" else ()
+
+    @property
+    def backward(self) -> bool:
+        return True
+
+    def check(self, shapes: list[LayerShape], ratio: float) -> None:
+        check_selections(shapes, ratio, self.round_to)
