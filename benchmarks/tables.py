@@ -38,6 +38,10 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def perplexities(rows: Rows, **where: Any) -> list[float]:
     """Perplexities of the rows whose fields have these values, one a seed."""
     return [row["perplexity"] for row in rows if all(row[key] == value for key, value in where.items())]
@@ -200,7 +204,7 @@ def second_order(results: Path) -> str:
     ]
     body += [
         [
-            f"exact choice of {row['count'] / row['channels']:.0%} of {row['channels']} channels",
+            f"exact choice of {percent(row['count'] / row['channels'])} of {row['channels']} channels",
             f"{row['seconds']['eliminate'] * 1e3:.0f} ms",
             "SlimGPT's loop" + (", extrapolated" if row["slimgpt"]["extrapolated"] else ""),
             f"{row['ratio']:.0f} ×",
@@ -210,7 +214,7 @@ def second_order(results: Path) -> str:
     ]
     body += [
         [
-            f"one layer of {row['shape']} at {row['ratio']:.0%}, 128 × 2048 tokens",
+            f"one layer of {row['shape']} at {percent(row['ratio'])}, 128 × 2048 tokens",
             f"{row['ours']['total']:.2f} s",
             "SlimGPT in plain PyTorch",
             f"{row['speedup']:.1f} ×",
@@ -230,7 +234,7 @@ def whole_runs(results: Path) -> str:
         budget = f", `--device-memory {run['device_memory_gb']:g}GB`" if run["device_memory_gb"] else ""
         body.append(
             [
-                f"`{run['method']}`, {run['shape']} at {run['ratio']:.0%}, {run['source']}{budget}",
+                f"`{run['method']}`, {run['shape']} at {percent(run['ratio'])}, {run['source']}{budget}",
                 f"{run['compute_seconds']:.1f}",
                 f"{run['seconds']:.1f}",
                 f"{run['peak_memory']['device_reserved_bytes'] / 1e9:.1f} GB",
@@ -286,14 +290,23 @@ def methods(results: Path) -> str:
 
 
 def method_options(results: Path) -> str:
-    """The methods' options with their defaults, from the fields of their classes."""
-    body = []
+    """The methods' options: who has each, with which default, and its meaning where the field declares it."""
+    owners: dict[str, dict[str, list[str]]] = {}
+    meanings: dict[str, str] = {}
     for name, method in METHODS.items():
         for field in fields(method):
-            default = "" if field.default is MISSING or field.default is None else f"`{field.default}`"
-            text = field.metadata.get("help", "")
-            body.append([f"`{name}`", f"`--{field.name.replace('_', '-')}`", default, cell(text)])
-    return table(["method", "option", "default", "meaning"], body)
+            default = "–" if field.default is MISSING or field.default is None else f"`{field.default}`"
+            owners.setdefault(field.name, {}).setdefault(default, []).append(name)
+            meanings.setdefault(field.name, cell(field.metadata.get("help", "")))
+    body = [
+        [
+            f"`--{option.replace('_', '-')}`",
+            "; ".join(f"{default}: {', '.join(names)}" for default, names in defaults.items()),
+            meanings[option],
+        ]
+        for option, defaults in owners.items()
+    ]
+    return table(["option", "default: methods", "meaning"], body)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
