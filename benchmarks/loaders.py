@@ -26,7 +26,7 @@ from contest import write_report
 from safetensors.torch import save_file
 
 from pyprune.benchmark.machine import describe_machine, installed_version
-from pyprune.calibration.windows import evaluation_windows
+from pyprune.calibration.source import TokenSource
 from pyprune.checkpoint import CheckpointReader
 from pyprune.evaluation.llama_cpp import perplexity_gguf
 from pyprune.exporters import export
@@ -60,8 +60,8 @@ def measure(
     )  # fmt: skip
     reader = CheckpointReader(pruned)
     text = str(arguments.text)
-    windows = evaluation_windows(
-        text, pruned, reader.config, arguments.length, arguments.windows, 0, torch.device("cpu"), torch.float32
+    windows = TokenSource(text, pruned, reader.config, torch.device("cpu"), torch.float32).evaluation(
+        arguments.length, arguments.windows, 0
     )
     file = folder / "windows.safetensors"
     save_file({"ids": windows}, file)

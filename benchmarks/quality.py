@@ -17,7 +17,7 @@ from typing import Any
 import transformers
 
 from pyprune.benchmark.machine import describe_machine
-from pyprune.calibration.windows import evaluation_windows
+from pyprune.calibration.source import TokenSource
 from pyprune.checkpoint import CheckpointReader
 from pyprune.evaluation.perplexity import evaluate
 from pyprune.job.config import PruneConfig
@@ -111,8 +111,8 @@ def main() -> None:
             reader = CheckpointReader(model)
             dtype = select_dtype("float32", reader.dtype, device)
             windows = {
-                Path(text).name: evaluation_windows(
-                    text, model, reader.config, arguments.window_length, arguments.windows, 0, device, dtype
+                Path(text).name: TokenSource(text, model, reader.config, device, dtype).evaluation(
+                    arguments.window_length, arguments.windows, 0
                 )
                 for text in arguments.text
             }

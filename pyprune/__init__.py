@@ -1,26 +1,62 @@
 """pyprune: structured pruning of large language models on one GPU.
 
-`import pyprune` registers the classes of pruned models, so that
-`transformers.AutoModelForCausalLM.from_pretrained(folder)` loads what `pyprune prune` wrote. That imports transformers
-and its models. PYPRUNE_REGISTER=0 leaves it out, for those who want `pyprune.ops` alone; where transformers is not
-installed there is nothing to register with, and `pyprune.ops` works as well.
+    record = pyprune.prune("models/llama-6m-gqa", "smaller", ratio=0.3, calibration="self")
+
+`import pyprune` imports neither torch nor transformers: the functions load what they need. When transformers is
+imported, before or after, the classes of pruned models are registered with it, so that
+`transformers.AutoModelForCausalLM.from_pretrained(folder)` loads what pyprune wrote. PYPRUNE_REGISTER=0 leaves that
+out, for those who want `pyprune.ops` alone.
 """
 
-import importlib.util
 import os
+from typing import TYPE_CHECKING, Any
 
-from .runtime import stopping
+from .runtime import registration, stopping
+from .runtime.streams import reserve_descriptors
 
 if stopping.is_program():  # importing the libraries takes seconds, in which Ctrl-C should be no traceback
     stopping.guard_start()
-
-from .errors import InputError
-from .runtime.streams import reserve_descriptors
-
-if stopping.is_program():
     reserve_descriptors()
-if os.environ.get("PYPRUNE_REGISTER", "1") != "0" and importlib.util.find_spec("transformers") is not None:
-    from . import modeling as modeling
 
-__version__ = "0.1.0"
-__all__ = ["InputError", "modeling"]
+from .errors import InputError, VerificationError
+
+if TYPE_CHECKING:
+    from .api import estimate, evaluate, export, list_methods, prune
+    from .job.record import PruneRecord
+
+    __version__: str
+
+if os.environ.get("PYPRUNE_REGISTER", "1") != "0":
+    registration.register_with_transformers()
+
+__all__ = [
+    "InputError",
+    "PruneRecord",
+    "VerificationError",
+    "__version__",
+    "estimate",
+    "evaluate",
+    "export",
+    "list_methods",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public function on first use (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("pyprune")
+    elif name in __all__:
+        from . import api
+
+        value = getattr(api, name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

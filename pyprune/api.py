@@ -1,1 +1,317 @@
-"""The public functions."""
+"""The functions of `import pyprune`. The command line calls these, and adds only parsing and printing."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibration.source import Text, TokenSource
+from .calibration.windows import fit_length
+from .checkpoint import CheckpointReader, checkpoint_folder
+from .checkpoint.load_model import evaluation_model, load_model
+from .errors import InputError
+from .estimation.estimate import estimate as estimate_run
+from .evaluation.perplexity import evaluate as evaluate_windows
+from .evaluation.tasks import evaluate_tasks
+from .exporters import export as export_checkpoint
+from .job.config import EvaluationConfig, PruneConfig
+from .job.record import PruneRecord
+from .methods import list_methods, make_method, resolve_ratio
+from .pipeline.run import prune as prune_checkpoint
+from .runtime.device import select_device, select_dtype
+from .runtime.progress import Progress, silent
+
+# Tokens in a window, cut to the model's positions where those are fewer.
+CALIBRATION_LENGTH, EVALUATION_LENGTH, PERPLEXITY_LENGTH = 2048, 1024, 2048
+
+
+def prune(
+    model: Any,
+    output: str | Path | None = None,
+    method: str = "obs",
+    ratio: float | None = None,
+    *,
+    calibration: Text | None = None,
+    samples: int = 128,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_memory: int | None = None,
+    cache: str | Path | None = None,
+    resume: bool = False,
+    allow_other_bits: bool = False,
+    allow_nonfinite: bool = False,
+    trust_remote_code: bool = False,
+    evaluate_on: Text | None = None,
+    evaluation_length: int | None = None,
+    max_windows: int | None = None,
+    verify: bool | None = False,
+    tokenizer: Any = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> PruneRecord:
+    """Prune a model into a new folder, which holds a checkpoint, plan.json and report.html.
+
+    Args:
+        model: a checkpoint folder, a hub id, or a transformers model in memory. One in memory is left as it is; the
+            pruned one is the record's `pruned_model`, on the same device and in the same type.
+        output: the folder to make; it appears whole or not at all. A model in memory needs none.
+        method: a name from `list_methods()`.
+        ratio: share of the decoder linears' parameters to remove, in (0, 1). None: the method's pattern says it.
+        calibration: a text: the path of a .txt or .jsonl file, "self" (sampled from the model), a list of documents,
+            or token ids, int64 [windows, tokens]. Methods that look at no activations need none.
+        samples: calibration windows. Token ids that are given are all taken.
+        sequence_length: tokens in a calibration window. None: 2048, or as many as the model has positions for.
+        seed: of windows and of sampled text.
+        device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto", "float32", "bfloat16" or "float16".
+        device_memory: bytes of the GPU that the run stays below.
+        cache: folder of statistics of the dense model. None: `.pyprune-cache` beside the output.
+        resume: finish a run that was stopped, to the same bits. allow_other_bits: on another processor or other
+            versions too.
+        allow_nonfinite: count NaN and Inf activations as zero.
+        trust_remote_code: run a tokenizer's or model's own Python code.
+        evaluate_on: a text, as `calibration`, for perplexity before and after. evaluation_length: tokens in its
+            windows (None: 1024 or fewer). max_windows: windows at most.
+        verify: load the output in a fresh process and compare its logits. None: unless it is large.
+        tokenizer: of a model in memory; saved beside it. None: the one in the folder that the model came from.
+        progress: called with (step, units done, units in total).
+        options: the method's own, as `list_methods()` names them.
+
+    Returns:
+        The record of the run, which is also in plan.json.
+
+    Raises:
+        InputError: the arguments or the input are wrong; nothing is left behind.
+        VerificationError: what was written is not what was meant.
+    """
+    ids = calibration if isinstance(calibration, Tensor) else None
+    if ids is not None and ids.dim() == 2:
+        samples, sequence_length = ids.shape
+    evaluation = None
+    if evaluate_on is not None:
+        if isinstance(evaluate_on, Tensor) and evaluate_on.dim() == 2:
+            evaluation_length = evaluate_on.shape[1]
+        fits = evaluation_length is None
+        evaluation = EvaluationConfig(evaluate_on, evaluation_length or EVALUATION_LENGTH, max_windows, fits)
+    config = PruneConfig(
+        model=str(model),
+        output=Path(output or "."),
+        method=method,
+        ratio=ratio,
+        method_options=options,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length or CALIBRATION_LENGTH,
+        fits=sequence_length is None,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        cache=None if cache is None else Path(cache),
+        resume=resume,
+        allow_other_bits=allow_other_bits,
+        allow_nonfinite=allow_nonfinite,
+        trust_remote_code=trust_remote_code,
+        evaluation=evaluation,
+        device_memory=device_memory,
+        verify=verify,
+    )
+    if isinstance(model, torch.nn.Module):
+        return _prune_in_memory(model, None if output is None else Path(output), config, tokenizer, progress)
+    if output is None:
+        raise InputError("no output: name the folder to write the pruned checkpoint to")
+    return PruneRecord.from_json(prune_checkpoint(config, progress), config.output)
+
+
+def _prune_in_memory(
+    model: Any, output: Path | None, config: PruneConfig, tokenizer: Any, progress: Progress
+) -> PruneRecord:
+    """Prune a transformers model by way of a temporary checkpoint."""
+    parameter = next(model.parameters())
+    with tempfile.TemporaryDirectory(prefix="pyprune-") as scratch:
+        folder = Path(scratch, "model")
+        model.save_pretrained(folder)
+        with _own_tokenizer(model, tokenizer, folder):
+            written = output or Path(scratch, "pruned")
+            cache = config.cache or Path(scratch, "cache")  # what is cached of this model serves no other run
+            config = dataclasses.replace(config, model=str(folder), output=written, cache=cache)
+            record = PruneRecord.from_json(prune_checkpoint(config, progress), output)
+            record.pruned_model = load_model(written, parameter.device, parameter.dtype)
+    return record
+
+
+@contextmanager
+def _own_tokenizer(model: Any, tokenizer: Any, folder: Path) -> Iterator[None]:
+    """Put the tokenizer's files beside a saved model, where there are any to be had."""
+    if tokenizer is None and Path(model.name_or_path or "").is_dir():
+        from .calibration.text import load_tokenizer
+
+        if any(Path(model.name_or_path).glob("tokenizer*")):
+            tokenizer = load_tokenizer(Path(model.name_or_path))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    yield
+
+
+def evaluate(
+    model: str | Path,
+    text: Text | None = None,
+    *,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+    reference: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    few_shot: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    note: Callable[[str], object] | None = None,
+) -> dict[str, Any]:
+    """Measure a model's perplexity in consecutive windows of a text, its accuracy on tasks, or both.
+
+    Perplexity is exp of the mean over windows of each window's mean cross-entropy.
+
+    Args:
+        model: a checkpoint folder or a hub id of any causal language model that transformers loads.
+        text: as `calibration` of `prune`; "self" samples from `reference` if it is given, else from the model.
+        sequence_length: tokens in a window. None: 2048, or as many as the model has positions for.
+        max_windows: windows at most. None: all; 64 for "self".
+        reference: the dense model, for KL divergence (nats), top-1 agreement, and its own accuracy on the tasks.
+        tasks: names of lm-eval's tasks (extra `pyprune[eval]`); include_path: folder of more; limit: examples of each;
+            few_shot: solved examples before each; batch_size: sequences in a forward pass.
+        note: gets what the user should know beside the result.
+
+    Returns:
+        With a text `perplexity`, `windows`, `sequence_length`, `seconds`, and with a reference `kl_divergence`,
+        `top1_agreement`, `reference_perplexity`; with tasks `task_evaluation` and `reference_task_evaluation`.
+
+    Raises:
+        InputError: the arguments or the input are wrong.
+    """
+    if text is None and not tasks:
+        raise InputError("there is nothing to evaluate on: give --text TEXT, --tasks NAME,NAME or both")
+    folder = checkpoint_folder(str(model))
+    dense = checkpoint_folder(str(reference)) if reference is not None else None
+    if dense is not None:
+        evaluation_model(dense, trust_remote_code)  # says what is wrong with it in our words
+    place = select_device(device)
+    config, stored = evaluation_model(folder, trust_remote_code)
+    compute = select_dtype(dtype, stored, place)
+    result: dict[str, Any] = {}
+    if tasks:
+        by_key = {"task_evaluation": folder} | ({"reference_task_evaluation": dense} if dense is not None else {})
+        for key, each in by_key.items():
+            result[key] = evaluate_tasks(
+                each,
+                list(tasks),
+                Path(include_path) if include_path is not None else None,
+                limit,
+                batch_size,
+                device=place,
+                dtype=compute,
+                few_shot=few_shot,
+                trust_remote_code=trust_remote_code,
+            )
+    if text is None:
+        return result
+    if isinstance(text, Tensor) and text.dim() == 2:
+        sequence_length = text.shape[1]
+    length, cut = fit_length(sequence_length or PERPLEXITY_LENGTH, sequence_length is not None, config)
+    if cut is not None and note is not None:
+        note(cut)
+    source = TokenSource(text, dense or folder, config, place, compute, trust_remote_code)
+    # Sampled text must not be what a pruning with this seed was calibrated on.
+    windows = source.evaluation(
+        length, max_windows, seed + 1, lambda done, total: progress("sampling text", done, total)
+    )
+    figures = evaluate_windows(
+        folder,
+        windows,
+        reference_folder=dense,
+        device=place,
+        dtype=compute,
+        trust_remote_code=trust_remote_code,
+        progress=lambda done, total: progress("evaluate", done, total),
+    )
+    return figures | result
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    format: str,
+    *,
+    dtype: str | None = None,
+    verify: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a pruned checkpoint in a layout that other programs load.
+
+    Args:
+        model: a checkpoint folder or a hub id. output: the folder to make, or the file for gguf.
+        format: "stock" (a transformers class that every engine knows; all layers alike), "remote-code" (as it is, with
+            its model code beside it), "gguf" (llama.cpp, Ollama) or "padded" (zeros up to the widest layer).
+        dtype: of gguf: "f32", "f16" (default), "bf16" or "q8_0".
+        verify: load the result in a fresh process and compare its logits with the model's.
+
+    Returns:
+        `output`, `format`, `class`, `bytes` (before, after), `notes` and `verification`.
+
+    Raises:
+        InputError: it cannot be exported so. VerificationError: what was written is not the model. Nothing is left.
+    """
+    return export_checkpoint(checkpoint_folder(str(model)), Path(output), format, dtype, progress, verified=verify)
+
+
+def estimate(
+    model: str | Path,
+    method: str = "obs",
+    ratio: float | None = None,
+    *,
+    samples: int = 128,
+    sequence_length: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_memory: int | None = None,
+    on: str | None = None,
+    note: Callable[[str], object] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Predict sizes, parameters, time and peak memory of a pruning. Reads headers, writes nothing.
+
+    Args:
+        model, method, ratio, samples, sequence_length, device, dtype, device_memory, options: as of `prune`.
+        on: name of a GPU that is not here.
+        note: gets what the user should know beside the result.
+
+    Returns:
+        `parameters`, `bytes`, `layers`, `peak_memory_bytes`, `passes` (each with FLOPs and seconds), and more.
+
+    Raises:
+        InputError: the run would be refused.
+    """
+    place = select_device(device)
+    if device_memory is not None and on is None and place.type == "cpu":
+        raise InputError("--device-memory is for a GPU: one that is here, or one named with --on")
+    made = make_method(method, options)
+    reader = CheckpointReader(checkpoint_folder(str(model)))
+    compute = reader.dtype if on and dtype == "auto" else select_dtype(dtype, reader.dtype, place)
+    length = sequence_length or CALIBRATION_LENGTH
+    if made.needs_text:
+        length, cut = fit_length(length, sequence_length is not None, reader.config)
+        if cut is not None and note is not None:
+            note(cut)
+    return estimate_run(reader, made, resolve_ratio(made, ratio), samples, length, place, compute, device_memory, on)
+
+
+__all__ = ["PruneRecord", "estimate", "evaluate", "export", "list_methods", "prune"]

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from pyprune import InputError
-from pyprune.calibration.text import sample_from_model
+from pyprune.calibration.sampling import sample_from_model
 from pyprune.calibration.windows import fit_length
 from pyprune.checkpoint.load_model import evaluation_model, load_model, vocabulary_size
 from pyprune.evaluation.perplexity import evaluate

@@ -12,15 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune import InputError
-from pyprune.calibration.text import (
-    check_vocabulary,
-    consecutive_windows,
-    fingerprint,
-    read_text,
-    sample_from_model,
-    spread_windows,
-    tokenize,
-)
+from pyprune.calibration.sampling import sample_from_model
+from pyprune.calibration.text import check_vocabulary, read_text, tokenize
+from pyprune.calibration.windows import consecutive_windows, fingerprint, spread_windows
 
 CPU = torch.device("cpu")
 
@@ -214,7 +208,7 @@ def test_samples_follow_the_model_at_temperature_1(tiny_checkpoint: Callable[...
 
 
 def test_batches_of_samples(tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyprune.calibration.text._sampling_batch", lambda *_: 2)
+    monkeypatch.setattr("pyprune.calibration.sampling._sampling_batch", lambda *_: 2)
     steps: list[tuple[int, int]] = []
     windows = sample_from_model(tiny_checkpoint(), 5, 8, 0, CPU, torch.float32, lambda *step: steps.append(step))
     assert len({tuple(window) for window in windows.tolist()}) == 5

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Gra
 
 import pyprune.evaluation.perplexity
 from pyprune import InputError
-from pyprune.calibration.text import consecutive_windows, read_text, tokenize
+from pyprune.calibration.text import read_text, tokenize
+from pyprune.calibration.windows import consecutive_windows
 from pyprune.checkpoint.load_model import load_model
 from pyprune.evaluation.perplexity import evaluate, perplexity
 from pyprune.evaluation.predictor import Predictor

@@ -11,7 +11,7 @@ from gguf_models import change_config, pruned_copy, with_tokenizer
 from test_export_gguf import ARCHITECTURES, KINDS, checkpoint, contents, pruned
 from transformers import AutoTokenizer
 
-from pyprune.calibration.windows import evaluation_windows
+from pyprune.calibration.source import TokenSource
 from pyprune.checkpoint.load_model import load_model
 from pyprune.errors import InputError
 from pyprune.evaluation.llama_cpp import logits_gguf, perplexity_gguf, tokens_gguf
@@ -177,7 +177,7 @@ def test_a_trained_model_pruned(compensation: str, demo_model: Path, shared_dir:
     )
     prune(options)
     model = load_model(tmp_path / "pruned", CPU, FLOAT32)
-    windows = evaluation_windows(str(text), demo_model, model.config, 256, 2, 0, CPU, FLOAT32)
+    windows = TokenSource(str(text), demo_model, model.config, CPU, FLOAT32).evaluation(256, 2, 0)
     ids = windows[0].tolist()
     with torch.no_grad():
         expected = model(windows[:1]).logits[0]

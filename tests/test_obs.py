@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pyprune.architectures import expand
 from pyprune.calibration.second_moments import HessianObserver
-from pyprune.calibration.windows import calibration_windows
+from pyprune.calibration.source import TokenSource
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
 from pyprune.job.config import PruneConfig
@@ -195,7 +195,7 @@ def test_what_reads_the_stream_is_fitted_to_its_change(
     model = tiny_checkpoint(family="llama", dtype="float32", layers=2, tokenizer=demo_model)
     plan = pruned(model, text, tmp_path / "out", "obs", ratio=0.5, allocation="uniform")
     reader, result = CheckpointReader(model), CheckpointReader(tmp_path / "out")
-    windows = calibration_windows(str(text), model, reader.config, 16, 64, 0, torch.device("cpu"), torch.float32)
+    windows = TokenSource(str(text), model, reader.config, torch.device("cpu"), torch.float32).calibration(16, 64, 0)
     streams = []
     for folder in (model, tmp_path / "out"):
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model

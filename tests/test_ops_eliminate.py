@@ -179,13 +179,13 @@ def model_problems(request: pytest.FixtureRequest) -> dict[str, tuple[Tensor, Te
     """(damped Hessian, weight, head_dim) of output projections of a trained model over 16 × 512 tokens, float64."""
     from transformers import AutoModelForCausalLM
 
-    from pyprune.calibration.windows import calibration_windows
+    from pyprune.calibration.source import TokenSource
 
     shared: Path = request.getfixturevalue("shared_dir")
     folder = shared / "models" / "llama-24m-mha"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = str(shared / "data" / "wikitext2-valid.txt")
-    windows = calibration_windows(text, folder, model.config, 16, 512, 0, torch.device("cpu"), torch.float32)
+    windows = TokenSource(text, folder, model.config, torch.device("cpu"), torch.float32).calibration(16, 512, 0)
     output_projs = {}
     for layer in (0, 5, 11):
         block = model.model.layers[layer]

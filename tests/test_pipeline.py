@@ -158,11 +158,11 @@ def test_wanda_sp_sees_the_pruned_prefix(demo_model: Path, tmp_path: Path, capsy
     output = tmp_path / "pruned"
     run(capsys, "prune", demo_model, output, "--method", "wanda-sp", "--ratio", 0.5, *SMALL)
     plan = read_plan(output)
-    from pyprune.calibration.windows import calibration_windows
+    from pyprune.calibration.source import TokenSource
 
-    ids = calibration_windows(
-        "self", demo_model, CheckpointReader(demo_model).config, 24, 64, 0, torch.device("cpu"), torch.float32
-    )
+    ids = TokenSource(
+        "self", demo_model, CheckpointReader(demo_model).config, torch.device("cpu"), torch.float32
+    ).calibration(24, 64, 0)
     dense = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
     mixed = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     mixed.model.layers[2] = dense.model.layers[2]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyprune.calibration.windows import evaluation_windows
+from pyprune.calibration.source import TokenSource
 from pyprune.checkpoint import CheckpointReader
 from pyprune.checkpoint.load_model import load_model
 from pyprune.evaluation.perplexity import perplexity
@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 def test_order_of_the_methods(demo_model: Path, shared_dir: Path, tmp_path: Path) -> None:
     """At 50 %, where the margins on this model are 30 % and more: 12 windows of the test text suffice."""
     test_text = str(shared_dir / "data" / "wikitext2-test.txt")
-    windows = evaluation_windows(
-        test_text, demo_model, CheckpointReader(demo_model).config, 512, 12, 0, CPU, torch.float32
+    windows = TokenSource(test_text, demo_model, CheckpointReader(demo_model).config, CPU, torch.float32).evaluation(
+        512, 12, 0
     )
 
     def pruned(method: str, **options: Any) -> float:

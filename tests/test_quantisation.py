@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pyprune.calibration.text import sample_from_model
+from pyprune.calibration.sampling import sample_from_model
 from pyprune.evaluation.perplexity import perplexity
 from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune

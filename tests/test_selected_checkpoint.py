@@ -25,7 +25,8 @@ from selected_models import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune.architectures.channel_selection import FFN_MIDDLE, SELECTIONS
-from pyprune.calibration.text import consecutive_windows, tokenize
+from pyprune.calibration.text import tokenize
+from pyprune.calibration.windows import consecutive_windows
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter, inspect_checkpoint
 from pyprune.checkpoint.load_model import load_model
 from pyprune.errors import InputError

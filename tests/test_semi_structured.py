@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pyprune.calibration.windows import calibration_windows
+from pyprune.calibration import source as sources
+from pyprune.calibration.source import TokenSource
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
-from pyprune.job import job as jobs
 from pyprune.job.config import PruneConfig
 from pyprune.methods.pattern import parse_pattern
 from pyprune.methods.weight_sparsity import linears_of
@@ -63,9 +63,7 @@ def inputs_by_layer(model: Path, text: Path, sparse: Path) -> list[dict[str, Ten
     """Inputs [tokens, in] of every linear, float64: each layer's on the sparse layers before it."""
     reader = CheckpointReader(model)
     cpu, float32 = torch.device("cpu"), torch.float32
-    windows = calibration_windows(
-        str(text), model, reader.config, SAMPLES, LENGTH, 0, cpu, float32, False, lambda done, total: None
-    )
+    windows = TokenSource(str(text), model, reader.config, cpu, float32).calibration(SAMPLES, LENGTH, 0)
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=float32)
     result = AutoModelForCausalLM.from_pretrained(sparse, dtype=float32)
     found = []
@@ -175,7 +173,7 @@ def test_biases_and_norms_stay(
 ) -> None:
     folder = family_checkpoint(family, tiny_checkpoint, tmp_path)
     windows = torch.randint(0, 97, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(5))
-    monkeypatch.setattr(jobs, "calibration_windows", lambda *arguments: windows)
+    monkeypatch.setattr(sources.TokenSource, "calibration", lambda *arguments: windows)
     plan = prune(options(folder, folder, tmp_path / "out", "sparsegpt", verify=True))
     assert plan["verification"]["verified"]
     before, after = CheckpointReader(folder), CheckpointReader(tmp_path / "out")

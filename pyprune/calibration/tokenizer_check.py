@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import InputError, VerificationError
 from ..runtime.files import read_json, write_json
-from .windows import load_tokenizer, refused_by_tokenizers
+from .text import load_tokenizer, refused_by_tokenizers
 
 # Scripts, digits, runs of spaces and line ends, what looks like markup, emoji of several code points, lone controls.
 SAMPLE = (

@@ -1,97 +1,83 @@
-"""From what the user names as a text (.txt, .jsonl, `self`) to the token windows of a model."""
+"""Windows of token ids: spread over a text to calibrate on, consecutive to evaluate on."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint.load_model import vocabulary_size
 from ..errors import InputError
-from ..runtime.files import reason_of
-from . import text as calibration
-
-SELF = "self"
-Tokens = Callable[[int, int], None]  # tokens sampled, tokens in all
+from .text import check_vocabulary
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder. InputError: there is none, or it does not load."""
-    from transformers import AutoTokenizer
+def spread_windows(tokens: torch.Tensor, samples: int, sequence_length: int, seed: int) -> torch.Tensor:
+    """Windows spread over the text `tokens` [tokens]: int64 [samples, sequence_length].
 
-    with refused_by_tokenizers(f"{folder}: no tokenizer can be loaded from there"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-
-
-@contextmanager
-def refused_by_tokenizers(what: str) -> Iterator[None]:
-    """Tokenizer libraries raise bare Exceptions for broken files, and panics of Rust, which are none: an InputError."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise InputError(f"{what} ({reason_of(error)})") from error
-
-
-def text_tokens(source: str, folder: Path, config: Any, trust_remote_code: bool = False) -> Tensor:
-    """Token ids of a whole text by the tokenizer of the checkpoint folder, int64 [tokens]."""
-    text = calibration.read_text(source)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    with refused_by_tokenizers(f"{folder}: its tokenizer cannot encode the text"):
-        tokens = calibration.tokenize(text, tokenizer)
-    calibration.check_vocabulary(tokens, vocabulary_size(config))
-    return tokens
-
-
-def calibration_windows(
-    source: str,
-    folder: Path,
-    config: Any,
-    samples: int,
-    sequence_length: int,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    progress: Tokens | None = None,
-) -> Tensor:
-    """Windows to calibrate on, int64 [samples, sequence_length]: spread over a text, or sampled."""
-    fit_length(sequence_length, True, config)
-    if source == SELF:
-        return calibration.sample_from_model(
-            folder, samples, sequence_length, seed, device, dtype, progress, trust_remote_code
-        )
-    tokens = text_tokens(source, folder, config, trust_remote_code)
-    return calibration.spread_windows(tokens, samples, sequence_length, seed)
-
-
-def evaluation_windows(
-    source: str,
-    folder: Path,
-    config: Any,
-    sequence_length: int,
-    max_windows: int | None,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    progress: Tokens | None = None,
-) -> Tensor:
-    """Windows to evaluate on, int64 [windows, sequence_length]: the text cut from its start, or sampled.
-
-    `self` samples from the model in `folder`; 64 windows unless told otherwise.
+    The possible starts are cut into `samples` equal parts and each part gives one start at random. No two
+    windows start at the same token; they overlap only where the text is short. Starts drawn from the whole
+    text leave holes: FLAP at 50 % on a 24M Llama, 128 x 512 tokens of WikiText-2, three seeds, has perplexity
+    181.4, 185.9, 181.9 with such, and 171.0, 174.7, 174.1 with these. The starts depend on the seed alone, on
+    every platform: PCG64's raw stream, which numpy keeps stable across versions (its distributions, like
+    torch's, it may change). InputError: fewer than sequence_length + samples - 1 tokens.
     """
-    fit_length(sequence_length, True, config)
-    if source == SELF:
-        samples = 64 if max_windows is None else max_windows
-        return calibration.sample_from_model(
-            folder, samples, sequence_length, seed, device, dtype, progress, trust_remote_code
+    check_sizes(samples, sequence_length)
+    if seed < 0:
+        raise InputError(f"the seed is {seed}: it must be 0 or more")
+    possible = len(tokens) - sequence_length + 1
+    if possible < samples:
+        raise InputError(_too_short(len(tokens), samples, sequence_length))
+    windows = []
+    for i, raw in enumerate(np.random.PCG64(seed).random_raw(samples)):
+        low, high = i * possible // samples, (i + 1) * possible // samples
+        start = low + int(raw) % (high - low)  # the modulo's bias is below 2⁻³⁰
+        windows.append(tokens[start : start + sequence_length])
+    return torch.stack(windows)
+
+
+def _too_short(tokens: int, samples: int, sequence_length: int) -> str:
+    longest, most = tokens - samples + 1, tokens - sequence_length + 1
+    works = []
+    if most >= 1:
+        works.append(f"at most {most} x {sequence_length}")
+    if longest >= 2:
+        works.append(f"at most {samples} x {longest}")
+    return (
+        f"the text has {tokens} tokens, but {samples} windows of {sequence_length} tokens "
+        f"need {sequence_length + samples - 1}: give a longer text"
+        + (f" or ask for {' or '.join(works)}" if works else "")
+    )
+
+
+def consecutive_windows(tokens: torch.Tensor, sequence_length: int, max_windows: int | None = None) -> torch.Tensor:
+    """The text cut from its start into windows that do not overlap: [windows, sequence_length].
+
+    The incomplete window at the end is left out. InputError: not even one window.
+    """
+    check_sizes(1 if max_windows is None else max_windows, sequence_length)
+    windows = len(tokens) // sequence_length
+    if max_windows is not None:
+        windows = min(windows, max_windows)
+    if windows == 0:
+        raise InputError(
+            f"the text has {len(tokens)} tokens, but one window needs {sequence_length}: "
+            f"give a longer text or a shorter sequence length"
         )
-    tokens = text_tokens(source, folder, config, trust_remote_code)
-    return calibration.consecutive_windows(tokens, sequence_length, max_windows)
+    return tokens[: windows * sequence_length].view(windows, sequence_length)
+
+
+def check_sizes(windows: int, sequence_length: int) -> None:
+    if windows < 1:
+        raise InputError(f"{windows} windows asked: at least 1 is needed")
+    if sequence_length < 2:  # a single token predicts nothing and is predicted by nothing
+        raise InputError(f"the sequence length is {sequence_length}: it must be 2 or more")
+
+
+def fingerprint(windows: torch.Tensor) -> str:
+    """SHA-256, in hex, of the shape and the ids of `windows`, both as little-endian int64."""
+    ids = windows.cpu().numpy().astype("<i8")
+    return hashlib.sha256(np.array(ids.shape, dtype="<i8").tobytes() + ids.tobytes()).hexdigest()
 
 
 def fit_length(sequence_length: int, typed: bool, config: Any) -> tuple[int, str | None]:
@@ -121,7 +107,7 @@ def checked_windows(
     if windows.shape[1] != sequence_length or len(windows) != (samples or len(windows)):
         raise InputError(f"{path}: damaged sampled text (windows of shape {list(windows.shape)}); delete it")
     try:
-        calibration.check_vocabulary(windows, vocab_size)
+        check_vocabulary(windows, vocab_size)
     except InputError as error:
         raise InputError(f"{path}: damaged sampled text ({error}); delete it") from error
     return windows

@@ -15,8 +15,8 @@ from ..errors import InputError, VerificationError
 from ..runtime import streams
 from ..runtime.names import split_names
 from ..runtime.stopping import Stopped
+from .command import SETTINGS, Command
 from .console import Console
-from .options import SETTINGS, Command
 
 
 @click.command(cls=Command, context_settings=SETTINGS)

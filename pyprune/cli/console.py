@@ -20,7 +20,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..methods import Method
 from ..ops.dispatch import BackendRow
 from ..runtime import distributed, streams
 from ..runtime.progress import Progress as Advance
@@ -195,15 +194,7 @@ class Console:
             table.add_row(row.operator, row.device, row.dtype, row.backend, reasons)
         self.out.print(table)
 
-    def methods(self, known: dict[str, type[Method]]) -> None:
-        described: dict[str, dict[str, Any]] = {
-            name: {
-                "summary": (method.__doc__ or "").strip().splitlines()[0],
-                "needs_text": method.needs_text,
-                "options": {f.name: f.default for f in dataclasses.fields(method)},
-            }
-            for name, method in known.items()
-        }
+    def methods(self, described: dict[str, dict[str, Any]]) -> None:
         if self.as_json:
             self._json(described)
             return

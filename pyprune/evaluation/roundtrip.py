@@ -25,7 +25,7 @@ from .logits_worker import PARENT
 
 TOKENS = 64
 _CPU, _FLOAT32 = torch.device("cpu"), torch.float32
-_WORKER = Path(__file__).with_name("logits.py")
+_WORKER = Path(__file__).with_name("logits_worker.py")
 
 Rounding = Callable[[Tensor], Tensor]
 Change = Callable[[int, nn.Module], None]

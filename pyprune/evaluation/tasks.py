@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..calibration.windows import load_tokenizer
+from ..calibration.text import load_tokenizer
 from ..checkpoint.load_model import load_model
 from ..errors import InputError
 from ..runtime import distributed

@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..calibration.source import Text
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Perplexity before and after, for the report: a text (or `self`) in consecutive windows."""
 
-    text: str
+    text: Text
     sequence_length: int = 1024
     max_windows: int | None = None
     fits: bool = False  # cut the windows to the model's positions where those are fewer, with a warning
@@ -24,7 +26,7 @@ class PruneConfig:
     method: str
     ratio: float | None  # None: the one that the method's pattern says
     method_options: dict[str, Any] = field(default_factory=dict)
-    calibration: str | None = None
+    calibration: Text | None = None
     samples: int = 128
     sequence_length: int = 2048
     fits: bool = False  # cut the windows to the model's positions where those are fewer, with a warning

@@ -1,7 +1,9 @@
-"""The plan: what was asked, what every layer keeps and why, what it took; as JSON beside the checkpoint."""
+"""Record of a pruning, plan.json: what was asked, what every layer keeps and why, what it took."""
 
+import dataclasses
 import json
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,81 @@ _DIGEST = "digest"
 TOLERANCE = 0.005  # how far the ratio met may be from the ratio asked before the report says why
 _KEYS = {ATTENTION: "kv_groups", FFN: "intermediate_channels"}
 _PACKAGES = ("pyprune", "torch", "transformers", "triton", "safetensors")
+
+
+@dataclass
+class PruneRecord:
+    """What a pruning did: the contents of plan.json, format 3.
+
+    model: as it was named; method, options: the method's name and all its options; seed.
+    calibration: text, samples, sequence_length (tokens) and fingerprint of the windows; None without a text.
+    ratio: `asked`, `met` (share of the decoder linears' parameters), `of_model`, and a `note` where they differ.
+    parameters: before and after, of the decoder linears and of the model. bytes: before and after.
+    dense: sizes of a layer of the model that was pruned. layers: by layer, indices of the kept units and scores.
+    threshold: the score that separates kept from removed, where there is one for the whole model.
+    identity: what the output's bits follow from. source, checksums: digests of tensors read and written.
+    passes: by pass its seconds and stages. seconds: of the whole run. peak_memory_bytes: of the device.
+    nonfinite: by output projection, NaN and Inf that were counted as zero. warnings: in words.
+    verification: largest difference of logits in a fresh process, or why there was none.
+    evaluation: perplexity of the dense and of the pruned model, where asked for. training: loss by step, of methods
+    that train. output: the folder, pruned_model: the model in memory, where one was given; neither is in plan.json.
+    """
+
+    format: str
+    identity: dict[str, Any]
+    model: str
+    method: str
+    options: dict[str, Any]
+    seed: int
+    calibration: dict[str, Any] | None
+    ratio: dict[str, Any]
+    parameters: dict[str, list[int]]
+    dense: dict[str, int]
+    layers: list[dict[str, Any]]
+    threshold: float | None
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    backends: dict[str, str]
+    bytes: list[int]
+    passes: dict[str, dict[str, Any]]
+    peak_memory_bytes: int
+    nonfinite: dict[str, int]
+    warnings: list[str]
+    tokenizer: Any
+    unused_tensors: list[str]
+    source: dict[str, Any]
+    checksums: dict[str, dict[str, str]]
+    verification: dict[str, Any]
+    seconds: float
+    evaluation: dict[str, Any] | None = None
+    training: dict[str, list[float]] | None = None
+    output: Path | None = dataclasses.field(default=None, metadata={"stored": False})
+    pruned_model: Any = dataclasses.field(default=None, metadata={"stored": False}, repr=False)
+
+    @property
+    def ratio_met(self) -> float:
+        """Share of the decoder linears' parameters that was removed."""
+        return self.ratio["met"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that plan.json holds."""
+        stored = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("stored", True)}
+        return {name: value for name, value in stored.items() if name not in _OPTIONAL or value is not None}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any], output: Path | None = None) -> "PruneRecord":
+        """Read a document of format 3. InputError: another format, or entries are missing; later keys are ignored."""
+        if document.get("format") != FORMAT:
+            raise InputError(f"the record's format is {document.get('format')!r}: this version reads {FORMAT!r}")
+        stored = [f.name for f in dataclasses.fields(cls) if f.metadata.get("stored", True)]
+        missing = [name for name in stored if name not in document and name not in _OPTIONAL]
+        if missing:
+            raise InputError(f"not a record of pyprune: {missing[0]} is missing")
+        return cls(**{name: document[name] for name in stored if name in document}, output=output)
+
+
+_OPTIONAL = ("evaluation", "training")
 
 
 def kept_shapes(shapes: list[LayerShape], choice: KeptUnits) -> list[LayerShape]:

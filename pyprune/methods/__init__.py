@@ -46,6 +46,18 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
     return method(**(uniform_defaults | options))
 
 
+def list_methods() -> dict[str, dict[str, Any]]:
+    """List the pruning methods: by name a `summary`, whether it `needs_text`, and its `options` with their defaults."""
+    return {
+        name: {
+            "summary": (method.__doc__ or "").strip().splitlines()[0],
+            "needs_text": method.needs_text,
+            "options": {field.name: field.default for field in fields(method)},
+        }
+        for name, method in METHODS.items()
+    }
+
+
 def resolve_ratio(method: Method, ratio: float | None) -> float:
     """The ratio asked for, or the method's own; InputError where there is neither."""
     if ratio is not None:
@@ -65,6 +77,7 @@ __all__ = [
     "ScoringMethod",
     "SecondOrderMethod",
     "SemiStructuredMethod",
+    "list_methods",
     "make_method",
     "resolve_ratio",
 ]

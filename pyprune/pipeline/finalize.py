@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..architectures import PRUNED_PREFIX
+from ..calibration.source import SELF, described
 from ..calibration.tokenizer_check import check_tokenizer
 from ..checkpoint import CheckpointWriter
 from ..checkpoint.auxiliary_files import copy_companions
@@ -104,7 +105,7 @@ def _plan(job: Job, outcome: PruneResult) -> dict[str, Any]:
         "calibration": None
         if job.windows is None
         else {
-            "text": o.calibration,
+            "text": described(o.calibration or SELF),
             "samples": o.samples,
             "sequence_length": o.sequence_length,
             "fingerprint": job.text_fingerprint,
@@ -142,7 +143,7 @@ def _evaluate(job: Job, pruned: Path, windows: Tensor) -> dict[str, Any]:
     )
     same = {name: result[name] for name in ("windows", "sequence_length")}
     return {
-        "text": job.options.evaluation.text,
+        "text": described(job.options.evaluation.text),
         "dense": {"perplexity": result["reference_perplexity"], **same},
         "pruned": result,
     }

@@ -132,7 +132,7 @@ def process_group() -> Iterator[None]:
         with ExitStack() as quiet:
             if not is_main_process():
                 quiet.enter_context(redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
-                logging.getLogger(__package__).setLevel(logging.ERROR)
+                logging.getLogger("pyprune").setLevel(logging.ERROR)
             yield
     except Stopped:
         stopped = True

@@ -3,10 +3,8 @@
 import errno
 import os
 import resource
-import traceback
 from collections.abc import Callable
 
-import click
 import torch
 from safetensors import SafetensorError
 
@@ -44,26 +42,6 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         if isinstance(error, kind):
             return words(error)
     return None
-
-
-def report_of(error: BaseException) -> tuple[str, int]:
-    """As `explain`; of an error of ours the traceback is printed, and the line asks for a report."""
-    found = explain(error)
-    if found is None:
-        traceback.print_exception(error)
-        found = f"an error of pyprune itself ({type(error).__name__}): please report it with the lines above", 1
-    return found
-
-
-def _usage(error: BaseException) -> tuple[str, int]:
-    assert isinstance(error, click.UsageError)
-    command = error.ctx.command_path if error.ctx else "pyprune"
-    return f"{error.format_message()} (see {command} --help)", 2
-
-
-def _click(error: BaseException) -> tuple[str, int]:
-    assert isinstance(error, click.ClickException)
-    return error.format_message(), 2
 
 
 def _device(error: BaseException) -> tuple[str, int]:
@@ -130,8 +108,6 @@ def _beyond(number: int) -> str:
 _EXPLAINED: tuple[tuple[type[BaseException], Callable[[BaseException], tuple[str, int] | None]], ...] = (
     (InputError, lambda error: (str(error), 2)),
     (VerificationError, lambda error: (str(error), 1)),
-    (click.UsageError, _usage),
-    (click.ClickException, _click),
     (torch.OutOfMemoryError, _device),
     (MemoryError, lambda _: (_beyond(errno.ENOMEM), 2)),
     (RecursionError, lambda _: ("the input is nested deeper than Python follows", 2)),

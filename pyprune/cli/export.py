@@ -1,0 +1,35 @@
+"""`pyprune export`."""
+
+from pathlib import Path
+
+import click
+
+from .command import SETTINGS, Command, quiet_transformers
+from .console import Console
+
+
+@click.command(cls=Command, context_settings=SETTINGS)
+@click.argument("model")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--format", "layout", required=True, help="stock, padded, remote-code or gguf.")
+@click.option("--dtype", help="gguf: f32, f16, bf16 or q8_0.  [default: f16]")
+@click.option("--no-verify", is_flag=True, help="Do not load the result and compare its logits with MODEL's.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def export(model: str, output: Path, layout: str, dtype: str | None, no_verify: bool, as_json: bool) -> None:
+    """Write the pruned MODEL as OUTPUT in a layout that other programs load.
+
+    \b
+    stock        a transformers class that every engine knows; needs the same sizes in every layer
+    remote-code  as it is, with its model code beside it: loads with trust_remote_code=True, without pyprune
+    gguf         one file for llama.cpp and Ollama; layers may differ
+    padded       zeros up to the widest layer, in a stock class: to evaluate it, no smaller and no faster
+
+    OUTPUT appears whole or not at all, once a fresh process has loaded it and its logits are those of MODEL.
+    """
+    quiet_transformers()
+    from .. import api
+
+    console = Console(as_json)
+    with console.progress() as progress:
+        result = api.export(model, output, layout, dtype=dtype, verify=not no_verify, progress=progress)
+    console.exported(result)
