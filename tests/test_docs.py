@@ -14,13 +14,23 @@ import page as generator
 import pytest
 from test_style import FLOORS
 
-from pyprune.cli.main import cli
+from pyprune.cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = generator.pages(ROOT)
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 DOCS = ("index", "quickstart", "methods", "loading", "backend", "architecture", "quality", "speed", "memory")
+
+
+def command(name: str) -> click.Command:
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None, f"there is no command pyprune {name}"
+    return found
+
+
+def option_names(name: str) -> set[str]:
+    return {word for option in command(name).params for word in (*option.opts, *option.secondary_opts)}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -50,27 +60,24 @@ def test_commands_parse(page: Path) -> None:
     """Each command of a shell block is taken by the command line as far as its options and their values go."""
     for words in shell_lines(page):
         if words[0] == "pyprune":
-            command = cli.commands[words[1]]
-            with command.make_context(words[1], words[2:]) as context:
-                assert isinstance(context, click.Context)
+            command(words[1]).make_context(words[1], words[2:]).close()
 
 
 @each_page
 def test_commands_and_options_in_the_text_exist(page: Path) -> None:
     for words in inline_commands(page):
-        assert words[1] in cli.commands, shlex.join(words)
-        known = {name for option in cli.commands[words[1]].params for name in (*option.opts, *option.secondary_opts)}
-        assert {word.split("=")[0] for word in words if word.startswith("--")} <= known, shlex.join(words)
+        options = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert options <= option_names(words[1]), shlex.join(words)
 
 
 @each_page
 def test_options_named_alone_exist(page: Path) -> None:
     """`--option` between backticks is one of some command of pyprune or of a script of benchmarks/."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    known = {name for c in cli.commands.values() for o in c.params for name in (*o.opts, *o.secondary_opts)}
+    known = set().union(*(option_names(name) for name in COMMANDS))
     scripts = "\n".join(script.read_text() for script in (ROOT / "benchmarks").glob("*.py"))
     for option in re.findall(r"(?<=[`\s])--[a-z][a-z-]+", " ".join(re.findall(r"`[^`]*`", text))):
-        assert option in known or f'"{option}"' in scripts or option == "--nproc-per-node", option
+        assert option in known or f'"{option}"' in scripts or option in ("--help", "--nproc-per-node"), option
 
 
 @each_page
@@ -112,6 +119,7 @@ def test_code_of_the_backend_page_runs() -> None:
         assert shown.returncode == 0, shown.stderr
 
 
+@pytest.mark.slow
 def test_scripts_of_benchmarks_explain_themselves() -> None:
     """Each script that a page's shell block runs has --help; argparse knows the options that the page gives it."""
     named: dict[str, set[str]] = {}
@@ -141,9 +149,8 @@ def test_tables_are_found_and_made(tmp_path: Path) -> None:
     made = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     generate(tmp_path)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == made
-    found = {
-        name: content for page in generator.pages(tmp_path) for name, content in generator.regions(page.read_text())
-    }
+    texts = [page.read_text() for page in generator.pages(tmp_path)]
+    found = dict(region for text in texts for region in generator.regions(text))
     assert set(found) == set(generator.ALL_TABLES)
     for name, content in found.items():
         assert content.count("\n| ") >= 2, f"the table {name} is empty"
