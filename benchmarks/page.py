@@ -1,18 +1,20 @@
-"""Make benchmarks/README.md and its plots from the committed results.
+"""Rewrite the tables of README.md, docs/*.md and benchmarks/README.md, and the plots, from the committed results.
 
-    python benchmarks/page.py [--results benchmarks/results] [--output benchmarks/README.md]
+    python benchmarks/page.py
 
-Whole prunings are the files end-to-end-*.json (benchmarks/end_to_end.py), beside published figures; the other files
-are listed with their script and machine.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; ALL_TABLES has the names.
 """
 
 import argparse
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from page_models import learned, loaders, selected_speed, semi_structured, speed, table
-from page_plots import peak_bytes, plot_memory, plot_seconds
+from page_plots import peak_bytes, plot_memory, plot_quality, plot_seconds
+from tables import TABLES
 
 from pyprune.testing.random_checkpoint import SHAPES
 
@@ -31,40 +33,7 @@ PUBLISHED: list[dict[str, Any]] = [
     ),
 ]  # fmt: skip
 
-HEAD = """# Benchmarks
-
-This page is made by `python benchmarks/page.py` from the JSON files in [results](results); a test compares the two.
-Every script explains itself with `--help`, and every file names its machine.
-
-## Whole prunings
-
-```sh
-python benchmarks/end_to_end.py llama-2-13b --method flap --ratio 0.2 --scratch /tmp/checkpoints \\
-    --output benchmarks/results/end-to-end-llama-2-13b-flap.json
-python benchmarks/end_to_end.py llama-3.3-70b --method obs --source generated
-```
-
-Random weights of a published shape (`pyprune/testing/random_checkpoint.py`), from folder to folder, the input's pages
-dropped from the page cache before; with `generated` the layers are made on the device and what is written is dropped.
-The floor is the higher of two: the forward of one layer times the layers, measured in the same process, and the bytes
-read and written over the disk's own rates.
-"""
-
-
-BOUNDS = """## What bounds them
-
-- `flap` from disk to disk: the disk. The prune pass writes at the disk's own rate. The calibration pass reads at 1.15
-GB/s beside
-  the forward where the same threads alone read 1.4 to 1.6 (the readers share Python's lock with the thread that feeds
-  the GPU), and the two passes do not overlap. Six seconds lie outside them: tokens, embeddings, plots, last shards.
-- `obs`: forwards. A layer runs 2.8 of them in the prune pass (dense stream, pruned stream before and after the choice)
-  and a quarter in the calibration pass, at 650 TFLOP/s, products alone at 750. The rest is, by layer of 13 B and 70 B:
-  second moments 0.09 and 0.37 s, the stream error's products 0.08 and 0.24 s, inverse, choice and fit 0.15 and 0.90 s,
-  in the calibration pass 0.15 and 0.75 s (inverse in split TF32 products, elimination in single ones).
-- The profiler (the runs of 6 layers, of an earlier commit than the whole ones) has the GPU busy for 91 % of the prune
-  pass at 13 B, with a set of hidden states in the host and the profiler's own work included, and 97 % at 70 B. The gaps
-  lie between small steps and where the host decides.
-"""
+REGION = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def load_runs(results: Path) -> dict[str, dict[str, Any]]:
@@ -84,30 +53,46 @@ def load_runs(results: Path) -> dict[str, dict[str, Any]]:
     return runs
 
 
+def pages(root: Path) -> list[Path]:
+    """The pages with marked regions."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md")), root / "benchmarks" / "README.md"]
+
+
+def regions(text: str) -> list[tuple[str, str]]:
+    """Names and contents of the marked regions of a page."""
+    return [
+        (match[2], match[0].removeprefix(match[1]).removesuffix(match[3]).strip()) for match in REGION.finditer(text)
+    ]
+
+
+def fill(text: str, results: Path) -> str:
+    """Rewrite the marked regions of a page from the results."""
+
+    def filled(region: re.Match[str]) -> str:
+        content = ALL_TABLES[region[2]](results).strip("\n")
+        return f"{region[1]}{content}\n{region[3]}" if content else f"{region[1]}{region[3]}"
+
+    return REGION.sub(filled, text)
+
+
 def make_page(results: Path, plots: Path) -> str:
-    """The page's text; its plots are written to `plots`, a folder beside the page."""
-    runs = load_runs(results)
-    sections = [HEAD, *(whole_prunings(runs, plots) if runs else ["No run is committed yet.\n"]), published_table()]
-    if runs:
-        sections.append(BOUNDS)
-    parts = (
-        plan_against_measured(runs),
-        profiles(runs),
-        speed(results),
-        selected_speed(results),
-        learned(results),
-        semi_structured(results),
-        loaders(results / "loaders.json"),
-    )
-    sections += filter(None, parts)
-    return "\n".join([*sections, single_operators(results)])
+    """The text of benchmarks/README.md with its tables made from `results`; its plots are written to `plots`."""
+    make_plots(results, plots)
+    return fill((FOLDER / "README.md").read_text(encoding="utf-8"), results)
 
 
-def whole_prunings(runs: dict[str, dict[str, Any]], plots: Path) -> list[str]:
-    plot_seconds(runs, PUBLISHED, plots / "seconds.svg")
-    plot_memory(runs, PUBLISHED, plots / "memory.svg")
+def make_plots(results: Path, plots: Path) -> None:
+    """Write the plots of all pages, those whose results are there."""
+    if runs := load_runs(results):
+        plot_seconds(runs, PUBLISHED, plots / "seconds.svg")
+        plot_memory(runs, PUBLISHED, plots / "memory.svg")
+    if (results / "quality.json").is_file():
+        plot_quality(json.loads((results / "quality.json").read_text())["rows"], plots / "quality.svg")
+
+
+def whole_prunings(results: Path) -> str:
     rows = []
-    for label, run in runs.items():
+    for label, run in load_runs(results).items():
         floor = run["floor"]
         disk = f"{floor['disk_seconds']:.1f}" if "disk_seconds" in floor else "–"
         passes = ", ".join(f"{name} {own['seconds']:.1f}" for name, own in run["passes"].items())
@@ -129,14 +114,11 @@ def whole_prunings(runs: dict[str, dict[str, Any]], plots: Path) -> list[str]:
         )
     head = ["run", "tokens", "machine", "seconds", "of these, in passes", "forward floor, s", "disk floor, s",
             "of the floor", "device, GB", "host, GB"]  # fmt: skip
-    images = [
-        f"![seconds by stage, beside published figures]({plots.name}/seconds.svg)\n",
-        f"![peak memory, beside published figures]({plots.name}/memory.svg)\n",
-    ]
-    return [table(head, rows), *images]
+    return table(head, rows) if rows else ""
 
 
-def published_table() -> str:
+def published(results: Path) -> str:
+    """Published times and memory, each on its authors' machine and text."""
     rows = []
     for figure in PUBLISHED:
         low, high = figure["seconds"]
@@ -144,13 +126,13 @@ def published_table() -> str:
         memory = "–" if figure["gigabytes"] is None else f"{figure['gigabytes']}"
         rows.append([figure["what"], figure["text"], figure["machine"], seconds, memory, figure["source"]])
     head = ["run", "tokens", "machine", "seconds", "device, GB", "source"]
-    return "Published, each on its authors' machine and text, so that these differ too:\n\n" + table(head, rows)
+    return table(head, rows)
 
 
-def plan_against_measured(runs: dict[str, dict[str, Any]]) -> str:
-    """What `pyprune plan` said before the run, over what the run took; empty where no run holds it."""
+def estimated(results: Path) -> str:
+    """Estimate before the run over what the run took; empty where no run holds an estimate."""
     rows = []
-    for label, run in runs.items():
+    for label, run in load_runs(results).items():
         if "predicted" not in run:
             continue
         said, measured = run["predicted"]["peak_memory_bytes"], peak_bytes(run)
@@ -163,17 +145,13 @@ def plan_against_measured(runs: dict[str, dict[str, Any]]) -> str:
             for name in ("calibration", "prune")
         ]
         rows.append(row)
-    if not rows:
-        return ""
-    return "## Plan against measured\n\nWhat `pyprune plan` says beforehand / what the run took.\n\n" + table(
-        ["run", "peak memory, GB", "calibration pass, s", "prune, s"], rows
-    )
+    return table(["run", "peak memory, GB", "calibration pass, s", "prune, s"], rows) if rows else ""
 
 
-def profiles(runs: dict[str, dict[str, Any]]) -> str:
+def profiles(results: Path) -> str:
     """Busy share and kernels of the runs that were profiled; empty where none was."""
     text = ""
-    for label, run in runs.items():
+    for label, run in load_runs(results).items():
         profile = run.get("profile")
         if not profile:
             continue
@@ -187,17 +165,18 @@ def profiles(runs: dict[str, dict[str, Any]]) -> str:
             for kernel in profile["kernels"][:KERNELS]
         ]
         text += table(["kernel", "seconds", "calls"], rows)
-    return "## Where a layer's time goes\n" + text if text else ""
+    return text
 
 
-def single_operators(results: Path) -> str:
+def result_files(results: Path) -> str:
+    """The other results, each with its script and machine."""
     rows = []
     for file in sorted(results.glob("*.json")):
         if file.name.startswith("end-to-end-"):
             continue
         document = json.loads(file.read_text())
         rows.append([f"[{file.stem}](results/{file.name})", script_of(file.stem), machines_of(document)])
-    return "## Single operators, layers and quality\n\n" + table(["result", "script", "machine"], rows)
+    return table(["result", "script", "machine"], rows)
 
 
 def script_of(stem: str) -> str:
@@ -222,13 +201,31 @@ def machine_name(machine: dict[str, Any]) -> str:
     return f"{machine['cpu']}{threads}"
 
 
+ALL_TABLES: dict[str, Callable[[Path], str]] = TABLES | {
+    "whole-prunings": whole_prunings,
+    "published": published,
+    "estimated": estimated,
+    "profiles": profiles,
+    "speed": speed,
+    "selected-speed": selected_speed,
+    "learned": learned,
+    "semi-structured": semi_structured,
+    "loaders": loaders,
+    "result-files": result_files,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=FOLDER / "results")
-    parser.add_argument("--output", type=Path, default=FOLDER / "README.md")
-    arguments = parser.parse_args()
-    page = make_page(arguments.results, arguments.output.parent / "plots")
-    arguments.output.write_text(page, encoding="utf-8")
+    parser.add_argument("--root", type=Path, default=FOLDER.parent, help="the repository (default: this one)")
+    root = parser.parse_args().root
+    results = root / "benchmarks" / "results"
+    make_plots(results, root / "benchmarks" / "plots")
+    for page in pages(root):
+        text = page.read_text(encoding="utf-8")
+        if (filled := fill(text, results)) != text:
+            page.write_text(filled, encoding="utf-8")
+            print(f"rewritten: {page.relative_to(root)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page's sections on what comes out: the speed of pruned models, learned masks, and the programs that load them."""
+"""Tables of benchmarks/README.md on pruned models: their speed, learned masks, and the programs that load them."""
 
 import json
 from collections.abc import Iterator
@@ -49,15 +49,7 @@ def speed(results: Path) -> str:
         )  # fmt: skip
     for report in reports(results, "inference-llama-cpp-*.json"):
         text += llama_cpp(report)
-    return "## Speed of pruned models\n\n" + SPEED + text if text else ""
-
-
-SPEED = """`python benchmarks/inference.py SHAPE`: random weights in bfloat16, static cache, sdpa, 2048 tokens
-of prompt, decoding from 128 tokens on. Widths that are no multiples decide more than the ratio:
-pruned by a fifth without `--round-to` a model can be slower than dense. Non-uniform layers in
-multiples of 128 are as fast as uniform ones of the same size; without multiples they give nothing
-in prefill and little in decoding.
-"""
+    return text
 
 
 def llama_cpp(report: dict[str, Any]) -> str:
@@ -107,7 +99,7 @@ def selected_speed(results: Path) -> str:
             for row in report["rows"]
         ]
         text += table(["method", "seconds a step", "hours of 10 000 steps", "memory predicted / taken, GB"], rows)
-    return "## DISP models\n\n" + text if text else ""
+    return text
 
 
 def learned(results: Path) -> str:
@@ -123,15 +115,7 @@ def learned(results: Path) -> str:
             lines.append([variant, f"{removed:.0%}", *("–" if cell is None else f"{cell:.1f}" for cell in cells)])
         text += f"\nCalibrated on {report['protocol']['calibration']}:\n\n"
         text += table(["variant", "removed", *(f"{model}, {name}" for model, name in columns)], lines)
-    return "## Learned masks\n\n" + LEARNED + text if text else ""
-
-
-LEARNED = """`python benchmarks/quality.py MODEL --table learned ...` (the command stands there), seed 0, perplexity on
-100 × 1024 tokens. `disp` trains masks for 1500 steps unless said; at perplexities below the dense
-model's the masks have taken up the text's domain, which these small models know badly, and not only
-the ratio: what they lose on the other text is the price. `disp, refitted` fits the output projections to what
-the dense modules put out, which undoes part of that on either side.
-"""
+    return text
 
 
 def semi_structured(results: Path) -> str:
@@ -151,7 +135,7 @@ def semi_structured(results: Path) -> str:
     for variant in dict.fromkeys(variant for variant, _ in found):
         cells = [found[variant, model] for model in models]
         rows.append([variant, *(f"{mean(own):.2f} ({len(own)})" for own in cells)])
-    return SEMI_STRUCTURED.format(**report["protocol"]) + table(["", *models], rows)
+    return table(["", *models], rows)
 
 
 # Variants of quality.json that are shown beside.
@@ -160,18 +144,11 @@ BESIDE = {
     "slimgpt": "slimgpt, units removed",
     "obs": "obs, units removed",
 }
-SEMI_STRUCTURED = """## Zeros in place of units
-
-`python benchmarks/quality.py MODEL... --table semi-structured --ratios 0.5 --seeds 0 1 2 ...`: WikiText-2 perplexity
-on {evaluation}, half of the decoder linears' weights zero or removed; calibration {calibration}, {dtype}. Means over
-seeds, whose number is in brackets. A model that lost units is half the size in any program; zeros need kernels for
-2:4, and elsewhere save nothing.
-
-"""
 
 
-def loaders(file: Path) -> str:
+def loaders(results: Path) -> str:
     """Perplexity of pruned models under every program that loads them; empty where it was not measured."""
+    file = results / "loaders.json"
     if not file.is_file():
         return ""
     report = json.loads(file.read_text())
@@ -187,11 +164,4 @@ def loaders(file: Path) -> str:
                 f"{row['largest_deviation']:.4%}",
             ]
         )
-    return f"""## Loaders
-
-WikiText-2 perplexity on {report["windows"]} × {report["length"]} tokens of models pruned by {100 * report["ratio"]:g} %
-(calibration {report["samples"]} × {report["calibration_length"]} tokens), by `python benchmarks/loaders.py`:
-transformers {report["transformers"]} with pyprune imported, without it (stock, padded), and llama.cpp (llama-cpp-python
-{report["llama_cpp"]}, weights in float16). In brackets the class, of a GGUF file its architecture.
-
-""" + table(["model", "layers", "pyprune", "stock", "padded", "gguf", "largest deviation"], rows)
+    return table(["model", "layers", "pyprune", "stock", "padded", "gguf", "largest deviation"], rows)

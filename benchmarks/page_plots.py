@@ -1,7 +1,8 @@
-"""The plots of the benchmarks' page, as SVG: time by stage and peak memory of whole prunings, beside published ones."""
+"""The pages' plots, as SVG: quality by method, and seconds and memory of whole prunings beside published figures."""
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
@@ -11,6 +12,53 @@ Published = dict[str, Any]
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "pyprune", "font.size": 9}  # small files, the same ones each time
 OUTSIDE = "outside the passes"
 ROW_INCHES = 0.32
+
+
+# Methods of the quality plot with their colours, told apart without red against green; markers differ too.
+METHOD_STYLES = {
+    "magnitude": ("0.55", "v"),
+    "wanda-sp": ("#e69f00", "s"),
+    "flap": ("#56b4e9", "D"),
+    "slimgpt": ("#cc79a7", "^"),
+    "obs": ("#0072b2", "o"),
+}
+PERPLEXITY_TICKS = (80, 100, 150, 200, 300)
+PERPLEXITY_LIMITS = (72, 420)  # figures above are written: an axis up to them would hide the others
+
+
+def plot_quality(rows: list[dict[str, Any]], file: Path) -> None:
+    """Perplexity by ratio, one line a method and one panel a model; means over seeds, on a logarithmic axis."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found: dict[tuple[str, str, float], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["variant"], row["ratio"]), []).append(row["perplexity"])
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(8, 3.6))
+        panels = figure.subplots(1, len(models), sharey=True)
+        for axes, model in zip(panels, models, strict=True):
+            dense = mean(found[model, "dense", 0.0])
+            for method, (colour, marker) in METHOD_STYLES.items():
+                points = sorted((r, mean(own)) for (m, v, r), own in found.items() if (m, v) == (model, method))
+                ratios = [0, *(100 * ratio for ratio, _ in points)]
+                values = [dense, *(value for _, value in points)]
+                axes.plot(ratios, values, color=colour, marker=marker, markersize=4, linewidth=1.6, label=method)
+                if values[-1] > (top := PERPLEXITY_LIMITS[1]):
+                    above = "\n".join(f"{v:.0f} at {r:g} %" for r, v in zip(ratios, values, strict=True) if v > top)
+                    where = {"x": 50, "y": 400, "ha": "right", "va": "top", "fontsize": 7, "color": colour}
+                    axes.text(s=f"{method}:\n{above}", **where)
+            axes.axhline(dense, color="0.3", linestyle=":", linewidth=1, label="dense")
+            axes.set(title=model, xlabel="parameters of the decoder linears removed, %", xticks=[0, 20, 30, 50])
+            axes.set_yscale("log")
+            axes.set_yticks(PERPLEXITY_TICKS, [str(tick) for tick in PERPLEXITY_TICKS])
+            axes.minorticks_off()
+            axes.set_ylim(*PERPLEXITY_LIMITS)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", color="0.92", linewidth=0.6)
+        panels[0].set_ylabel("WikiText-2 perplexity")
+        panels[0].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.93))
+        figure.tight_layout()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, bbox_inches="tight", metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def stage_seconds(run: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,328 @@
+"""Tables of README.md and docs/, from the committed results and the methods' declarations; page.py puts them in place.
+
+Each function takes the folder of results and returns a Markdown table, empty where the file is missing.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from page_models import table
+
+from pyprune.methods import METHODS
+
+Rows = list[dict[str, Any]]
+
+RATIOS = (0.2, 0.3, 0.5)
+MODELS = {"mha": "llama-24m-mha", "gqa": "llama-23m-gqa"}
+METHOD_VARIANTS = ("magnitude", "wanda-sp", "flap", "slimgpt", "obs")
+ALL_VARIANTS = ("magnitude", "wanda-sp", "flap reference", "flap", "flap, no bias", "slimgpt", "obs")
+PARTS_OF_OBS = (
+    *("obs", "obs, bias", "obs, inputs as they are", "obs, full share", "obs, own target", "obs, log ratios"),
+    *("obs, log, own target", "obs, linear ratios", "obs, fluctuation", "obs, uniform", "slimgpt, uniform"),
+)
+PATTERNS = ("2:4", "4:8", "unstructured")
+
+
+def load(results: Path, name: str) -> dict[str, Any]:
+    """The document of a result, without rows where it is missing."""
+    file = results / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else {"rows": [], "results": [], "passes": {}}
+
+
+def cell(text: str) -> str:
+    """Text of a table's cell: on one line, with its bars escaped."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def perplexities(rows: Rows, **where: Any) -> list[float]:
+    """Perplexities of the rows whose fields have these values, one a seed."""
+    return [row["perplexity"] for row in rows if all(row[key] == value for key, value in where.items())]
+
+
+def figures(rows: Rows, ratios: tuple[float, ...], **where: Any) -> str:
+    """Means over seeds at several ratios, as "78.0 / 79.2 / 87.2"; a dash where a ratio was not measured."""
+    found = [perplexities(rows, ratio=ratio, **where) for ratio in ratios]
+    return " / ".join(f"{mean(values):.1f}" if values else "–" for values in found)
+
+
+def seeds(rows: Rows, variant: str) -> str:
+    """Number of seeds of a variant, by model where the models differ."""
+    counts = [len({r["seed"] for r in rows if (r["variant"], r["model"]) == (variant, m)}) for m in MODELS.values()]
+    return ", ".join(str(count) for count in dict.fromkeys(counts))
+
+
+def quality(results: Path, variants: tuple[str, ...]) -> str:
+    """Perplexity at 20, 30 and 50 % by variant and model, means over seeds."""
+    rows = load(results, "quality")["rows"]
+    if not rows:
+        return ""
+    head = [f"{m} (dense {mean(perplexities(rows, model=m, variant='dense')):.2f})" for m in MODELS.values()]
+    body = [
+        [v, seeds(rows, v), *(figures(rows, RATIOS, model=model, variant=v) for model in MODELS.values())]
+        for v in variants
+    ]
+    return table(["method", "seeds", *head], body)
+
+
+def zeros(results: Path) -> str:
+    """Perplexity with half of the weights zero, by pattern, beside `obs` with half of the units removed."""
+    rows, units = load(results, "quality-semi-structured")["rows"], load(results, "quality")["rows"]
+    if not rows or not units:
+        return ""
+    body = [
+        [
+            method,
+            *(
+                " / ".join(f"{mean(perplexities(rows, model=m, variant=f'{method} {p}')):.1f}" for p in PATTERNS)
+                for m in MODELS.values()
+            ),
+        ]
+        for method in ("wanda", "dass", "sparsegpt")
+    ]
+    body.append(["obs, units removed", *(figures(units, (0.5,), model=m, variant="obs") for m in MODELS.values())])
+    return table(["2:4 / 4:8 / unstructured", *MODELS.values()], body)
+
+
+def domains(results: Path) -> str:
+    """Perplexity at 20, 30 and 50 % after calibration on another domain."""
+    rows = load(results, "quality-domains")["rows"]
+    if not rows:
+        return ""
+    columns = [(model, text) for model in MODELS for text in ("reviews", "textbooks")]
+    where = [{"model": MODELS[model], "text": f"{text}-test.jsonl"} for model, text in columns]
+    dense = [mean(perplexities(rows, variant="dense", **column)) for column in where]
+    head = [f"{m}, {text} (dense {value:.1f})" for (m, text), value in zip(columns, dense, strict=True)]
+    body = [
+        [method, *(figures(rows, RATIOS, variant=method, **column) for column in where)]
+        for method in ("flap", "slimgpt", "obs")
+    ]
+    return table(["method", *head], body)
+
+
+def trained(results: Path) -> str:
+    """Perplexity at 30 and 50 % of methods that train masks, on WikiText-2 and on reviews, by calibration text."""
+    head, columns = [], []
+    for name, calibration in (("quality-learned", "WikiText-2"), ("quality-learned-reviews", "reviews")):
+        rows = load(results, name)["rows"]
+        for short, model in MODELS.items():
+            for file, text in (("wikitext2-test.txt", "WikiText-2"), ("reviews-test.jsonl", "reviews")):
+                if rows and (calibration, text) != ("reviews", "WikiText-2"):
+                    head.append(f"{short}, {calibration} → {text}")
+                    columns.append((rows, {"model": model, "text": file}))
+    body = [
+        [method, *(figures(rows, (0.3, 0.5), variant=method, **where) for rows, where in columns)]
+        for method in ("flap", "obs", "policy", "disp")
+    ]
+    return table(["method", *head], body) if head else ""
+
+
+def pruned_speed(results: Path) -> str:
+    """Prefill and decode of models cut by half against dense ones, batch 1."""
+    body = []
+    for name in ("inference-llama-2-7b-h100", "inference-llama-2-7b-compile-h100", "inference-llama-3.1-8b-h100"):
+        report = load(results, name)
+        for row in report["rows"]:
+            if (row["batch"], row["ratio"]) == (1, 0.5):
+                times = [f"{row[f'{phase}_against_dense']:.2f} ×" for phase in ("prefill", "decode")]
+                body.append([report["shape"], row["layout"], row["mode"], *times, report["machine"]["gpu"]])
+    for row in (report := load(results, "inference-selected-h100"))["rows"]:
+        if row["layout"] != "dense":
+            times = [f"{row[f'{phase}_against_dense']:.2f} ×" for phase in ("prefill", "decode")]
+            what = f"disp, batch {row['batch']}"
+            body.append([report["shape"], what, row["mode"], *times, report["machine"]["gpu"]])
+    return table(["shape", "layers", "mode", "prefill", "decode", "machine"], body) if body else ""
+
+
+def hessian(results: Path) -> str:
+    """Accumulation of Hessians against plain PyTorch, by size."""
+    found = {(tuple(row["shape"]), row["backend"]): row for row in load(results, "hessian-h200")["results"]}
+    body = [
+        [
+            f"{rows} × {channels}",
+            f"{row['microseconds']['median'] / 1e3:.2f}",
+            f"{row['teraflops']:.0f}",
+            f"{row['times_plain']:.2f} ×",
+            f"{row['times_float32']:.1f} ×",
+            f"{found[(rows, channels), 'triton']['times_plain']:.2f} ×",
+        ]
+        for ((rows, channels), backend), row in found.items()
+        if backend == "cuda" and row["large"]
+    ]
+    head = ["[tokens × d]", "`cuda`, ms", "2·T·d² / time, TFLOP/s", "against plain", "against a float32 product",
+            "`triton` against plain"]  # fmt: skip
+    return table(head, body) if body else ""
+
+
+def moments(results: Path) -> str:
+    """Streamed channel moments against a copy, `torch.var_mean` and FLAP's steps."""
+    body = [
+        [
+            f"{row['shape'][0]} × {row['shape'][1]}",
+            f"`{row['backend']}`",
+            f"{row['microseconds']['median']:.0f}",
+            f"{row['fraction_of_copy']:.1%}",
+            f"{row['times_var_mean']:.2f} ×",
+            f"{row['times_flap']:.1f} ×",
+        ]
+        for row in load(results, "moments-h200")["results"]
+        if row["large"]
+    ]
+    head = ["[tokens × channels] bf16", "backend", "µs", "rate against a copy", "against `torch.var_mean`",
+            "against FLAP's steps"]  # fmt: skip
+    return table(head, body) if body else ""
+
+
+def second_order(results: Path) -> str:
+    """Inverse, errors of units, choice, and a whole layer, against the ways of PyTorch and SlimGPT."""
+    body = [
+        [
+            f"inverse of a damped Hessian, d = {row['channels']}",
+            f"{row['microseconds']['operator']['median'] / 1e3:.0f} ms",
+            "`cholesky` + `cholesky_inverse`",
+            f"{row['times_library']:.1f} ×",
+        ]
+        for row in load(results, "inverse-h200")["results"]
+        if row["channels"] >= 11008 and row["dtype"] == "float32"
+    ]
+    body += [
+        [
+            f"errors of {row['units']} attention units of {row['width']}",
+            f"{row['microseconds']['operator']['median']:.0f} µs",
+            "Cholesky, solve with W, norm",
+            f"{row['times_solve_against_w']:.0f} ×",
+        ]
+        for row in load(results, "grouped-cholesky-h200")["results"]
+        if row["width"] == 128 and row["units"] in (32, 64) and row["backend"] == "cuda"
+    ]
+    body += [
+        [
+            f"exact choice of {percent(row['count'] / row['channels'])} of {row['channels']} channels",
+            f"{row['seconds']['eliminate'] * 1e3:.0f} ms",
+            "SlimGPT's loop" + (", extrapolated" if row["slimgpt"]["extrapolated"] else ""),
+            f"{row['ratio']:.0f} ×",
+        ]
+        for row in load(results, "eliminate-h200")["results"]
+        if row["backend"] == "cuda" and "slimgpt" in row and row["channels"] >= 11008
+    ]
+    body += [
+        [
+            f"one layer of {row['shape']} at {percent(row['ratio'])}, 128 × 2048 tokens",
+            f"{row['ours']['total']:.2f} s",
+            "SlimGPT in plain PyTorch",
+            f"{row['speedup']:.1f} ×",
+        ]
+        for row in load(results, "layer-h200")["rows"]
+    ]
+    return table(["step", "time", "against", "times faster"], body) if body else ""
+
+
+def whole_runs(results: Path) -> str:
+    """Seconds and device memory of whole prunings, whole shapes only."""
+    body = []
+    for file in sorted(results.glob("end-to-end-*.json")):
+        if file.stem.endswith("-layers"):
+            continue
+        run = json.loads(file.read_text())
+        budget = f", `--device-memory {run['device_memory_gb']:g}GB`" if run["device_memory_gb"] else ""
+        body.append(
+            [
+                f"`{run['method']}`, {run['shape']} at {percent(run['ratio'])}, {run['source']}{budget}",
+                f"{run['compute_seconds']:.1f}",
+                f"{run['seconds']:.1f}",
+                f"{run['peak_memory']['device_reserved_bytes'] / 1e9:.1f} GB",
+                run["machine"]["gpu"],
+            ]
+        )
+    head = ["run", "seconds in the passes", "seconds in all", "peak device memory", "machine"]
+    return table(head, body) if body else ""
+
+
+def integrations(results: Path) -> str:
+    """Hessians and inverse factors of a layer's seven linears, by who computes them."""
+    names = {
+        "tools": "the tools' formulation",
+        "ours": "pyprune",
+        "ours, shared inputs": "pyprune, once for linears that share an input",
+    }
+    body = [
+        [
+            names.get(row["contestant"], row["contestant"]),
+            f"{row['hessians_s']:.3f}",
+            f"{row['factors_s']:.3f}",
+            f"{row['total_s']:.2f}",
+            f"{row['ratio']:.1f} ×",
+        ]
+        for row in load(results, "integrations-h100")["rows"]
+    ]
+    return table(["", "Hessians, s", "inverse factors, s", "both, s", "times faster"], body) if body else ""
+
+
+def memory(results: Path) -> str:
+    """Peak resident memory of pruning on a CPU."""
+    report = load(results, "memory-cpu")
+    body = [
+        [f"`{row['method']}`", f"{row['peak_bytes'] / 1e6:.0f} MB", f"{row['share_of_dense']:.1%}"]
+        for row in report["rows"]
+    ]
+    return table(["method", "peak", "without hidden states, of the dense model's bytes"], body) if body else ""
+
+
+def methods(results: Path) -> str:
+    """The pruning methods: the first line of each docstring, what it removes, and whether it reads a text."""
+    body = [
+        [
+            f"`{name}`",
+            cell((method.__doc__ or "").split("\n", 1)[0].rstrip(".")),
+            "units" if method.shrinks else "single weights",
+            "yes" if method.needs_text else "no",
+        ]
+        for name, method in METHODS.items()
+    ]
+    return table(["method", "what it does", "removes", "reads a text"], body)
+
+
+def method_options(results: Path) -> str:
+    """The methods' options: who has each, with which default, and its meaning where the field declares it."""
+    owners: dict[str, dict[str, list[str]]] = {}
+    meanings: dict[str, str] = {}
+    for name, method in METHODS.items():
+        for field in fields(method):
+            default = "–" if field.default is MISSING or field.default is None else f"`{field.default}`"
+            owners.setdefault(field.name, {}).setdefault(default, []).append(name)
+            meanings.setdefault(field.name, cell(field.metadata.get("help", "")))
+    body = [
+        [
+            f"`--{option.replace('_', '-')}`",
+            "; ".join(f"{default}: {', '.join(names)}" for default, names in defaults.items()),
+            meanings[option],
+        ]
+        for option, defaults in owners.items()
+    ]
+    return table(["option", "default: methods", "meaning"], body)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "results": lambda results: quality(results, METHOD_VARIANTS),
+    "quality": lambda results: quality(results, ALL_VARIANTS),
+    "quality-obs": lambda results: quality(results, PARTS_OF_OBS),
+    "quality-zeros": zeros,
+    "quality-domains": domains,
+    "quality-trained": trained,
+    "pruned-speed": pruned_speed,
+    "whole-runs": whole_runs,
+    "hessian": hessian,
+    "moments": moments,
+    "second-order": second_order,
+    "integrations": integrations,
+    "memory": memory,
+    "methods": methods,
+    "method-options": method_options,
+}
