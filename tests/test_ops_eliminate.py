@@ -217,7 +217,7 @@ def model_problems(request: pytest.FixtureRequest) -> dict[str, tuple[Tensor, Te
 @pytest.mark.shared
 @each_backend
 @pytest.mark.parametrize("share", [0.2, 0.5])
-@pytest.mark.parametrize("driver", ["down_proj", "o_proj"])
+@pytest.mark.parametrize("output_proj", ["down_proj", "o_proj"])
 def test_float32_sets_on_a_trained_model(
     output_proj: str, share: float, backend: str, device: str, model_problems: dict[str, tuple[Tensor, Tensor, int]]
 ) -> None:
