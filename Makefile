@@ -1,5 +1,7 @@
 # make demo: prune the built-in model, evaluate before and after, write the report.
 # make test: every test, two at a time.
+# make test-fast: the same without the slow ones.
+# make wheel: the source archive and the wheel for $(PYTHON) in dist/, with the CPU and the CUDA core; without PyTorch.
 # make torture: every hostile input, 200 signals and 28 races: half an hour. All set up their own environment first.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +10,13 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 DEMO := demo-output/llama-6m-gqa-30
 
-.PHONY: demo test torture clean
+DIST ?= dist
+WHEEL_VENV ?= build/wheel-venv-$(notdir $(PYTHON))
+WHEEL_BIN := $(abspath $(WHEEL_VENV))/bin
+# Options of `python -m build`; --no-isolation builds with what WHEEL_VENV has and needs no network.
+BUILD_OPTIONS ?=
+
+.PHONY: demo test test-fast torture wheel clean
 
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*.* csrc/*/*/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -26,9 +34,30 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=40
 
+test-fast: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=40 -m "not slow"
+
 torture: $(VENV)/installed
 	PYPRUNE_HOSTILE=all $(BIN)/python -m pytest tests/hostile
 	$(BIN)/python tests/torture
+
+# Nothing but the `wheel` extra: installing the package with it would bring PyTorch.
+$(WHEEL_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['optional-dependencies']['wheel'], sep='\n')" > $(WHEEL_VENV)/requirements.txt
+	$(WHEEL_BIN)/python -m pip install --quiet -r $(WHEEL_VENV)/requirements.txt
+	touch $@
+
+# auditwheel tags the wheel with the oldest glibc that its symbols allow: on an older system it gets an older one.
+# Without a C++ compiler there is no core, and the wheel is copied as it is.
+wheel: $(WHEEL_VENV)/installed
+	rm -rf build/wheel
+	$(WHEEL_BIN)/python -m build --sdist --wheel --outdir build/wheel $(BUILD_OPTIONS)
+	PATH="$(WHEEL_BIN):$$PATH" $(WHEEL_BIN)/python -m auditwheel repair --allow-pure-python-wheel \
+		--wheel-dir $(DIST) build/wheel/*.whl
+	mv build/wheel/*.tar.gz $(DIST)
+	ls -lh $(DIST)
 
 clean:
 	rm -rf $(VENV) demo-output build

@@ -1,7 +1,9 @@
 """Build of pyprune: packages, and the compiled core `pyprune._core` from csrc/.
 
 The CPU part is built whenever there is a C++ compiler, the CUDA part whenever there is nvcc; whether this
-machine has a GPU is never asked. Environment:
+machine has a GPU is never asked. The core uses no PyTorch, so one wheel serves every version of PyTorch, but each
+Python version needs its own wheel: pybind11 3.1 has no Py_LIMITED_API. nanobind 3.1 has it from Python 3.12 on, and
+for 3.11 only with a second package, nanobind-backend, at run time. Environment:
     PYPRUNE_BUILD_CUDA  1: fail without nvcc; 0: leave the CUDA part out; unset: decide by nvcc
     CXX                 the C++ compiler (default: the first of c++, g++, clang++)
     CUDA_HOME           the toolkit whose bin/nvcc is used (default: nvcc on PATH, then /usr/local/cuda)
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
@@ -98,10 +101,8 @@ class Toolchain:
             ]
         return defines
 
-    def ninja_file(self, module: Path) -> str:
+    def ninja_file(self, module: Path, pybind11_headers: Path) -> str:
         """The build of `module`, every path absolute. Objects lie beside the ninja file."""
-        import pybind11
-
         cxx = [
             self.compiler,
             "-std=c++20",
@@ -115,7 +116,7 @@ class Toolchain:
         cxx += [f"-I{CSRC / 'include'}"]
         python = [
             f"-isystem{sysconfig.get_path('include')}",
-            f"-isystem{pybind11.get_include()}",
+            f"-isystem{pybind11_headers}",
             f"-I{CSRC}",
         ]
         link = [self.compiler, "-shared", "-pthread", "-Wl,--exclude-libs=ALL"]
@@ -178,6 +179,29 @@ def ninja_path(path: Path) -> str:
     return re.sub(r"([$: ])", r"$\1", str(path))
 
 
+def link_pybind11(folder: Path) -> Path:
+    """Link pybind11's headers into the build folder, by version.
+
+    Each isolated build has pybind11 in a new temporary folder. With that path in the commands, ninja would compile
+    the bindings again at every build.
+    """
+    import pybind11
+
+    link = folder / f"pybind11-{pybind11.__version__}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(pybind11.get_include(), target_is_directory=True)
+    return link
+
+
+class BuildPackages(build_py):
+    """Copies the packages into an empty folder: setuptools keeps files there that the sources no longer have."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "pyprune", ignore_errors=True)
+        super().run()
+
+
 class BuildCore(build_ext):
     """Builds the one extension by ninja: in parallel, and only what changed since the last build here."""
 
@@ -190,7 +214,7 @@ class BuildCore(build_ext):
         # Not build_temp, which is a new folder at every editable installation.
         folder = ROOT / "build" / f"core.{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(toolchain.ninja_file(module))
+        (folder / "build.ninja").write_text(toolchain.ninja_file(module, link_pybind11(folder)))
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
         if self.verbose > 1:
             command.append("-v")
@@ -228,5 +252,6 @@ setup(
     ],
     package_dir={"pyprune": "pyprune", "pyprune.triton_kernels": "triton_kernels"},
     ext_modules=[Extension("pyprune._core", sources=[])] if toolchain else [],
-    cmdclass={"build_ext": BuildCore},
+    package_data={"pyprune": ["py.typed"]},
+    cmdclass={"build_py": BuildPackages, "build_ext": BuildCore},
 )

@@ -25,7 +25,7 @@ class Outcome:
 def varied(*arguments: object) -> list[str]:
     """A command whose options a test gives anew after common ones: of each that takes one value, the last alone."""
     words = [str(argument) for argument in arguments]
-    command = cli.commands.get(words[0]) if words else None
+    command = cli.get_command(click.Context(cli), words[0]) if words else None
     if command is None:
         return words
     single = {

@@ -13,6 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from figures import leave_blank  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
 from pyprune.testing.random_checkpoint import make_checkpoint  # noqa: E402
 
 # A fresh process after each of hundreds of prunings would take minutes; tests of just that say --verify.
@@ -43,6 +46,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, but PYPRUNE_REQUIRE_SHARED=1: {report.longrepr}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report's figures are drawn for the tests that say so (marker `figures`), not after each of hundreds of runs."""
+    if request.node.get_closest_marker("figures") is None:
+        monkeypatch.setattr(Figure, "savefig", Figure.savefig)  # put back after the test
+        leave_blank()
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import leave_blank
 
 # A clean process that has the libraries loaded forks the processes: each starts at once, none inherits a thread.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pyprune.cli.main", "pyprune.pipeline.run"])
+SERVER.set_forkserver_preload(["pyprune.api", "pyprune.cli.prune", "matplotlib.pyplot", "transformers.generation"])
 
 
 @dataclass
@@ -34,6 +35,7 @@ def _enter(rank: int, size: int, port: int, logs: Path, what: Callable[[], objec
         file = os.open(logs / f"{rank}.{stream.fileno()}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream.fileno())
     torch.set_num_threads(1)
+    leave_blank()
     what()
 
 

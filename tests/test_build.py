@@ -49,6 +49,7 @@ def nvcc() -> str:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 @pytest.mark.parametrize("source", KERNEL_FILES, ids=lambda p: p.name)
 def test_kernels_fit_without_spills(source: Path, architecture: str, nvcc: str, tmp_path: Path) -> None:

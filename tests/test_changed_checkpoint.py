@@ -156,10 +156,10 @@ def test_what_cannot_be_had_again_is_said(
     unfinished: PruneConfig, model: Path, shared_text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pyprune.errors import InputError
-    from pyprune.job import job
+    from pyprune.job import identity
 
-    environment = job.environment
-    monkeypatch.setattr(job, "environment", lambda device: environment(device) | {name: "another"})
+    environment = identity.environment
+    monkeypatch.setattr(identity, "environment", lambda device: environment(device) | {name: "another"})
     with pytest.raises(InputError, match=rf"cannot be finished to the same bits: {name} \(was .*--allow-other-bits"):
         prune(unfinished)
     plan = prune(options(model, shared_text, tmp_path / "out", resume=True, allow_other_bits=True))

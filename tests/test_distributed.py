@@ -79,7 +79,9 @@ def text(tmp_path: Path) -> Path:
     return text
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m if m in ("flap", "obs") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_two_processes_prune_as_one_does(model: Path, text: Path, tmp_path: Path, method: str) -> None:
     """Sums over two blocks of windows (4 and 3) round otherwise than one over all, by some ε = 2⁻²⁴ of their size.
 
@@ -111,6 +113,7 @@ def test_two_processes_prune_as_one_does(model: Path, text: Path, tmp_path: Path
             assert torch.equal(tensors[name], single), name
 
 
+@pytest.mark.slow
 def test_three_processes_share_one_survey(model: Path, text: Path, tmp_path: Path) -> None:
     """7 windows over three (3, 2, 2); the cached calibration pass answers for three processes, not for one."""
     for name, processes, cached in (("a", 3, False), ("b", 3, True), ("c", 1, False)):
@@ -141,6 +144,7 @@ def test_wrong_input_is_one_line(model: Path, text: Path, tmp_path: Path) -> Non
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["flap", "wanda-sp", "obs"])
 def test_bad_activations_are_one_line(model: Path, text: Path, tmp_path: Path, method: str) -> None:
     bad = overflowing(model, tmp_path / "bad")
@@ -166,6 +170,7 @@ def fail_in_a_layer() -> None:
     HessianObserver.finish = fail  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_failure_of_one_process_ends_the_others(model: Path, text: Path, tmp_path: Path) -> None:
     """In the middle, where the first one waits for sums: it keeps what it wrote, since the other one says why."""
     more = ("--method", "slimgpt")
@@ -205,6 +210,7 @@ def die_in_the_survey() -> None:
     LayerLog.write = die  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "die"),
     [
@@ -243,6 +249,7 @@ def test_resume_after_a_kill(model: Path, text: Path, tmp_path: Path, method: st
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_torchrun(model: Path, tmp_path: Path) -> None:
     """The command as it is typed, on text that the first process samples, with an evaluation; then a wrong one."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

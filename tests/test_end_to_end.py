@@ -124,6 +124,7 @@ def test_busy_share_counts_overlaps_once() -> None:
     assert result["idle_before"] == [{"name": "b", "seconds": 1}]
 
 
+@pytest.mark.figures
 def test_page_shows_the_runs(measured: Measured, tmp_path: Path) -> None:
     results, plots = tmp_path / "results", tmp_path / "plots"
     results.mkdir()
@@ -145,6 +146,8 @@ def test_page_shows_the_runs(measured: Measured, tmp_path: Path) -> None:
     assert "prune: other" in (plots / "seconds.svg").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.figures
 def test_page_is_made_from_the_committed_results(tmp_path: Path) -> None:
     made = page.make_page(ROOT / "benchmarks" / "results", tmp_path / "plots")
     committed = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")

@@ -193,6 +193,7 @@ def test_folders_that_hold_no_whole_model(tiny_checkpoint: Callable[..., Path], 
         load_model(folder, CPU, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_wikitext(shared_dir: Path) -> None:
     folder = shared_dir / "models" / "llama-6m-gqa"

@@ -143,6 +143,7 @@ def test_padded_computes_the_same(pruned: Callable[..., Path], tmp_path: Path, n
     torch.testing.assert_close(logits(output), source_logits(source), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fresh_process_without_pyprune(pruned: Callable[..., Path], tmp_path: Path) -> None:
     """The families' remote code, and a padded and a stock output, in one process that never imports pyprune."""
     cases = {f"{name}-remote": (name, "remote-code", "remote-code", True) for name in FAMILIES}
@@ -404,6 +405,7 @@ def test_uniform_prune_with_biases_is_written_in_a_stock_class(
 UNITS = UnitResult(KeptUnits([]), [])  # proved against what was written itself
 
 
+@pytest.mark.slow
 def test_prune_proves_what_it_wrote(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ if not INTERPRETED:
         assert (division.whole, division.split, division.parts) == (792, 28, 4)
         assert divide_tiles(tile_count(4096, hessian.TMA.tile), 512, 132).split == 0
 
+    @pytest.mark.slow
     def test_in_the_interpreter() -> None:
         run_interpreted(__file__)
 

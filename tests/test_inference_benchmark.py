@@ -125,6 +125,7 @@ TINY = ["tiny", "--device", "cpu", "--dtype", "float32", "--threads", 1, "--mult
         "--prompt", PROMPT, "--context", CONTEXT, "--steps", STEPS]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_row_of_a_tiny_shape(tmp_path: Path) -> None:
     ran = script("inference.py", *TINY, "--ratios", 0.5, "--output", tmp_path / "result.json")
     assert ran.returncode == 0, ran.stderr
@@ -153,6 +154,7 @@ def test_every_row_of_a_tiny_shape(tmp_path: Path) -> None:
     assert rows["nonuniform", 1]["decoder_parameters"] < 0.55 * rows[DENSE, 1]["decoder_parameters"]
 
 
+@pytest.mark.slow
 def test_a_graph_needs_a_gpu(tmp_path: Path) -> None:
     ran = script("inference.py", *TINY, "--modes", "graph", "--output", tmp_path / "result.json")
     assert ran.returncode == 2

@@ -340,6 +340,7 @@ def test_unknown_tool() -> None:
         accelerate("autoawq")
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_with_the_integrations() -> None:
     """Only a block imports its tool. (pyprune itself imports transformers.)"""
     program = (

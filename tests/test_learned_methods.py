@@ -58,7 +58,15 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (*folder.glob("*.safetensors"), folder / "config.json")}
 
 
-@pytest.mark.parametrize("changes", [{}, {"round_to": 16}, {"gate": "gumbel", "warm_start": "moments"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"round_to": 16}, marks=pytest.mark.slow),
+        pytest.param({"gate": "gumbel", "warm_start": "moments"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_disp_writes_a_model_that_is_the_masked_one(
     changes: dict[str, Any], model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -88,6 +96,7 @@ def test_disp_writes_a_model_that_is_the_masked_one(
     assert "6 steps; loss" in page
 
 
+@pytest.mark.slow
 def test_policy_writes_a_pruned_model(model: Path, text: Path, tmp_path: Path) -> None:
     plan = prune(options(model, text, tmp_path / "out", "policy", verify=True))
     assert plan["verification"]["verified"]
@@ -195,6 +204,7 @@ def test_refit_comes_nearer_to_the_whole_modules(model: Path, text: Path, tmp_pa
     torch.testing.assert_close(refit.hidden.data, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_refitted_model_is_the_masked_one_with_new_drivers(model: Path, text: Path, tmp_path: Path) -> None:
     own = {"compensation": "weights"}
     plan = prune(options(model, text, tmp_path / "out", "disp", method_options=own, verify=True))
@@ -277,6 +287,7 @@ def test_activations_are_computed_twice_where_memory_is_short(
     assert devices.usable_memory(CPU) > between
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["llama-24m-mha", "llama-23m-gqa"])
 def test_masked_and_materialised_models_of_trained_ones(name: str, shared_dir: Path, tmp_path: Path) -> None:

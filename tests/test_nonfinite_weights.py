@@ -61,6 +61,7 @@ def test_the_tensor_and_the_place_are_named(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "obs"])
 def test_rows_that_no_text_uses_are_a_warning(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str

@@ -221,6 +221,7 @@ def test_what_reads_the_stream_is_fitted_to_its_change(
     assert torch.equal(after["self_attn.k_proj.weight"], before["self_attn.k_proj.weight"][rows])
 
 
+@pytest.mark.slow
 def test_obs_beats_slimgpt_and_flap_on_a_trained_model(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,10 +300,10 @@ def test_a_hessian_that_needs_more_damping_is_reported(
         second_moments.hessian -= (float(values[0]) + share * mean) * torch.outer(vector, vector)
         return second_moments
 
-    monkeypatch.setattr(HessianObserver, "finish", lambda self: spoiled(self, 0.05))
+    monkeypatch.setattr(HessianObserver, "result", lambda self: spoiled(self, 0.05))
     plan = pruned(model, text, tmp_path / "raised", "slimgpt")
     assert any("layer 1 (mlp.down_proj)" in w and "0.1 was taken" in w for w in plan["warnings"])
-    monkeypatch.setattr(HessianObserver, "finish", lambda self: spoiled(self, 50.0))
+    monkeypatch.setattr(HessianObserver, "result", lambda self: spoiled(self, 50.0))
     with pytest.raises(InputError, match=r"layer 0 \(self_attn.o_proj\): the Hessian is not positive definite"):
         pruned(model, text, tmp_path / "hopeless", "slimgpt")
 

@@ -215,6 +215,7 @@ def model_problems(request: pytest.FixtureRequest) -> dict[str, tuple[Tensor, Te
     return problems
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @each_backend
 @pytest.mark.parametrize("share", [0.2, 0.5])
@@ -238,6 +239,7 @@ def test_float32_sets_on_a_trained_model(
         assert torch.trace(lost @ hessian @ lost.T).item() <= 1.0001 * error
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @each_device
 def test_float32_heads_of_a_trained_model(device: str, model_problems: dict[str, tuple[Tensor, Tensor, int]]) -> None:

@@ -51,6 +51,7 @@ def test_without_transformers() -> None:
     assert hidden == "None None\n"
 
 
+@pytest.mark.slow
 def test_without_registration() -> None:
     count = "import sys, torch; before = len(sys.modules); import pyprune.ops; print(len(sys.modules) - before)"
     assert run_python(USE, PYPRUNE_REGISTER="0") == "False\n"
@@ -58,6 +59,7 @@ def test_without_registration() -> None:
     assert int(run_python(count, PYPRUNE_REGISTER="0")) < 60
 
 
+@pytest.mark.slow
 def test_registration_is_the_default() -> None:
     code = "import pyprune, transformers; print('pyprune_llama' in transformers.CONFIG_MAPPING.keys())"
     assert run_python(code) == "True\n"
@@ -109,6 +111,7 @@ warn_return_any = true
 """
 
 
+@pytest.mark.slow
 def test_a_typed_caller(tmp_path: Path) -> None:
     """No expression of a caller is untyped. With the project's own settings but for that, to share its cache."""
     pytest.importorskip("mypy")
@@ -127,6 +130,7 @@ def test_a_typed_caller(tmp_path: Path) -> None:
         assert sum(part in line for line in errors) == 1, found.stdout
 
 
+@pytest.mark.slow
 def test_types_are_installed(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)

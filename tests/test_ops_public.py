@@ -59,6 +59,7 @@ def test_compiles_as_one_graph(case: Case) -> None:
         assert torch.equal(found, eager)
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor() -> None:
     def step(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         gate = gate + 1

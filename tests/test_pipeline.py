@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune import modeling
 from pyprune.architectures import ATTENTION, FFN, SUBLAYERS
-from pyprune.calibration import text as calibration
+from pyprune.calibration import sampling
 from pyprune.checkpoint import CheckpointReader
 from pyprune.forward.layer_forward import LayerForward
 from pyprune.job.record import kept_from_entry, read_plan
@@ -31,6 +31,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits
 
 
+@pytest.mark.figures
 def test_flap_end_to_end(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "pruned"
     outcome = run(capsys, "prune", demo_model, output, "--ratio", 0.3, *SMALL, "--json",
@@ -101,8 +102,8 @@ def test_another_ratio_runs_no_forward(
     calls: list[int] = []
     forward = LayerForward.run
     monkeypatch.setattr(LayerForward, "run", lambda *a, **k: (calls.append(1), forward(*a, **k)))
-    load = calibration.load_model
-    monkeypatch.setattr(calibration, "load_model", lambda *a, **k: (calls.append(1), load(*a, **k))[1])
+    load = sampling.load_model
+    monkeypatch.setattr(sampling, "load_model", lambda *a, **k: (calls.append(1), load(*a, **k))[1])
     second = run(capsys, "prune", demo_model, tmp_path / "b", "--ratio", 0.5, *SMALL, "--json").json
     assert not calls
     assert (first["calibration_cached"], second["calibration_cached"]) == (False, True)
@@ -133,7 +134,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda-sp"])
+@pytest.mark.parametrize("method", ["magnitude", pytest.param("wanda-sp", marks=pytest.mark.slow)])
 def test_uniform_result_loads_without_pyprune(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
@@ -178,6 +179,7 @@ def test_wanda_sp_sees_the_pruned_prefix(demo_model: Path, tmp_path: Path, capsy
     assert not set(lowest.tolist()) & set(plan["layers"][2]["intermediate_channels"])
 
 
+@pytest.mark.slow
 def test_half_precision_models_and_computation(
     tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_model: Path
 ) -> None:
@@ -243,6 +245,7 @@ def test_allow_nonfinite_counts_them_as_zero(
     assert "64 NaN or Inf activations in layer 1 (mlp.down_proj)" in outcome.out
 
 
+@pytest.mark.slow
 def test_what_pyprune_wrote_can_be_pruned_again(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

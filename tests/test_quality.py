@@ -16,6 +16,7 @@ from pyprune.pipeline.run import prune
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_order_of_the_methods(demo_model: Path, shared_dir: Path, tmp_path: Path) -> None:
     """At 50 %, where the margins on this model are 30 % and more: 12 windows of the test text suffice."""

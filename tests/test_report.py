@@ -14,6 +14,7 @@ from pyprune import InputError
 from pyprune.report import plots as report_plots
 from pyprune.report.page import write_report
 
+pytestmark = pytest.mark.figures
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -171,6 +171,7 @@ def test_generates_the_same_with_every_cache(name: str, make: Callable[..., Made
     assert torch.equal(model.generate(ids(2, 7), cache_implementation="static", **options), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_compiles_whole(trained: bool, make: Callable[..., Made]) -> None:
     model = selected_model(*make("qwen3-qk-norm"))

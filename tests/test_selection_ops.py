@@ -155,6 +155,7 @@ def test_nan_stays_in_its_row(device: str) -> None:
 
 if not INTERPRETED:
 
+    @pytest.mark.slow
     def test_in_the_interpreter() -> None:
         run_interpreted(__file__)
 
@@ -188,6 +189,7 @@ if not INTERPRETED:
         assert none.shape == rms_norm_gather(residual[:, :0], weight, EPS, index).shape == (2, 0, 20)
         scatter_add_(residual[:, :0], update[:, :0], update_index)
 
+    @pytest.mark.slow
     @each_device
     def test_opcheck(device: str) -> None:
         residual, update, update_index, weight, index = case(device)
@@ -295,6 +297,7 @@ if not INTERPRETED:
         assert torch.equal(found[-1:], expected)
         assert not found[:-1].any()
 
+    @pytest.mark.slow
     def test_the_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
         output = tmp_path / "selection.json"
         sizes = ("--hidden", "64", "--tokens", "8", "--repeat", "2", "--device", "cpu")

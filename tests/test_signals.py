@@ -21,6 +21,8 @@ from pyprune.runtime.stopping import Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+# For tests of which each case starts an interpreter: the first signal alone is a must for every change.
+FIRST_OF_SIGNALS = [SIGNALS[0], *(pytest.param(number, marks=pytest.mark.slow) for number in SIGNALS[1:])]
 PRUNE = ("--method", "magnitude", "--ratio", 0.3)
 
 
@@ -63,7 +65,7 @@ def verifying(model: Path, tmp_path: Path, *arguments: object) -> tuple[Running,
     return running, scratch
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", FIRST_OF_SIGNALS)
 @pytest.mark.parametrize("command", ["export", "prune"])
 def test_while_the_output_is_verified(model: Path, tmp_path: Path, command: str, number: signal.Signals) -> None:
     output = tmp_path / "out"
@@ -90,7 +92,7 @@ def test_nobody_survives_a_kill(model: Path, tmp_path: Path) -> None:
     until(lambda: not workers(scratch))
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", FIRST_OF_SIGNALS)
 @pytest.mark.parametrize("started", [("-m", "pyprune"), ("pyprune",)], ids=["module", "script"])
 def test_while_the_libraries_are_imported(tmp_path: Path, started: tuple[str, ...], number: signal.Signals) -> None:
     """There is nothing to tidy or to resume, and no traceback of the import."""

@@ -10,6 +10,7 @@ from pyprune.ops.sparsify import block_mask, walk_reference
 
 if not INTERPRETED:
 
+    @pytest.mark.slow
     def test_in_the_interpreter() -> None:
         run_interpreted(__file__)
 

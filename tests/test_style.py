@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.parametrize(
     "command",
-    [("ruff", "format", "--check"), ("ruff", "check"), ("mypy",)],
+    [("ruff", "format", "--check"), ("ruff", "check"), pytest.param(("mypy",), marks=pytest.mark.slow)],
     ids=["format", "lint", "types"],
 )
 def test_sources(command: tuple[str, ...]) -> None:

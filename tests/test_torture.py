@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TORTURE = Path(__file__).resolve().parent / "torture"
 
 
+@pytest.mark.slow
 def test_a_tenth() -> None:
     done = subprocess.run([sys.executable, TORTURE, "--share", "0.1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

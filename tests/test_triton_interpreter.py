@@ -10,6 +10,7 @@ from torch import Tensor
 
 if not INTERPRETED:
 
+    @pytest.mark.slow
     def test_in_the_interpreter() -> None:
         run_interpreted(__file__)
 

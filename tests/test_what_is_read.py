@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
+from proofs import prove_here
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,11 @@ from pyprune.job.record import read_plan
 Tensors = dict[str, Tensor]
 DOWN = "model.layers.0.mlp.down_proj.weight"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture(autouse=True)
+def proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    prove_here(monkeypatch)
 
 
 @pytest.fixture

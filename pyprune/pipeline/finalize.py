@@ -105,7 +105,7 @@ def _plan(job: Job, outcome: PruneResult) -> dict[str, Any]:
         "calibration": None
         if job.windows is None
         else {
-            "text": described(o.calibration or SELF),
+            "text": described(SELF if o.calibration is None else o.calibration),
             "samples": o.samples,
             "sequence_length": o.sequence_length,
             "fingerprint": job.text_fingerprint,

@@ -1,4 +1,7 @@
-"""Hostile files, models and systems: each ends with a whole output, or with one line and status 2 and nothing left."""
+"""Hostile files, models and systems: each ends with a whole output, or with one line and status 2 and nothing left.
+
+A third of the cases, and those that found a fault, are a must for every change; the rest is marked slow.
+"""
 
 import os
 import re
@@ -33,6 +36,8 @@ FOUND = {
     *("7-open-files-prune-flap", "7-open-files-prune-obs"),
 }
 ALONGSIDE = 2
+# Of the tested ones of a kind one in so many is in the fast tier.
+FAST_ONE_IN = 3
 
 
 def part(cases: list[Case]) -> list[Case]:
@@ -45,23 +50,47 @@ KINDS = {kind: part(cases) for kind, cases in EVERY.items()}
 assert {case.name for cases in KINDS.values() for case in cases} >= FOUND
 
 
+class WhenAsked(dict[str, "Future[list[str]]"]):
+    """The faults of a case by its name; it is run at the first question."""
+
+    def __init__(self, judge: Judge, threads: ThreadPoolExecutor, cases: list[Case]) -> None:
+        self.judge, self.threads = judge, threads
+        self.cases = {case.name: case for case in cases}
+
+    def __missing__(self, name: str) -> "Future[list[str]]":
+        self[name] = self.threads.submit(self.judge.faults, self.cases[name])
+        return self[name]
+
+
 @pytest.fixture(scope="session")
 def verdicts(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[list[str]]]]:
-    """The faults of every case that is to be tested, two being run at a time, in the order of the tests."""
+    """The faults of every case that is to be tested, two being run at a time, in the order of the tests.
+
+    A worker of pytest-xdist does not know which tests will be its own, so there a case is run when it is asked for.
+    """
     chosen = [item.callspec.params["case"] for item in request.session.items if Path(item.path).samefile(__file__)
               and hasattr(item, "callspec")]  # fmt: skip
     root = tmp_path_factory.mktemp("hostile")
     with ForkServer(root / "logs") as server, ThreadPoolExecutor(ALONGSIDE) as threads:
         judge = Judge(root, server)
-        yield {case.name: threads.submit(judge.faults, case) for case in chosen}
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            yield WhenAsked(judge, threads, chosen)
+        else:
+            yield {case.name: threads.submit(judge.faults, case) for case in chosen}
         threads.shutdown(cancel_futures=True)
     shutil.rmtree(root)
 
 
 def of_kind(kind: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", KINDS[kind], ids=str)
+    cases = [
+        pytest.param(
+            case, id=str(case), marks=() if number % FAST_ONE_IN == 0 or case.name in FOUND else pytest.mark.slow
+        )
+        for number, case in enumerate(KINDS[kind])
+    ]
+    return pytest.mark.parametrize("case", cases)
 
 
 @of_kind("configurations")
