@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import pyprune
 
 MODEL, TEXT = Path(__file__).parent.parent / "models" / "llama-6m-gqa", "self"
-SIZES = {"samples": 32, "sequence_length": 128}
+SIZES = {"samples": 32, "sequence_length": 64}
 
 for name, method in pyprune.list_methods().items():
     print(f"{name:10} {method['summary']}")
@@ -18,6 +18,6 @@ with TemporaryDirectory() as folder:
         estimate = pyprune.estimate(MODEL, name, 0.3, **SIZES)
         output = Path(folder, name)
         pyprune.prune(MODEL, output, name, 0.3, calibration=TEXT, **SIZES)
-        result = pyprune.evaluate(output, TEXT, reference=MODEL, sequence_length=128, max_windows=16)
+        result = pyprune.evaluate(output, TEXT, reference=MODEL, sequence_length=64, max_windows=16)
         seconds = sum(step["seconds"] for step in estimate["passes"])
         print(f"{name}: about {seconds:.1f} s estimated, perplexity {result['perplexity']:.2f}")

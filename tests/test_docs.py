@@ -139,6 +139,7 @@ def test_architecture_names_the_floors() -> None:
     assert tuple(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == FLOORS
 
 
+@pytest.mark.slow
 def test_tables_are_found_and_made(tmp_path: Path) -> None:
     """The generator fills every region of a copy, and a second run changes nothing."""
     for name in ("README.md", "docs", "benchmarks/README.md", "benchmarks/results", "benchmarks/plots"):
