@@ -60,4 +60,4 @@ def test_every_room_has_a_floor() -> None:
     package = ROOT / "pyprune"
     rooms = {folder.name for folder in package.iterdir() if any(folder.glob("*.py"))}
     assert rooms <= set(FLOORS)
-    assert {file.stem for file in package.glob("*.py")} == {"__init__", "__main__", "errors"}
+    assert {file.stem for file in package.glob("*.py")} == {"__init__", "__main__", "api", "errors"}

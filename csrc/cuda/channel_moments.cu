@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t MIN_CHUNK_ROWS = 4 * TILE_ROWS;
 
 // BLOCKS blocks of WARPS warps share a multiprocessor, and each warp reads through a ring of STAGES tiles: 144 KiB
-// in flight. H200, bf16, us of a whole update with L2 full of clean lines (benchmarks/moments.py has the run of today):
+// in flight. H200, bf16, us of a whole update with L2 full of clean lines (`pyprune benchmark` has the run of today):
 //                        65536 x 4096   262144 x 4096   65536 x 11008   32768 x 28672
 //   this                        131.1           493.4           335.9           433.9
 //   8 warps, 2 blocks, 3        131.9           490.4           337.0           441.7
