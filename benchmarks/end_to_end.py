@@ -40,7 +40,8 @@ from pyprune.estimation.estimate import estimate
 from pyprune.job.config import PruneConfig
 from pyprune.methods import make_method
 from pyprune.report.sparse import is_sparse
-from pyprune.runtime.device import configure_allocators, resident_peak, select_device, select_dtype
+from pyprune.runtime.allocators import configure_allocators
+from pyprune.runtime.device import resident_peak, select_device, select_dtype
 from pyprune.testing.random_checkpoint import SHAPES, make_checkpoint
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "models" / "llama-6m-gqa"

@@ -33,7 +33,7 @@ def test_parts_are_read_and_replaced_in_order(device: str, on_device: bool, batc
         for part in hidden.micro_batches():
             assert part.value.device.type == device
             rows.append(len(part.value))
-            part.replace(part.value * 2 + 1)
+            part.write_back(part.value * 2 + 1)
         assert sum(rows) == 7
         assert max(rows) == min(batch, 7)
     if device == "cuda":
@@ -50,7 +50,7 @@ def test_the_next_part_waits_for_the_buffer() -> None:
     for part in hidden.micro_batches():
         torch.cuda._sleep(2_000_000)
         sums.append(part.value.mean())
-        part.replace(part.value + 1)
+        part.write_back(part.value + 1)
     for part in hidden.micro_batches():
         torch.cuda._sleep(2_000_000)
         sums.append(part.value.mean())
@@ -62,7 +62,7 @@ def test_a_copy_has_memory_of_its_own(device: str) -> None:
     hidden = states(device, True, 2)
     other = hidden.copy(on_device=False)
     for part in other.micro_batches():
-        part.replace(torch.zeros_like(part.value))
+        part.write_back(torch.zeros_like(part.value))
     if device == "cuda":
         torch.cuda.synchronize()
     assert other.data.sum() == 0
