@@ -5,14 +5,13 @@ Each function takes the folder of results and returns a Markdown table, empty wh
 
 import json
 from collections.abc import Callable
-from dataclasses import MISSING, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from page_models import table
 
-from pyprune.methods import METHODS
+from pyprune.methods import METHODS, list_methods
 
 Rows = list[dict[str, Any]]
 
@@ -290,19 +289,22 @@ def methods(results: Path) -> str:
 
 
 def method_options(results: Path) -> str:
-    """The methods' options: who has each, with which default, and its meaning where the field declares it."""
+    """The methods' options: who has each, with which default, its choices and its meaning, as they are declared."""
     owners: dict[str, dict[str, list[str]]] = {}
-    meanings: dict[str, str] = {}
-    for name, method in METHODS.items():
-        for field in fields(method):
-            default = "–" if field.default is MISSING or field.default is None else f"`{field.default}`"
-            owners.setdefault(field.name, {}).setdefault(default, []).append(name)
-            meanings.setdefault(field.name, cell(field.metadata.get("help", "")))
+    meanings: dict[str, list[str]] = {}
+    for name, method in list_methods().items():
+        for option, declared in method["options"].items():
+            default = "–" if declared["default"] is None else f"`{declared['default']}`"
+            owners.setdefault(option, {}).setdefault(default, []).append(name)
+            meaning = cell(declared["help"])
+            if declared["choices"] and option != "compensation":  # which differ by method
+                meaning += f" One of {', '.join(f'`{choice}`' for choice in declared['choices'])}."
+            meanings.setdefault(option, []).append(meaning)
     body = [
         [
             f"`--{option.replace('_', '-')}`",
             "; ".join(f"{default}: {', '.join(names)}" for default, names in defaults.items()),
-            meanings[option],
+            " / ".join(dict.fromkeys(meanings[option])),
         ]
         for option, defaults in owners.items()
     ]
