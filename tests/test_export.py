@@ -37,7 +37,7 @@ from pyprune.testing.random_checkpoint import make_checkpoint
 
 FLOAT32 = torch.float32
 IDS = torch.randint(97, (1, 64), generator=torch.Generator().manual_seed(5))
-LOGITS = Path(pyprune.__file__).parent / "export" / "logits.py"
+LOGITS = Path(pyprune.__file__).parent / "evaluation" / "logits_worker.py"
 ZEROS = {f"self_attn.{m}_proj" for m in "qkv"} | {"mlp.gate_proj", "mlp.up_proj"}
 
 # (family's checkpoint, KV groups kept, biases) -> (class, linears that get biases of zeros)

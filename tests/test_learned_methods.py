@@ -17,6 +17,7 @@ from pyprune.checkpoint import CheckpointReader, inspect_checkpoint
 from pyprune.errors import InputError
 from pyprune.forward.layer_forward import LayerForward
 from pyprune.job import job as jobs
+from pyprune.job import memory as memories
 from pyprune.job.config import PruneConfig
 from pyprune.mask_training import training
 from pyprune.mask_training.budget import TOLERANCE, kept_share
@@ -265,7 +266,7 @@ def test_refuses_in_one_line(
         said = refusal(capsys, tmp_path, model, short, "--method", method, "--ratio", 0.4)
         assert "tokens" in said
         assert "32" in said
-    monkeypatch.setattr(jobs, "usable_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(memories, "usable_memory", lambda device: 1 << 20)
     for method in METHODS:
         said = line("--method", method, "--ratio", 0.4)
         assert f"{method} trains on the whole model: that takes 1.1 GB of device memory" in said
@@ -277,9 +278,10 @@ def test_activations_are_computed_twice_where_memory_is_short(
 ) -> None:
     """The same bits, since the same numbers are computed again."""
     prune(options(model, text, tmp_path / "plain", "disp"))
-    memory = jobs.training_memory(CheckpointReader(model), jobs.make_method("disp", {}), 32, torch.float32)
+    training = jobs.make_method("disp", {}).training
+    memory = memories.training_memory(CheckpointReader(model), training, 32, torch.float32)
     between = (memory.peak(True) + memory.peak(False)) // 2 + (1 << 30)
-    monkeypatch.setattr(jobs, "usable_memory", lambda device: between)
+    monkeypatch.setattr(memories, "usable_memory", lambda device: between)
     job = jobs.Job(options(model, text, tmp_path / "out", "disp"), silent)
     assert job.recompute
     prune(options(model, text, tmp_path / "out", "disp"))
