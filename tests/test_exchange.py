@@ -42,10 +42,10 @@ def check_exchange() -> None:
         )
         with pytest.raises(InputError, match="2 windows for 3 processes"):
             distributed.local_windows(torch.zeros(2, 5))
-        assert distributed.totals(rank, 10) == [3, 30]
-        assert distributed.smallest(5 - rank) == 3
+        assert distributed.all_reduce_sum(rank, 10) == [3, 30]
+        assert distributed.all_reduce_min(5 - rank) == 3
         rows = torch.full((rank + 1, 2), float(rank))
-        assert distributed.gathered(rows)[:, 0].tolist() == [0, 1, 1, 2, 2, 2]
+        assert distributed.all_gather_rows(rows)[:, 0].tolist() == [0, 1, 1, 2, 2, 2]
         whole = torch.full((3, 4), rank)
         distributed.broadcast_(None, whole.T, whole[:, 1:2])
         assert whole.eq(0).all()
@@ -64,9 +64,9 @@ def test_one_process_exchanges_nothing() -> None:
     tensor = torch.tensor([1.0, torch.nan])
     distributed.all_reduce_(tensor)
     distributed.broadcast_(tensor)
-    assert distributed.gathered(tensor) is distributed.local_windows(tensor) is tensor
+    assert distributed.all_gather_rows(tensor) is distributed.local_windows(tensor) is tensor
     assert distributed.broadcast_object(lambda: tensor) is tensor
-    assert distributed.totals(3, 4) == [3, 4]
+    assert distributed.all_reduce_sum(3, 4) == [3, 4]
     assert (distributed.rank(), distributed.world_size(), distributed.is_main_process()) == (0, 1, True)
 
 

@@ -29,6 +29,7 @@ def test_make_targets() -> None:
     assert subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, check=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

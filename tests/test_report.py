@@ -109,7 +109,7 @@ def test_the_page_says_what_the_plan_says(tmp_path: Path) -> None:
         "Parameters of the model 6,524,160 5,197,764 -20.33%",
         "Size of the weights 12.44 MiB 9.91 MiB -20.33%",
         "5.2M parameters, from 6.52M",
-        "calibration pass 12.3 s 5.00 MiB prune 1.5 s 5.00 MiB in all 2 min 30 s 5.00 MiB",
+        "calibration 12.3 s 5.00 MiB prune 1.5 s 5.00 MiB in all 2 min 30 s 5.00 MiB",
         "pruned by flap (mode exact, squared false)",
         "Calibration windows 128 windows of 512 tokens Calibration fingerprint ab12",
         "Backend of channel_moments cpu Versions pyprune 0.1.0, torch 2.11.0",
@@ -138,7 +138,7 @@ def test_what_may_be_absent_or_present(tmp_path: Path) -> None:
         "Same most likely token as dense 71.50%",
         "Evaluated on 20 windows of 1024 tokens of test.txt.",
         "A layer kept its last unit.",
-        "calibration pass 12.3 s 5.00 MiB statistics from the cache",
+        "calibration 12.3 s 5.00 MiB statistics from the cache",
         "Calibration none: the method needs no data",
         "Attention: heads (32 channels a head)",
     ):

@@ -23,7 +23,7 @@ def cost_of(counts: list[dict[str, int]], shapes: list[LayerShape]) -> float:
 def test_hull_of_a_convex_curve_is_the_curve() -> None:
     errors = torch.tensor([0.0, 1.0, 3.0, 6.0], dtype=torch.float64)
     segments = hull_segments(errors, 2.0, 5, FFN)
-    assert [(s.slope, s.units, s.layer, s.module) for s in segments] == [
+    assert [(s.slope, s.units, s.layer, s.sublayer) for s in segments] == [
         (0.5, 1, 5, FFN),
         (1.0, 1, 5, FFN),
         (1.5, 1, 5, FFN),

@@ -47,7 +47,7 @@ def workers(scratch: Path) -> list[int]:
             command, state = (process / "cmdline").read_bytes(), (process / "stat").read_text().rpartition(")")[2]
         except OSError:  # gone
             continue
-        if b"logits.py" in command and os.fsencode(scratch) in command and state.split()[0] not in "ZX":
+        if b"logits_worker.py" in command and os.fsencode(scratch) in command and state.split()[0] not in "ZX":
             found.append(int(process.name))
     return found
 
@@ -104,7 +104,7 @@ def test_while_the_libraries_are_imported(tmp_path: Path, started: tuple[str, ..
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     # -P: not the script's own folder, which holds a file of the package's name
     process = subprocess.Popen(
-        [sys.executable, "-P", *started, "methods"], env=environment, text=True, stdout=-1, stderr=-1
+        [sys.executable, "-P", *started, "estimate", "model"], env=environment, text=True, stdout=-1, stderr=-1
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"

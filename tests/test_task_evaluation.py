@@ -132,6 +132,7 @@ def choose(model: Any, tokenizer: Any, question: str, choices: list[str]) -> tup
     return scores.index(max(scores)), normed.index(max(normed))
 
 
+@pytest.mark.slow
 def test_a_task_is_what_a_plain_loop_says(pruned: Path, tasks: Path) -> None:
     result = evaluate_tasks(pruned, ["local_tag"], tasks, **ON_CPU)
     assert list(result["tasks"]) == ["local_choice", "local_generate"]
@@ -188,6 +189,7 @@ def test_figures_are_those_of_lm_evals_program(
     assert set(group["metrics"]) == {"acc"}
 
 
+@pytest.mark.slow
 def test_a_task_that_lm_eval_has_not(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         evaluate_tasks(tmp_path, ["arc_esy"], **ON_CPU)

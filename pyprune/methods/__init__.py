@@ -21,6 +21,8 @@ for module in dict.fromkeys([*LISTED, *(found.name for found in iter_modules(__p
 def make_method(name: str, options: dict[str, Any]) -> Method:
     """A method with its options; an unknown name or an option that the method does not have is an InputError."""
     if name not in METHODS:
+        load_entry_points()
+    if name not in METHODS:
         raise InputError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     method = METHODS[name]
     known = options_of(method)
@@ -40,6 +42,7 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
 
 def list_methods() -> dict[str, dict[str, Any]]:
     """List the pruning methods: by name a `summary`, whether it `needs_text`, and its `options`."""
+    load_entry_points()
     return {name: describe(method) for name, method in METHODS.items()}
 
 

@@ -125,7 +125,7 @@ def unpacked(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Laye
 
 def load_statistics(job: Job, path: Path, identity: dict[str, Any]) -> list[LayerStatistics] | None:
     """What `save_statistics` wrote; None if it was of other weights. InputError if the file is damaged."""
-    stored, metadata = load_cached(path, "calibration", identity)
+    stored, metadata = load_cached(path, "calibration pass", identity)
     return statistics_of(path, stored, metadata, job.reader.shapes) if job.accepts(path, metadata) else None
 
 

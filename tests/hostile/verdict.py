@@ -14,7 +14,7 @@ from fork_client import Ended, ForkServer
 from safetensors.torch import load_file
 from scenes import Scenes
 
-_CACHED = re.compile(r"\.pyprune-cache(/(calibration pass|curves|text)[^/.]*\.safetensors)?")
+_CACHED = re.compile(r"\.pyprune-cache(/(calibration|curves|text)[^/.]*\.safetensors)?")
 _LAYERS = re.compile(r"\.pyprune-cache/[^/.]*\.layers(/layer-\d*\.safetensors)?")
 # What a hostile size may take: the machine is not its to use up.
 _LIMITS = {"AS": 6 << 30, "CPU": 40}
