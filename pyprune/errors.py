@@ -1,4 +1,4 @@
-"""What the command line turns into one line: exit status 2 for the user's error, 1 for ours."""
+"""Errors that the command line prints as one line: exit status 2 for the user's, 1 for ours."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,4 @@ class InputError(ValueError):
 
 
 class VerificationError(RuntimeError):
-    """What was written does not load, or does not compute what its source computes: our failure, not the user's."""
+    """The output does not load, or does not compute what its source computes: our failure, not the user's."""

@@ -1,4 +1,4 @@
-"""From a ratio to units: how many, or which, KV groups and FFN channels every layer keeps.
+"""Allocation of a ratio: the number, or the choice, of KV groups and FFN channels that every layer keeps.
 
 Costs are in FFN channels (3 * hidden_size parameters): 1 for a channel, head_dim * (2r + 2) / 3 for a KV group.
 At least one KV group and `least` FFN channels stay in every layer.

@@ -14,7 +14,7 @@ from .rounding import nearest
 
 
 class LayerSize(NamedTuple):
-    """What every layer keeps; `exact`: the channels that meet the budget with these KV groups, before rounding."""
+    """Units that every layer keeps; `exact`: channels that meet the budget with these KV groups, before rounding."""
 
     kv_groups: int
     channels: int

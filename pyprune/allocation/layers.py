@@ -1,4 +1,4 @@
-"""Which layers may lose units, as `--layers` writes it: numbers from 0 and ranges, `4-29` or `2-5,8,10-`."""
+"""Parse `--layers`, the layers that may lose units: numbers from 0 and ranges, `4-29` or `2-5,8,10-`."""
 
 import re
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ Count = TypeVar("Count", int, float, Tensor)
 
 
 def width(shape: LayerShape, name: str) -> int:
-    """How many channels a selection chooses from."""
+    """Number of channels that a selection chooses from."""
     return shape.intermediate_channels if name == FFN_MIDDLE else shape.hidden_size
 
 
@@ -50,7 +50,7 @@ def selected_parameters(shape: LayerShape, counts: Mapping[str, Count]) -> Count
 
 
 def slices(family: Family) -> dict[str, tuple[tuple[int, str], ...]]:
-    """Which dimensions of which matrices a selection cuts: name of the matrix -> (dimension, selection) pairs.
+    """Map the names of matrices to the (dimension, selection) pairs that cut them.
 
     Dimension 0: output rows (and the bias); dimension 1: input columns.
     """

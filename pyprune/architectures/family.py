@@ -174,7 +174,7 @@ class Family:
             return {name: tuple(t.shape) for name, t in self.build_layer(config, layer).state_dict().items()}
 
     def unit_slices(self, shape: LayerShape, sublayer: str, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
-        """Which slices of which matrices belong to the kept units: name -> (dimension, indices).
+        """Map the names of matrices to the slices of the kept units: (dimension, indices).
 
         Dimension 1 is the output projection's input; dimension 0 the output rows of the input projections (and of its
         bias).

@@ -1,4 +1,4 @@
-"""Which configurations `pyprune tune` tries, on which shapes. Imports Triton."""
+"""Configurations and shapes that `pyprune tune` tries. Imports Triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row of the benchmark is made of. Nothing here knows an operator."""
+"""Parts of a benchmark row. Nothing here knows an operator."""
 
 from __future__ import annotations
 

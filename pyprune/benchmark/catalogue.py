@@ -1,4 +1,4 @@
-"""Which rows there are: every operator on the sizes of a model or of a sweep, in full or small; which a run takes."""
+"""Catalogue of rows: every operator on the sizes of a model or of a sweep, in full or small."""
 
 from __future__ import annotations
 

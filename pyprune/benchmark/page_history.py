@@ -1,4 +1,4 @@
-"""How a row's time changed over the results of one device."""
+"""History of a row's time over the results of one device."""
 
 from __future__ import annotations
 

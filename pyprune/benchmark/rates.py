@@ -1,4 +1,4 @@
-"""How fast this device copies and multiplies: what a call is held against. Measured in the same run."""
+"""Rates at which this device copies and multiplies, measured in the same run: the floor of a call."""
 
 from __future__ import annotations
 

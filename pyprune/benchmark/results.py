@@ -83,7 +83,7 @@ def read_documents(paths: Iterable[Path]) -> list[Document]:
 
 
 def of_one_origin(document: Document, machine: dict[str, Any], tuned: dict[str, str] | None) -> list[str]:
-    """What differs between a document and this machine, its versions and tuned table; nothing: they are the same."""
+    """Differences between a document and this machine, its versions and tuned table; empty: none."""
     stored = document["machine"]
     names = [name for name in stored.keys() | machine.keys() if name not in CHANGING]
     differing = [

@@ -55,7 +55,7 @@ class Gain:
 
 @dataclass
 class Finding(Generic[C]):
-    """What a search found. gain: of the best candidate, also where it was not taken; skipped: (candidate, reason)."""
+    """Result of a search. gain: of the best candidate, also where it was not taken; skipped: (candidate, reason)."""
 
     shipped: C
     best: C

@@ -1,1 +1,1 @@
-"""From text to token windows, and from windows to statistics."""
+"""Texts, token windows, and statistics of activations."""

@@ -1,4 +1,4 @@
-"""What a pass learns about one output projection: moments of its input channels and norms of its weight columns."""
+"""Statistics of one output projection: moments of its input channels and norms of its weight columns."""
 
 from dataclasses import dataclass
 

@@ -67,7 +67,7 @@ def sample_from_model(
 
 
 def _sampling_batch(model: PreTrainedModel, first: int, sequence_length: int) -> int:
-    """How many windows to write at once: as many as keep the KV cache below its share of the memory.
+    """Number of windows to sample at once: as many as keep the KV cache below its share of the memory.
 
     The share, a quarter of a GPU or 4 GiB of main memory, does not depend on what is free at the moment,
     because another batch draws other tokens.

@@ -1,4 +1,4 @@
-"""What belongs to a checkpoint beside its weights and config.json: tokenizer, generation settings, licence."""
+"""Files of a checkpoint beside weights and config.json: tokenizer, generation settings, licence."""
 
 import shutil
 from collections.abc import Callable, Collection
@@ -41,7 +41,7 @@ def companions(folder: Path) -> set[str]:
 
 
 def companions_of(names: Collection[str], path_of: Callable[[str], Path | None]) -> set[str]:
-    """Of the names of a checkpoint's files those that belong to it.
+    """Select the names of a checkpoint's files that belong to it.
 
     `path_of` gives where one of them can be read, or None: those with the tokenizer's settings and code are looked at.
     """

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint belong to it beside weights and config.json, told from their names and the tokenizer's.
+"""Select a checkpoint's auxiliary files by their names and by the tokenizer's settings.
 
 The same choice is made of a folder that is copied and of a repository that is downloaded.
 """

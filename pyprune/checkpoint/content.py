@@ -1,4 +1,4 @@
-"""What tensors hold, as 128-bit digests: of those that are read, and of those that are written.
+"""128-bit digests of tensors, of those that are read and of those that are written.
 
 A digest is XXH3-128 over the XXH3-128 digests of the tensor's pieces of LEAF_BYTES, so that pieces may be read by
 several threads in any order. It finds what disks, copies and edits do; it does not resist an attacker.
@@ -103,7 +103,7 @@ def file_states(files: Iterable[Path]) -> FileStates:
 
 
 class Content:
-    """What a run has read of a checkpoint, compared with what it and earlier ones have read before.
+    """Digests of what a run has read of a checkpoint, compared with those of earlier reads.
 
     `digests` holds what was read, by full name.
     """
@@ -114,7 +114,7 @@ class Content:
         self._expected: dict[str, tuple[str, str]] = {}
 
     def expect(self, digests: Mapping[str, str], origin: str) -> None:
-        """From now on these tensors have to be those that `origin`, a file or folder, was made from.
+        """Require from now on that these tensors are those that `origin`, a file or folder, was made from.
 
         Raises:
             InputError: one that was read already is another.

@@ -1,4 +1,4 @@
-"""Which files hold a checkpoint's weights, and where in them each tensor is. Safetensors only: no pickle is opened."""
+"""Find a checkpoint's weight files and the place of each tensor. Safetensors only: no pickle is opened."""
 
 import json
 import struct
@@ -23,7 +23,7 @@ _PICKLES = ("*.bin", "*.pth", "*.pt")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is: `bytes` bytes of the file from byte `offset` on, row-major, little-endian.
+    """Place of a tensor: `bytes` bytes of the file from byte `offset` on, row-major, little-endian.
 
     `name` is what the file calls it; `kind` is safetensors' name of its type, `dtype` PyTorch's, None of a type that
     pyprune does not read.

@@ -1,4 +1,4 @@
-"""From what the user typed to a checkpoint folder."""
+"""Resolve a folder or a hub id to a checkpoint folder."""
 
 import difflib
 import glob
@@ -43,7 +43,7 @@ def _no_such_folder(folder: Path) -> str:
 
 
 def wanted_files(names: Collection[str], folder: Path | None) -> set[str]:
-    """Of the names of a repository's files those that make the checkpoint and belong to it.
+    """Select the names of a repository's files that make the checkpoint and belong to it.
 
     `folder` has the ones that were fetched already (None: none yet): the index, the tokenizer's settings and its code
     name others. Left out are weights in other formats, or the same ones once more, and what is not of this model.

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder belong to it: a link in a downloaded folder may name any file of the reader's."""
+"""Refuse links that lead out of a checkpoint folder: one may name any file of the reader's."""
 
 from pathlib import Path
 

@@ -99,7 +99,7 @@ def evaluation_model(folder: Path, trust_remote_code: bool) -> tuple[Any, torch.
 
 
 def vocabulary_size(config: Any) -> int:
-    """Of the part of a configuration that is about text."""
+    """Vocabulary size of the text part of a configuration."""
     return int(config.get_text_config().vocab_size)
 
 

@@ -1,4 +1,4 @@
-"""What tensors are called: the names of transformers' class, from those that training tools leave in files."""
+"""Map tensor names that training tools leave in files to those of the transformers class."""
 
 import re
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""The writer of a process that writes nothing."""
+"""No-op writer for ranks other than the main one."""
 
 from collections.abc import Mapping
 from pathlib import Path

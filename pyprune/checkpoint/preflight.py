@@ -1,4 +1,4 @@
-"""Whether a folder can be made and will fit: asked before anything is computed."""
+"""Check that a folder can be made and will fit, before anything is computed."""
 
 import os
 import shutil

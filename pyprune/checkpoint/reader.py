@@ -75,7 +75,7 @@ class CheckpointReader:
         return f"{self.family.layers}.{layer}."
 
     def layer_tensors(self, layer: int) -> dict[str, StoredTensor]:
-        """Where the tensors of a decoder layer are, named within the layer."""
+        """Places of a decoder layer's tensors, named within the layer."""
         prefix = self.layer_prefix(layer)
         return {name: self.tensors[prefix + name] for name in self.family.layer_state_shapes(self.config, layer)}
 

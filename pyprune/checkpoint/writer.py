@@ -365,5 +365,5 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Which entries of two identities differ, for people; empty if none does."""
+    """Describe the entries in which two identities differ; empty if there are none."""
     return "; ".join(changes(before, now).values())

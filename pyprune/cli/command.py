@@ -1,4 +1,4 @@
-"""What commands share: one value an option, sizes of memory, options of device and output."""
+"""Parts that commands share: one value an option, memory sizes, options of device and output."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What the command line shows: tables or one JSON document on stdout, progress bars on stderr."""
+"""Print results: tables or one JSON document on stdout, progress bars on stderr."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ class Console:
             yield advance
 
     def note(self, message: str) -> None:
-        """What the user should know beside the result: on stderr."""
+        """Print a remark beside the result on stderr."""
         self.err.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
 
     def _json(self, document: Any) -> None:
@@ -71,7 +71,7 @@ class Console:
         self.out.print(table)
 
     def _summary(self, rows: list[tuple[str, str]]) -> None:
-        """Of work whose result is on the disk by now."""
+        """Print a summary of work whose result is on the disk."""
         streams.forgive()
         self._rows(rows)
 

@@ -29,7 +29,7 @@ def method_option(name: str) -> Callable[[Any], Any]:
 
 
 def method_option_help(having: dict[str, Option]) -> str:
-    """Which methods have the option, unless all have it, what it does, its values, and its defaults.
+    """Help text of an option: the methods that have it unless all do, its meaning, values and defaults.
 
     having: by method. Where methods differ, each text, value and default is said with their names.
     """

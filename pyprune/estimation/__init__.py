@@ -1,1 +1,1 @@
-"""What a run will take: parameters, time, memory."""
+"""Predict parameters, time and memory of a run."""

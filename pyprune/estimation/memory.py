@@ -1,4 +1,4 @@
-"""How a run is cut so that it stays within a budget of a GPU's memory: batches, and what lives in the host."""
+"""Plan a run within a budget of GPU memory: micro-batches, and what stays in host memory."""
 
 from dataclasses import dataclass, field
 

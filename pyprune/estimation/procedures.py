@@ -1,4 +1,4 @@
-"""What each kind of pass takes: FLOPs, seconds on a GPU, bytes of the device; and which passes a method runs.
+"""Cost of each kind of pass: FLOPs, seconds on a GPU, bytes of the device; and the passes of a method.
 
 Bytes are of what PyTorch holds of the device; a few hundred MB of CUDA itself come on top. They follow the passes' code
 step by step; each term names its tensors.
@@ -446,5 +446,5 @@ PROCEDURES: dict[str, Callable[[Sizes[Any]], Costs]] = {
 
 
 def costs_of(sizes: Sizes) -> Costs:
-    """What each pass of the method takes."""
+    """Cost of each pass of the method."""
     return PROCEDURES[sizes.method.procedure](sizes)

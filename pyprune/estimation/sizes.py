@@ -11,7 +11,7 @@ MethodT = TypeVar("MethodT", bound=Method, covariant=True)
 
 @dataclass(frozen=True)
 class Sizes(Generic[MethodT]):
-    """What the work and memory of a run follow from; tokens of all windows are split over `processes`.
+    """Sizes that the work and memory of a run depend on; tokens of all windows are split over `processes`.
 
     compute_bytes, stored_bytes: of one weight in the compute type and as stored.
     """

@@ -1,4 +1,4 @@
-"""How long the stages of a pass take on a GPU, from sizes and three rates of the device.
+"""Time of the stages of a pass on a GPU, from sizes and three rates of the device.
 
 Each term is the work of one stage over the rate that bounds it. Shares of the rates were measured on an H200 with 13 B
 and 70 B shapes; what no stage names (waiting for decisions, the first use of each kernel) is in OVERHEAD.

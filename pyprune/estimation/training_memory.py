@@ -1,4 +1,4 @@
-"""What training masks on a whole model takes of the device, and whether activations must be computed twice."""
+"""Device memory of training masks on a whole model, and whether activations must be recomputed."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class TrainingMemory:
 def training_memory(
     reader: CheckpointReader, method: Training, sequence_length: int, dtype: torch.dtype
 ) -> TrainingMemory:
-    """What `method` takes to train on the checkpoint in a compute type, by windows of so many tokens."""
+    """Predict the memory of training on the checkpoint in a compute type, with windows of `sequence_length`."""
     shapes, itemsize = reader.shapes, dtype.itemsize
     weights = sum(tensor.bytes // tensor.dtype.itemsize for tensor in reader.tensors.values()) * itemsize
     tokens = method.rows * sequence_length * (1 if method.backward else MASKS)

@@ -1,4 +1,4 @@
-"""What llama.cpp makes of a GGUF file: tokens, logits and perplexity, to compare with transformers."""
+"""Run a GGUF file in llama.cpp: tokens, logits and perplexity, to compare with transformers."""
 
 import ctypes
 import math

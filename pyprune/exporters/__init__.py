@@ -113,7 +113,7 @@ def _write(reader: CheckpointReader, layout: Layout, writer: CheckpointWriter, p
 
 
 def _bytes(reader: CheckpointReader, layout: Layout) -> int:
-    """What the tensors of the output take."""
+    """Bytes of the output's tensors."""
     total = sum(reader.tensors[name].bytes for name in reader.outside_layers())
     for layer in range(reader.layers):
         stored = reader.layer_tensors(layer)

@@ -102,7 +102,7 @@ def _place(partial: Path, output: Path) -> None:
 
 
 def _rename_exclusively(partial: Path, output: Path) -> None:
-    """Where there are no hard links. FileExistsError: `output` exists."""
+    """Place a file on a system without hard links. FileExistsError: `output` exists."""
     at_folder, no_replace = -100, 1  # AT_FDCWD in fcntl.h, RENAME_NOREPLACE in linux/fs.h
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:

@@ -1,4 +1,4 @@
-"""Which architecture of llama.cpp can hold a model, and the sizes and rotary settings that it reads.
+"""Choose the llama.cpp architecture of a model, and the sizes and rotary settings that it reads.
 
 What an architecture takes is read off llama.cpp's `src/models/*.cpp` as in llama-cpp-python 0.3.36.
 """
@@ -23,7 +23,7 @@ MINIMUM_CHANNELS = 32
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an architecture of llama.cpp takes.
+    """Models that an architecture of llama.cpp accepts.
 
     `per_layer`: heads, KV heads and FFN channels may differ by layer. `paired`: its rotary embedding turns channels
     2i and 2i + 1 of a head together, where transformers turns i and i + head_dim / 2: q and k are permuted.

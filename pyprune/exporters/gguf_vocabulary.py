@@ -55,7 +55,7 @@ PROBE = (
 
 @dataclass
 class Vocabulary:
-    """What GGUF holds of a tokenizer.
+    """Tokenizer fields of a GGUF file.
 
     model: `gpt2` (byte-level BPE), `llama` (SentencePiece BPE) or `t5` (SentencePiece Unigram). tokens, types and,
     unless `gpt2`, scores: one for each row of the embeddings, in the order of the ids. merges: `left right`, `gpt2`

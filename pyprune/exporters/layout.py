@@ -1,4 +1,4 @@
-"""What a checkpoint looks like in another layout: configuration, tensors of a layer, files beside them."""
+"""A checkpoint in another layout: configuration, tensors of a layer, files beside them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Whether the tensors that were written are those that the class of their config.json asks for."""
+"""Check the written tensors against the state dict of the class that their config.json names."""
 
 from collections.abc import Mapping
 from pathlib import Path

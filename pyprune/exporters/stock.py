@@ -13,5 +13,5 @@ def stock_layout(reader: CheckpointReader) -> Layout:
 
 
 def output_proj_biases(reader: CheckpointReader) -> dict[str, bool]:
-    """Which output projections have a bias that the family does not know of."""
+    """List the output projections that have a bias which the family lacks."""
     return {name: bool(getattr(reader.config, name, False)) for name in ("o_proj_bias", "down_proj_bias")}

@@ -1,4 +1,4 @@
-"""Whether a family's layers are wired as the forward takes them to be, asked of transformers' own model.
+"""Check that a family's layers are wired as our forward assumes, against transformers' own model.
 
 A family whose layers scale, norm or add in another way would otherwise be pruned to the end, with a wrong result.
 """
@@ -98,7 +98,7 @@ def _stored_layer(forward: LayerForward, layer: int) -> nn.Module:
 
 
 def _own_result(forward: LayerForward, block: nn.Module, layer: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What enters the layer and what leaves it when transformers' model runs with it as its only layer."""
+    """Input and output of the layer when transformers' model runs with it as its only layer."""
     config = copy.deepcopy(forward.config)
     config._attn_implementation = forward.config._attn_implementation
     tokens, own_ids = ids.unique(return_inverse=True)

@@ -1,4 +1,4 @@
-"""What of a decoder layer's forward runs in kernels of our own on a GPU: RMSNorm, rotary embedding, SwiGLU.
+"""Replace RMSNorm, rotary embedding and SwiGLU of a decoder layer by fused kernels on a GPU.
 
 In transformers' modules these are a dozen passes over the activations in PyTorch, a fifth of a layer's time at 13 B.
 """
@@ -64,7 +64,7 @@ def fuse(block: nn.Module, family: Family, activation: str) -> None:
 
 @contextmanager
 def fused_rotary(family: Family) -> Iterator[None]:
-    """Within it, the family's attention turns queries and keys by the operator `rotate_`, in place."""
+    """Let the family's attention rotate queries and keys by the operator `rotate_`, in place."""
     source = family.source()
     original = source.apply_rotary_pos_emb
 

@@ -109,7 +109,7 @@ class LayerForward:
 
     @contextmanager
     def observed(self, block: nn.Module, observe: dict[str, Observe]) -> Iterator[None]:
-        """Within it, the input of each linear, named as within the layer, goes to `observe[name]`."""
+        """Pass the input of each linear, named as within the layer, to `observe[name]` within the context."""
 
         def make_hook(see: Observe) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def pass_on(linear: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -159,5 +159,5 @@ class LayerForward:
 
 
 def layer_name(family: Family, layer: int, sublayer: str) -> str:
-    """How errors and reports name an output projection: layer 3 (self_attn.o_proj)."""
+    """Name an output projection for errors and reports: layer 3 (self_attn.o_proj)."""
     return f"layer {layer} ({family.output_proj(sublayer)})"

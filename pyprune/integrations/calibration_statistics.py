@@ -32,7 +32,7 @@ LayerFilter = Iterable[str] | Callable[[str, nn.Linear], bool] | None
 
 
 class LinearStatistics:
-    """What one layer has read so far, in the block or after it.
+    """Statistics of one layer's inputs so far, in the block or after it.
 
     Every method raises InputError for a layer that has read no rows, and RuntimeError where shared inputs were changed
     in place before all had read them, so that rows are missing.

@@ -18,7 +18,7 @@ from .patching import Calls
 
 @dataclass(frozen=True)
 class PendingFactor:
-    """What the first two steps return: no tensor, so that any use but the next step fails loudly. factor: [d, d]."""
+    """Result of the first two steps: no tensor, so that any use but the next step fails. factor: [d, d]."""
 
     factor: Tensor
 

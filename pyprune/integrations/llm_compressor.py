@@ -87,7 +87,7 @@ def sample_count(x: Tensor) -> int:
 
 
 class Kernels:
-    """What both algorithms have in common: H starts as an open sum where it is a Linear's."""
+    """Common part of both algorithms: H starts as an open sum where it is a Linear's."""
 
     def __init__(self, sums: OpenSums, calls: Calls, make: FunctionType, accumulate: FunctionType) -> None:
         self._sums, self._calls, self._make, self._accumulate = sums, calls, make, accumulate

@@ -1,4 +1,4 @@
-"""Whether llm-compressor's functions compute what their replacements assume, on four to eight channels."""
+"""Check that llm-compressor's functions compute what their replacements assume, on a few channels."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ COUNTING = threading.Lock()
 
 @dataclass
 class Calls:
-    """What ran in the block instead of the tool's own: Hessian updates, and factors of inverses."""
+    """Count the calls that replaced the tool's own: Hessian updates, and factors of inverses."""
 
     hessian_updates: int = 0
     inverse_factors: int = 0

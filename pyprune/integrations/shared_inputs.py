@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reading:
-    """What a layer reads. x: [..., channels]; kept: int64 indices of the rows that count, or None: all of them."""
+    """Input of a layer. x: [..., channels]; kept: int64 indices of the rows that count, or None: all of them."""
 
     x: Tensor
     kept: Tensor | None

@@ -1,1 +1,1 @@
-"""What a run works on, and the record of what it did."""
+"""Input of a run, and the record of its result."""

@@ -19,7 +19,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """What `pyprune prune` is told. Sizes in windows and tokens; `ratio` of the decoder linears' parameters."""
+    """Settings of `pyprune prune`. Sizes in windows and tokens; `ratio` of the decoder linears' parameters."""
 
     model: str
     output: Path

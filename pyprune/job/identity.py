@@ -1,4 +1,4 @@
-"""What the bits of an output and of cached statistics follow from."""
+"""Identity of a run: everything that the bits of its output and of cached statistics depend on."""
 
 import json
 from pathlib import Path

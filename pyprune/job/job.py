@@ -1,4 +1,4 @@
-"""What a run works on: every argument and input, checked before anything is written."""
+"""Input of a run: every argument and file, checked before anything is written."""
 
 import dataclasses
 import json
@@ -137,7 +137,7 @@ class Job:
         return True
 
     def source(self, digests: dict[str, str] | None = None) -> dict[str, str]:
-        """What a cache's file keeps of the checkpoint, for `accepts`; digests: all that were taken, unless given."""
+        """Metadata of a cache file that `accepts` compares; digests: all that were taken, unless given."""
         document = {"files": self.source_files, "digests": digests or self.reader.content.digests}
         return {"source": json.dumps(document, sort_keys=True)}
 
@@ -153,5 +153,5 @@ class Job:
         return LayerForward(self.reader, windows, self.device, self.dtype, nonfinite, memory.batch, memory.on_device)
 
     def loader(self) -> LayerPrefetcher:
-        """What hands the stored layers over, one after the other, to a pass."""
+        """Return a prefetcher that yields the stored layers in order."""
         return LayerPrefetcher(self.reader, self.device)

@@ -1,4 +1,4 @@
-"""How a run is cut to fit its device's memory."""
+"""Fit a run into its device's memory."""
 
 import torch
 

@@ -28,7 +28,7 @@ _PACKAGES = ("pyprune", "torch", "transformers", "triton", "safetensors")
 
 @dataclass
 class PruneRecord:
-    """What a pruning did: the contents of plan.json, format 3.
+    """Record of a pruning: the contents of plan.json, format 3.
 
     model: as it was named; method, options: the method's name and all its options; seed.
     calibration: text, samples, sequence_length (tokens) and fingerprint of the windows; None without a text.

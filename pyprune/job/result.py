@@ -1,4 +1,4 @@
-"""What a pruning decided: units removed by layer, channels that blocks select, or zeros; and what is written of it."""
+"""Result of a pruning: units removed by layer, channels that blocks select, or zeros."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class PruneResult(ABC):
 
     @abstractmethod
     def parameters(self, shapes: list[LayerShape]) -> int:
-        """Of the decoder linears afterwards; shapes: of the dense layers."""
+        """Count the decoder linears' parameters after the pruning; shapes: of the dense layers."""
 
     @abstractmethod
     def layers(self) -> list[dict[str, Any]]:

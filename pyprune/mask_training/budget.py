@@ -1,4 +1,4 @@
-"""How much of a model its gates keep, and hard masks that keep exactly what was asked for."""
+"""Share of a model that its gates keep, and hard masks that keep exactly the share asked for."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -91,7 +91,7 @@ def _threshold(kept: Callable[[float], float], ordered: list[dict[str, Any]], ta
 
 
 def shift_to_budget(kept: Callable[[float], float], target: float, bound: float = 60.0) -> float:
-    """What to add to all logits so that `kept` of the sum, which rises with it, is the target."""
+    """Find the shift of all logits at which `kept`, which rises with it, is the target."""
     low, high = -bound, bound
     for _ in range(80):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""What each gate is worth before any training, for a warm start: second moments of values, or of gradients."""
+"""Importance of each gate before training, for a warm start: second moments of values or gradients."""
 
 from collections.abc import Callable
 

@@ -57,7 +57,7 @@ class MaskedModel:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within it nothing is masked."""
+        """Mask nothing within the context."""
         masks, self.masks = self.masks, [{} for _ in self.masks]
         try:
             yield
@@ -66,7 +66,7 @@ class MaskedModel:
 
     @contextmanager
     def observed(self, see: See) -> Iterator[None]:
-        """Within it `see(layer, place, value)` gets every value [rows, tokens, channels] that a mask may multiply."""
+        """Call `see(layer, hook_point, value)` with every value [rows, tokens, channels] that a mask may multiply."""
         self._see = see
         try:
             yield
@@ -117,7 +117,7 @@ def selection_masks(
 
 @contextmanager
 def masking_hooks(block: nn.Module, family: Family, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it one layer's values are multiplied by `masks`: place -> mask [channels]."""
+    """Multiply one layer's values by `masks`, hook point -> mask [channels], within the context."""
     handles = hook_points(
         block, family, lambda hook_point, value: value * masks[hook_point] if hook_point in masks else value
     )

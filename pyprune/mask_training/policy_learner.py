@@ -74,7 +74,7 @@ class UnitLearner(Learner):
         return float(losses.mean()), float(kept)
 
     def _masks(self, drawn: Tensor) -> Masks:
-        """Of rows [rows, units] drawn over the model: by layer and place [rows, 1, channels]."""
+        """Split masks drawn for the whole model [rows, units] by layer and hook point [rows, 1, channels]."""
         parts = iter(drawn.split(self.sizes, 1))
         return [
             {

@@ -21,7 +21,7 @@ SHOWN_STEPS = 20  # over which the loss that is shown is averaged
 
 
 class Learner(ABC):
-    """What is trained: parameters of masks, with the optimiser's state. `windows`: int64 [windows, tokens]."""
+    """Learner of masks: their parameters and the optimiser's state. `windows`: int64 [windows, tokens]."""
 
     windows: Tensor
 
@@ -84,7 +84,7 @@ def _resume(learner: Learner, file: Path) -> History:
 
 
 def window_indices(first: int, count: int, windows: int, seed: int) -> Tensor:
-    """Which windows the draws `first` to `first + count - 1` of an endless series are: a permutation for each epoch."""
+    """Windows of draws `first` to `first + count - 1` of an endless series: a permutation for each epoch."""
     chosen = []
     for draw in range(first, first + count):
         epoch, place = divmod(draw, windows)

@@ -1,4 +1,4 @@
-"""What a pruning method is: the statistics it needs, how it scores units, how it chooses them."""
+"""Base classes of pruning methods: statistics, scores and choice of units."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
@@ -88,7 +88,7 @@ class Method(ABC):
 
     @property
     def training(self) -> Training | None:
-        """How it trains on the whole model, if it does."""
+        """Settings of training on the whole model; None for methods that do not train."""
         return None
 
     def known_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts | None:

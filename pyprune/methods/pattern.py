@@ -1,4 +1,4 @@
-"""Which of a matrix's weights go where single ones do: N of every M kept, or any of them."""
+"""Sparsity patterns of single weights: N of every M kept, or unstructured."""
 
 import re
 from dataclasses import dataclass

@@ -94,7 +94,7 @@ class SecondOrderMethod(UnitMethod):
 
     @property
     def allocation_windows(self) -> int:
-        """How many windows the calibration pass of curves looks at."""
+        """Windows of the calibration pass of error curves."""
         return 0
 
     @property
@@ -172,7 +172,7 @@ class SecondOrderMethod(UnitMethod):
         return Reconstruction(kept, refitted, bias, scores, damped.damping)
 
     def _output_on_average(self, second_moments: SecondMoments, dense: Tensor) -> Tensor:
-        """What the output projection shall put out on average, [out]: W m, and its share of the mean stream error."""
+        """Mean output to preserve, [out]: W m, and the target share of the mean stream error."""
         assert second_moments.mean is not None
         average = dense @ second_moments.mean
         if self.correction:

@@ -115,7 +115,7 @@ class InputNormMethod(SemiStructuredMethod):
         return found
 
     def channel_factor(self, family: Family, name: str, own: Tensor, middle: Tensor) -> Tensor:
-        """What |W| [out, in] is multiplied by. own: norms of its inputs [in]; middle: of the FFN's channels."""
+        """Factor of |W| [out, in]. own: norms of its inputs [in]; middle: of the FFN's channels."""
         return own
 
 

@@ -37,7 +37,7 @@ def registered_config(
 
 
 def layered_fields(config: Any, shapes: list[LayerShape]) -> dict[str, Any]:
-    """What a configuration says of the model as a whole and of layers whose sizes are not the largest."""
+    """Configuration fields of the whole model and of layers whose sizes are not the largest."""
     sizes = [layer_sizes(shape) for shape in shapes]
     largest = {name: max(layer[name] for layer in sizes) for name in SIZES}
     per_layer = {

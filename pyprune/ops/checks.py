@@ -1,4 +1,4 @@
-"""What every operator asks of its arguments, and the ValueError that names the one which is wrong.
+"""Argument checks of operators: a ValueError names the argument that is wrong.
 
 Each check is a few comparisons on the host: none looks at values or waits for a device, and together they cost a small
 part of a launch. All but `check_apart` hold of fake tensors too, and may be traced.

@@ -1,4 +1,4 @@
-"""How an operator is declared, in its own file: public names with their versions, kernels with what they need.
+"""Declaration of an operator, made in its own file: versions of its public names, kernels with requirements.
 
     HESSIAN = Operator(
         "hessian",

@@ -1,4 +1,4 @@
-"""Which backend runs an operator, by device, dtype and shape: the choice, the reasons against the others, forcing one.
+"""Choose the backend of an operator by device, dtype and shape; explain the choice; force one.
 
 Backends: `cuda` (compiled core), `triton`, `cpu` (compiled core), `reference` (plain PyTorch). Of the kernels that an
 operator declares (declaration.py), preferred first, the first one runs whose requirements hold. `use_backend` forces
@@ -159,7 +159,7 @@ def choose_launch(operator: Operator[Launch], x: Tensor, shape: tuple[int, ...] 
 
 
 def choose(operator: str, x: Tensor) -> BackendChoice:
-    """As choose_backend, with the reason against each other backend."""
+    """Choose a backend as choose_backend does, with the reason against each other backend."""
     backend = choose_backend(operator, x)
     return explain(operator, Problem(x.device, x.dtype, tuple(x.shape)), backend, forced_backend(operator))
 
@@ -181,7 +181,7 @@ def warn_once(message: str) -> None:
 
 
 def describe() -> list[BackendRow]:
-    """What would run for every operator that has kernels, device of this machine and dtype.
+    """Describe the backend of every operator that has kernels, by device of this machine and dtype.
 
     The backend is "none" where one is forced that is not eligible.
     """

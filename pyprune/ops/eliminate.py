@@ -52,7 +52,7 @@ SPLIT_FROM = 4096
 
 @dataclass(frozen=True)
 class Elimination:
-    """Which units were removed, at what cost, and how to refit the weights.
+    """Result of an elimination: removed units, their errors, and the factor that refits the weights.
 
     order: int64 [count], units in order of removal. errors: [count], e_g at the moment of removal, so that the sum
     of the first n is the error of removing n units. factor: [d, count·width] L with A after = A − L Lᵀ, columns in
@@ -125,7 +125,7 @@ def refit(weight: Tensor, elimination: Elimination) -> Tensor:
 
 @dataclass
 class EliminationState:
-    """What the panels of one elimination of single channels hand on, all on its device.
+    """State that the panels of one elimination of single channels pass on, all on its device.
 
     a_diagonal, g_diagonal: [d], the diagonals after all removals so far. floor: [d], what a_diagonal may not fall
     below. removed: uint8 [d]. order: int64 [count]; errors: [count].
@@ -374,7 +374,7 @@ def launch_reference(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: 
 def core_arguments(
     a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor
 ) -> tuple[int, ...]:
-    """What both launches of the compiled core begin with."""
+    """Prepare the arguments of both launches of the compiled core."""
     state = (selection.a_diagonal, selection.g_diagonal, selection.floor, selection.removed)
     addresses = (a, g, *state, selection.order, selection.errors)
     return (

@@ -196,7 +196,7 @@ def _(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
 
 
 def core_arguments(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> tuple[int | str, ...]:
-    """What both launches of the compiled core begin with."""
+    """Prepare the arguments of both launches of the compiled core."""
     # The stride of a single row has no meaning and may be anything.
     row_stride = rows.stride(0) if len(rows) > 1 else rows.shape[1]
     dtype = dtype_name(rows.dtype)

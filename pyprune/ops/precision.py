@@ -1,4 +1,4 @@
-"""Which arithmetic the library's matrix products may use. The settings are the process's, not the thread's."""
+"""Arithmetic of the library's matrix products. The settings are the process's, not the thread's."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

@@ -1,4 +1,4 @@
-"""What a kernel needs to run: named predicates of device, dtype, shape and installation, each with a reason for people.
+"""Requirements of kernels: named predicates of device, dtype, shape and installation, each with a reason.
 
 An operator's file lists those of each of its kernels (declaration.py); dispatch.py asks them. Nothing here names an
 operator.
@@ -23,7 +23,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Problem:
-    """What a choice depends on. shape: what the operator's file says, or None where any shape is meant."""
+    """Problem that a backend is chosen for. shape: as the operator's file defines it; None: any shape."""
 
     device: torch.device
     dtype: torch.dtype
@@ -72,7 +72,7 @@ def core_build_info() -> dict[str, Any]:
 
 
 def core_targets(capability: tuple[int, int], architectures: list[str]) -> list[str]:
-    """Those of the core's targets that run on a device of this compute capability.
+    """Select the core's targets that run on a device of this compute capability.
 
     sm_XY: machine code, for the same major version from minor Y on; sm_XYa: for exactly XY; compute_XY: PTX,
     which the driver compiles for XY and everything later.

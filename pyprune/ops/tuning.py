@@ -49,7 +49,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a table holds for."""
+    """GPU and versions that a table is valid for."""
 
     name: str
     capability: tuple[int, int]
@@ -73,7 +73,7 @@ def setting() -> str:
 
 
 def table_file(gpu: Gpu) -> Path:
-    """Where the table of a GPU lies, whether there is one or not."""
+    """Path of a GPU's table, whether or not it exists."""
     if setting() not in ("", OFF):
         return Path(setting()).expanduser()
     return table_in(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), gpu.name)

@@ -1,4 +1,4 @@
-"""What callers may rely on: a number for every public operator, which stands in the declaration in its file.
+"""Versions of public operators: a number for each, from the declaration in its file.
 
 It goes up when for the same input a result changes beyond rounding, and when a signature, a schema or the layout of a
 state or result changes. It stays when only speed, memory, rounding, backends or messages change. A name that is in

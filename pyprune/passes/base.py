@@ -1,4 +1,4 @@
-"""What every way of pruning does with the layers of one job: counting, writing, reading back, building."""
+"""Base class of passes: reading, building, writing and counting the layers of one job."""
 
 import copy
 import logging
@@ -88,7 +88,7 @@ class Passes(ABC):
 
     @abstractmethod
     def decide(self) -> PruneResult:
-        """What the passes do, once the forward is known to be the model's."""
+        """Run the passes, once the forward is known to be the model's."""
 
     def warn(self, message: str) -> None:
         """On the log, and in the plan."""
@@ -113,7 +113,7 @@ class Passes(ABC):
         return self.writer.record(layer + 1), tensors
 
     def restored(self, layer: int) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
-        """What a killed run already wrote of a layer; its output is computed again, which gives the same bits."""
+        """Read a layer that a killed run already wrote; its output is recomputed, which gives the same bits."""
         record, tensors = self.written(layer)
         try:
             scores = {

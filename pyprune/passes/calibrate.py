@@ -113,7 +113,7 @@ def packed(statistics: LayerStatistics) -> tuple[dict[str, torch.Tensor], dict[s
 
 
 def unpacked(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> LayerStatistics:
-    """What `packed` took apart."""
+    """Restore the statistics from what `packed` returned."""
     statistics: LayerStatistics = {}
     for sublayer, (count, windows, nonfinite) in json.loads(metadata["counts"]).items():
         own = {
@@ -124,7 +124,7 @@ def unpacked(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Laye
 
 
 def load_statistics(job: Job, path: Path, identity: dict[str, Any]) -> list[LayerStatistics] | None:
-    """What `save_statistics` wrote; None if it was of other weights. InputError if the file is damaged."""
+    """Load what `save_statistics` wrote; None if it was of other weights. InputError if the file is damaged."""
     stored, metadata = load_cached(path, "calibration pass", identity)
     return statistics_of(path, stored, metadata, job.reader.shapes) if job.accepts(path, metadata) else None
 

@@ -1,4 +1,4 @@
-"""The last step of a run: configuration, tokenizer, index, evaluation, plan and report; then the rename."""
+"""Finalize a run: configuration, tokenizer, index, evaluation, plan and report; then the rename."""
 
 from pathlib import Path
 from time import perf_counter
@@ -78,7 +78,7 @@ def finalize(
 
 
 def _verify(job: Job, partial: Path, stored_bytes: int, outcome: PruneResult) -> dict[str, Any]:
-    """What a fresh process makes of the output: transformers alone where its class is a stock one."""
+    """Load the output in a fresh process (plain transformers if its class is stock) and compare logits."""
     if job.options.verify is False:
         return {"verified": False, "reason": "--no-verify"}
     loaded = stored_bytes * 4 // job.reader.dtype.itemsize  # in float32

@@ -81,7 +81,7 @@ def _worth_resuming(writer: CheckpointWriter) -> bool:
 
 @contextmanager
 def _explained(job: Job, writer: CheckpointWriter) -> Iterator[None]:
-    """What the system or the device lacks, as an InputError that says how to go on."""
+    """Turn a lack of disk, memory or files into an InputError that says how to continue."""
     try:
         yield
     except OSError as error:

@@ -144,7 +144,7 @@ def _result_table(plan: dict[str, Any]) -> str:
 
 
 def _kept_sections(plan: dict[str, Any]) -> list[str]:
-    """Of a model that lost units."""
+    """Sections of a model that lost units."""
     return [
         _section("What each layer keeps", _kept_plots(plan)),
         _section("Scores of the units", _score_plots(plan)),
@@ -153,7 +153,7 @@ def _kept_sections(plan: dict[str, Any]) -> list[str]:
 
 
 def _sparse_sections(plan: dict[str, Any]) -> list[str]:
-    """Of a model whose linears have zeros."""
+    """Sections of a model whose linears have zeros."""
     head, rows = zero_shares(plan)
     sections = [_details("Share of zeros in each linear", _table(rows, "figures", head))]
     costs = losses(plan)

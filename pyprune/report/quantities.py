@@ -1,4 +1,4 @@
-"""What a report's plots and tables are of: KV groups and FFN channels, or the selections of a DISP model."""
+"""Quantities of a report: KV groups and FFN channels, or the selections of a DISP model."""
 
 from dataclasses import dataclass
 from typing import Any

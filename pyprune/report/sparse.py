@@ -1,4 +1,4 @@
-"""What a report shows of a model with zeros: their share in every linear, and what they cost."""
+"""Report of a model with zeros: their share in every linear, and the loss of each."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where a run computes, in which type, and how much memory it takes there."""
+"""Device, compute type and memory of a run."""
 
 import gc
 import os
@@ -73,7 +73,7 @@ def release_cache(device: torch.device) -> None:
 
 @contextmanager
 def memory_limit(device: torch.device, limit: int | None) -> Iterator[None]:
-    """Within it PyTorch gets no more than `limit` bytes of a CUDA device beyond those that the caller's tensors hold.
+    """Limit PyTorch to `limit` bytes of a CUDA device beyond those of the caller's tensors, within the context.
 
     None: no limit. OutOfMemoryError beyond it, InputError where the caller's tensors leave no room for so much.
     """

@@ -117,7 +117,7 @@ _group: _Group | None = None
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Within it, the processes that torchrun started work together; without torchrun it does nothing.
+    """Let the processes that torchrun started work together; without torchrun it does nothing.
 
     All but the first have no stdout and log errors only. An exception that leaves it becomes SystemExit with the
     status of the process that failed first (1 unless that one left by SystemExit); only there is it printed. Stopped
@@ -266,7 +266,7 @@ def broadcast_(*tensors: Tensor | None) -> None:
 
 
 def broadcast_object(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, which alone calls it: something small that can be pickled."""
+    """Broadcast what `make` returns in the main process, which alone calls it: a small object that can be pickled."""
     if _group is None:
         return make()
     box = [make()] if is_main_process() else [None]

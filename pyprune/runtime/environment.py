@@ -1,4 +1,4 @@
-"""What the last bits of a result follow from beside the request: processor, threads, versions."""
+"""Environment that the last bits of a result depend on: processor, threads, versions."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ NAMES = ("backends", "processor", "threads", "torch", "transformers", "pyprune")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Of this process, by the names in NAMES but `backends`."""
+    """Return the environment of this process, by the names in NAMES except `backends`."""
     from .. import __version__
 
     return {

@@ -51,7 +51,7 @@ def parse_json(data: bytes | str, where: str) -> Any:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, in one line; the system's own words for one of the system's."""
+    """Return an error's message in one line; for a system error, the system's words."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(said.split()) or type(error).__name__
 

@@ -35,7 +35,7 @@ class Stopped(BaseException):
 
     @property
     def status(self) -> int:
-        """What a shell calls a process that the signal ended."""
+        """Exit status that a shell reports for a process ended by the signal."""
         return 128 + self.number
 
 

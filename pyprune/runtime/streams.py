@@ -77,7 +77,7 @@ class Stream:
 
     @contextmanager
     def spelled(self) -> Iterator[None]:
-        """Within it no character is an error."""
+        """Make no character an encoding error within the context."""
         before = getattr(self._stream, "errors", None)
         with suppress(OSError, ValueError, AttributeError):  # AttributeError: no stream of bytes, so nothing is encoded
             self._stream.reconfigure(errors=_ERRORS)
@@ -120,7 +120,7 @@ def is_lost() -> bool:
 
 @contextmanager
 def mended() -> Iterator[Out]:
-    """Within it sys.stdout and sys.stderr are streams that take everything."""
+    """Replace sys.stdout and sys.stderr by streams that accept everything within the context."""
     global _out
     reserve_descriptors()
     before, outer = (sys.stdout, sys.stderr), _out
@@ -152,7 +152,7 @@ def reserve_descriptors() -> None:
 
 
 def _send_nowhere(stream: Any) -> None:
-    """What the stream still holds must not fail again when Python flushes it at its end."""
+    """Redirect the stream to /dev/null, so that Python's flush at its end does not fail again."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         try:

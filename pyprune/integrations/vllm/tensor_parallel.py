@@ -25,7 +25,7 @@ def check_tensor_parallel(shapes: Sequence[LayerShape], size: int) -> None:
 
 
 def _obstacle(shape: LayerShape, size: int) -> str | None:
-    """What of the layer does not divide, or None."""
+    """Name the size of the layer that does not divide, or None."""
     groups, heads = shape.kv_groups, shape.kv_groups * shape.heads_per_group
     if groups % size and size % groups:
         return f"its {groups} KV groups are neither a multiple nor a divisor of {size}"
