@@ -160,14 +160,14 @@ def test_bad_activations_are_one_line(model: Path, text: Path, tmp_path: Path, m
 def fail_in_a_layer() -> None:
     from pyprune.calibration.second_moments import HessianObserver
 
-    finish = HessianObserver.finish
+    finish = HessianObserver.result
 
     def fail(self: HessianObserver) -> Any:
         if self.where.startswith("layer 2 "):
             raise InputError(f"{self.where}: this process cannot go on")
         return finish(self)
 
-    HessianObserver.finish = fail  # type: ignore[method-assign]
+    HessianObserver.result = fail  # type: ignore[method-assign]
 
 
 @pytest.mark.slow
