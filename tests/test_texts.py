@@ -33,10 +33,12 @@ def test_records_are_the_same_whatever_ends_their_lines(name: str, end: str, tmp
 def test_a_pipe_is_read_to_its_end(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
     content = json.dumps({"text": "some text"}) if name.endswith("jsonl") else "some text"
-    writer = threading.Thread(target=(tmp_path / name).write_text, args=(content,))
-    writer.start()
+    reader = os.open(tmp_path / name, os.O_RDONLY | os.O_NONBLOCK)  # so that the writer need not wait for one
+    writer = os.open(tmp_path / name, os.O_WRONLY)
+    os.write(writer, content.encode())
+    threading.Timer(0.3, os.close, (writer,)).start()
     assert read_text(tmp_path / name) == "some text"
-    writer.join()
+    os.close(reader)
 
 
 def _folder(path: Path) -> None:
