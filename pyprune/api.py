@@ -2,8 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .calibration.source import Text, TokenSource
+from .calibration.text import load_tokenizer
 from .calibration.windows import fit_length
 from .checkpoint import CheckpointReader, checkpoint_folder
 from .checkpoint.load_model import evaluation_model, load_model
@@ -90,13 +90,12 @@ def prune(
         InputError: the arguments or the input are wrong; nothing is left behind.
         VerificationError: what was written is not what was meant.
     """
-    ids = calibration if isinstance(calibration, Tensor) else None
-    if ids is not None and ids.dim() == 2:
-        samples, sequence_length = ids.shape
+    sequence_length = _window_length(calibration, sequence_length)
+    if isinstance(calibration, Tensor):
+        samples = len(calibration)
     evaluation = None
     if evaluate_on is not None:
-        if isinstance(evaluate_on, Tensor) and evaluate_on.dim() == 2:
-            evaluation_length = evaluate_on.shape[1]
+        evaluation_length = _window_length(evaluate_on, evaluation_length)
         fits = evaluation_length is None
         evaluation = EvaluationConfig(evaluate_on, evaluation_length or EVALUATION_LENGTH, max_windows, fits)
     config = PruneConfig(
@@ -128,6 +127,11 @@ def prune(
     return PruneRecord.from_json(prune_checkpoint(config, progress), config.output)
 
 
+def _window_length(text: Text | None, length: int | None) -> int | None:
+    """Tokens in a window: those of token ids that are given as windows, else `length`."""
+    return text.shape[1] if isinstance(text, Tensor) and text.dim() == 2 else length
+
+
 def _prune_in_memory(
     model: Any, output: Path | None, config: PruneConfig, tokenizer: Any, progress: Progress
 ) -> PruneRecord:
@@ -136,26 +140,22 @@ def _prune_in_memory(
     with tempfile.TemporaryDirectory(prefix="pyprune-") as scratch:
         folder = Path(scratch, "model")
         model.save_pretrained(folder)
-        with _own_tokenizer(model, tokenizer, folder):
-            written = output or Path(scratch, "pruned")
-            cache = config.cache or Path(scratch, "cache")  # what is cached of this model serves no other run
-            config = dataclasses.replace(config, model=str(folder), output=written, cache=cache)
-            record = PruneRecord.from_json(prune_checkpoint(config, progress), output)
-            record.pruned_model = load_model(written, parameter.device, parameter.dtype)
+        _save_tokenizer(model, tokenizer, folder)
+        written = output or Path(scratch, "pruned")
+        cache = config.cache or Path(scratch, "cache")  # what is cached of this model serves no other run
+        config = dataclasses.replace(config, model=str(folder), output=written, cache=cache)
+        record = PruneRecord.from_json(prune_checkpoint(config, progress), output)
+        record.pruned_model = load_model(written, parameter.device, parameter.dtype)
     return record
 
 
-@contextmanager
-def _own_tokenizer(model: Any, tokenizer: Any, folder: Path) -> Iterator[None]:
-    """Put the tokenizer's files beside a saved model, where there are any to be had."""
-    if tokenizer is None and Path(model.name_or_path or "").is_dir():
-        from .calibration.text import load_tokenizer
-
-        if any(Path(model.name_or_path).glob("tokenizer*")):
-            tokenizer = load_tokenizer(Path(model.name_or_path))
+def _save_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Put the tokenizer's files beside a saved model: the given one's, or those of the folder it was loaded from."""
+    origin = Path(model.name_or_path or "")
+    if tokenizer is None and origin.is_dir() and any(origin.glob("tokenizer*")):
+        tokenizer = load_tokenizer(origin)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    yield
 
 
 def evaluate(
@@ -224,8 +224,7 @@ def evaluate(
             )
     if text is None:
         return result
-    if isinstance(text, Tensor) and text.dim() == 2:
-        sequence_length = text.shape[1]
+    sequence_length = _window_length(text, sequence_length)
     length, cut = fit_length(sequence_length or PERPLEXITY_LENGTH, sequence_length is not None, config)
     if cut is not None and note is not None:
         note(cut)
@@ -290,7 +289,7 @@ def estimate(
     """Predict sizes, parameters, time and peak memory of a pruning. Reads headers, writes nothing.
 
     Args:
-        model, method, ratio, samples, sequence_length, device, dtype, device_memory, options: as of `prune`.
+        model, method, ratio, samples, sequence_length, device, dtype, device_memory, options: see `prune`.
         on: name of a GPU that is not here.
         note: gets what the user should know beside the result.
 

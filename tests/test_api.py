@@ -17,7 +17,6 @@ from pyprune import InputError, PruneRecord
 from pyprune.job.record import FORMAT
 
 SMALL = {"samples": 4, "sequence_length": 32}
-PUBLIC = ("prune", "evaluate", "export", "estimate", "list_methods")
 # What neither of the four needs a Python package or a GPU for, that may be absent.
 OPTIONAL = ("vllm", "llm_compressor", "gptqmodel", "logits_worker", "__main__", "triton_kernels")
 

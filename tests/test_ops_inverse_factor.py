@@ -75,7 +75,7 @@ def test_matches_float64_in_the_shipped_blocks(
     channels: int, family: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "FACTOR_SWEPT_FROM", dict.fromkeys(("cpu", "cuda"), 1))
-    assert BLOCKING[device].uses_gauss_jordan < channels
+    assert BLOCKING[device].swept < channels
     h = FAMILIES[family](channels).to(device)
     assert_as_good_as_the_chain(h, 0.01 * h.diagonal().double().mean().item(), inverse_factor(h, 0.01).factor)
 
@@ -190,7 +190,7 @@ def test_memory_of_one_buffer() -> None:
     before = torch.cuda.memory_allocated()
     inverse_factor(h)
     # One d² buffer; the panel, split 4 times its size, one for temporaries; what is reversed at a time, twice.
-    extra = 6 * 6000 * BLOCKING["cuda"].uses_gauss_jordan + 2 * (1 << 24)
+    extra = 6 * 6000 * BLOCKING["cuda"].swept + 2 * (1 << 24)
     assert torch.cuda.max_memory_allocated() - before <= h.nbytes + 4 * extra
 
 

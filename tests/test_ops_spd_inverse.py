@@ -59,7 +59,7 @@ def test_matches_float64_in_the_shipped_blocks(
     channels: int, family: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SWEPT_FROM", dict.fromkeys(("cpu", "cuda"), 1))
-    assert BLOCKING[device].uses_gauss_jordan < channels
+    assert BLOCKING[device].swept < channels
     h = FAMILIES[family](channels).to(device)
     shift = 0.01 * h.diagonal().double().mean().item()
     assert_as_good_as_library(h, shift, damped_inverse(h, 0.01).inverse)
@@ -339,7 +339,7 @@ def test_memory_of_one_buffer() -> None:
     before = torch.cuda.memory_allocated()
     damped_inverse(h)
     # One d² buffer; the panel, split 4 times its size, one for temporaries; the blocks on the diagonal.
-    extra = 6 * 6000 * BLOCKING["cuda"].uses_gauss_jordan + 8 * BLOCKING["cuda"].updated ** 2
+    extra = 6 * 6000 * BLOCKING["cuda"].swept + 8 * BLOCKING["cuda"].updated ** 2
     assert torch.cuda.max_memory_allocated() - before <= h.nbytes + 4 * extra
 
 

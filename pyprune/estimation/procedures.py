@@ -68,7 +68,7 @@ class PassCost(ABC, Generic[MethodT]):
 
     @abstractmethod
     def device_bytes(self, batch: int, on_device: int) -> int:
-        """The most alive at once, with micro-batches of `batch` windows and so many sets of hidden states on it."""
+        """Peak bytes, with micro-batches of `batch` windows and `on_device` sets of hidden states on the device."""
 
     @abstractmethod
     def cpu_bytes(self, run: CpuRun) -> int:

@@ -93,7 +93,7 @@ def sublayer_seconds(sizes: Sizes, sublayer: str, tokens: int, rates: Rates) -> 
 def output_proj_seconds(
     sizes: Sizes, sublayer: str, tokens: int, removed: float, rates: Rates, eliminate_share: float = ELIMINATE_SHARE
 ) -> dict[str, float]:
-    """Statistics of one output projection over so many tokens, and the removal of a share of its units."""
+    """Seconds by stage of one output projection: statistics over `tokens` tokens, and removal of a share of units."""
     d, out = sizes.width(sublayer), sizes.shape.hidden_size
     units = d // sizes.shape.unit_width(sublayer)
     each = PIVOT_SECONDS if sublayer == FFN else GROUP_SECONDS

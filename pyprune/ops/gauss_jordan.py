@@ -19,12 +19,12 @@ from .split_tf32 import has_fast_tf32, split_factors, split_panel, subtract_prod
 @dataclass(frozen=True)
 class Blocking:
     """How a sweep is cut. swept: columns swept at once, the inner dimension of the products. updated: columns of the
-    triangle updated at once, a multiple of `uses_gauss_jordan`; each product also computes half a square of so many
+    triangle updated at once, a multiple of `swept`; each product also computes half a square of so many
     columns above the diagonal for nothing. split: where TF32 is fast, the columns of a panel in one product of tensor
     cores, see split_panel; 0: products in float32. look_ahead: on a GPU, factor the next block beside the update.
     """
 
-    uses_gauss_jordan: int
+    swept: int
     updated: int
     split: int = 0
     look_ahead: bool = False
@@ -77,7 +77,7 @@ def eliminate_panels(a: Tensor, blocking: Blocking, factor: bool = False) -> Ten
     The panel keeps its place, so that the views for the products are made once: on a GPU the host's part of a step
     counts. A last panel that is narrower is filled up with zeros.
     """
-    d, block = len(a), min(blocking.uses_gauss_jordan, len(a))
+    d, block = len(a), min(blocking.swept, len(a))
     on_tensor_cores = blocking.split > 0 and d >= SPLIT_FROM and has_fast_tf32(a)
     look_ahead = blocking.look_ahead and a.is_cuda
     panel_buffer = a.new_empty(d, block)

@@ -127,7 +127,7 @@ class SelectionPasses(Passes):
 
 
 class PolicyPasses(SlicingPasses):
-    """Calibration pass, keep-probabilities learned from the scores on, slices and biases as of a scoring method."""
+    """Calibrate, learn keep-probabilities from the scores on, then slice and add biases as a scoring method does."""
 
     def __init__(self, job: Job, writer: CheckpointWriter, method: Policy) -> None:
         super().__init__(job, writer)

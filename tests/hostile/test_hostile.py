@@ -36,7 +36,7 @@ FOUND = {
     *("7-open-files-prune-flap", "7-open-files-prune-obs"),
 }
 ALONGSIDE = 2
-# Of the tested ones of a kind one in so many is in the fast tier.
+# One in this many of the tested cases of a kind is in the fast tier.
 FAST_ONE_IN = 3
 
 
