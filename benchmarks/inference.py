@@ -56,7 +56,7 @@ DENSE = "dense"
 WARM_UP = 4  # calls before the first that counts: compiling, possibly once more, recording a graph, replaying it
 # How far a step's logits may be from the forward without a cache, in multiples of the distance that another attention
 # kernel makes there: deep random layers amplify a rounding (bfloat16, 32 layers of 4096: 5 % of the norm), so no fixed
-# figure holds for all shapes. What rounding hides here, tests/test_inference_benchmark.py holds to float32.
+# figure holds for all shapes. What rounding hides here, tests/benchmark/test_inference_benchmark.py holds to float32.
 NOISE_MULTIPLE = 3.0
 LEAST_NOISE = 1e-4
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from figures import leave_blank  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure
+from support.figures import leave_blank
 
-from pyprune.testing.random_checkpoint import make_checkpoint  # noqa: E402
+from pyprune.testing.random_checkpoint import make_checkpoint
 
 # A fresh process after each of hundreds of prunings would take minutes; tests of just that say --verify.
 os.environ["PYPRUNE_VERIFY"] = "0"

@@ -46,9 +46,9 @@ class Configuration:
 # tile_rows = 8: 16 rows take more than 128 registers; 4 rows spend a fifth more instructions an element on
 # the merge (233 for 32 elements against 389 for 64, sm_90).
 # stages = 4: three tiles of 16 KiB in flight, 48 KiB of shared memory.
-# resident: what registers and shared memory allow (tests/test_triton_compile.py), and no more than pays: on an H200
-# at 65536 x 4096, 262144 x 4096, 65536 x 11008 and 32768 x 28672 bf16, three reach 98.6, 104.1, 102.6 and 102.1 % of
-# the rate of a copy, four 96.8, 103.3, 102.4 and 100.3 %: 144 KiB in flight on a multiprocessor suffice, and fewer
+# resident: what registers and shared memory allow (tests/kernels/test_triton_compile.py), and no more than pays: on an
+# H200 at 65536 x 4096, 262144 x 4096, 65536 x 11008 and 32768 x 28672 bf16, three reach 98.6, 104.1, 102.6 and 102.1 %
+# of the rate of a copy, four 96.8, 103.3, 102.4 and 100.3 %: 144 KiB in flight on a multiprocessor suffice, and fewer
 # programs leave fewer chunks to merge.
 # waves = 1: every program starts at once and the chunks are equal to within one tile.
 # Keys: (compute capability of the machine code, bytes of an element).

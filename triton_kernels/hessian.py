@@ -55,7 +55,7 @@ class Configuration:
 # 128: the accumulator and the total take 64 registers each of 256 threads, and leave 127 for the rest.
 # 64: rows that start anywhere are read element by element, which takes registers and time anyway.
 # depth: 64 rows are four steps of the tensor cores on 16-bit elements; 32 rows of fp32 are as many bytes.
-# stages: what shared memory and registers hold (tests/test_hessian_triton.py).
+# stages: what shared memory and registers hold (tests/kernels/test_hessian_triton.py).
 # band: 132 multiprocessors then work on about 12 x 11 tiles: the fewest columns of x.
 TMA = Configuration(128, depth=64, warps=8, stages=6, band=12, tma=True)
 POINTERS = Configuration(128, depth=64, warps=8, stages=4, band=12, tma=False)

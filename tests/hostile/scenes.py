@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cases import SMALL, prune
-from fork_client import ForkServer
+from support.fork_client import ForkServer
+from support.paths import DEMO
 
 from pyprune.testing.random_checkpoint import make_checkpoint
 
-DEMO = Path(__file__).resolve().parent.parent.parent / "models" / "llama-6m-gqa"
 SIZES: dict[str, Any] = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 64}
 
 WORDS = ("the", "a", "of", "in", "year", "harvest", "was", "as", "good", "bad", "than", "before", "town")

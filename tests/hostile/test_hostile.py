@@ -18,7 +18,7 @@ import run_cases
 import tensor_cases
 import tokenizer_cases
 from cases import Case
-from fork_client import ForkServer
+from support.fork_client import ForkServer
 from verdict import Judge
 
 EVERY = {

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from cases import EITHER, REFUSED, SAME, Case, evaluate
-from fork_client import Ended, ForkServer
 from safetensors.torch import load_file
 from scenes import Scenes
+from support.fork_client import Ended, ForkServer
 
 _CACHED = re.compile(r"\.pyprune-cache(/(calibration|curves|text)[^/.]*\.safetensors)?")
 _LAYERS = re.compile(r"\.pyprune-cache/[^/.]*\.layers(/layer-\d*\.safetensors)?")

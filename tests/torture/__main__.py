@@ -20,9 +20,9 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[1:1] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 
 from commands import Bench  # noqa: E402
-from fork_client import ForkServer  # noqa: E402
 from kills import SIGNALS, Trial, Verdict, kill, trials  # noqa: E402
 from races import KINDS, Race, race, races  # noqa: E402
+from support.fork_client import ForkServer  # noqa: E402
 
 FAULTS = ("difference", "half", "corrupt", "left", "hang", "traceback", "status")
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from fork_client import Ended, ForkServer
+from support.fork_client import Ended, ForkServer
+from support.paths import DEMO
 
 from pyprune.testing.random_checkpoint import make_checkpoint
 
-DEMO = Path(__file__).resolve().parent.parent.parent / "models" / "llama-6m-gqa"
 LONGEST = 120.0  # seconds: a command that takes longer hangs
 OUTPUT, FILE = "out", "out.gguf"
 WORDS = ("the", "a", "of", "in", "year", "harvest", "was", "as", "good", "bad", "than", "before", "town")

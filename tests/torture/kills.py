@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from commands import COMMANDS, LONGEST, PROVED, Bench, Sums, left, made, output_of, sums
-from fork_client import Ended
+from support.fork_client import Ended
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROVED_EACH = 20  # trials, of which one is of a command that proves its output

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from commands import FILE, LONGEST, OUTPUT, Bench, gguf, left, prune, sums
-from fork_client import Ended
+from support.fork_client import Ended
 
 KINDS = ("one output", "one cache", "one file", "one unfinished run")
 

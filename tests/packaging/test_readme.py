@@ -1,0 +1,49 @@
+"""The README's commands and code run as they are written, in its order."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.command_line import run
+from support.paths import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    return [shlex.split(line) for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines() if line]
+
+
+def test_make_targets() -> None:
+    made = [words[1] for words in commands() if words[0] == "make"]
+    assert made == ["demo", "test"]
+    dry = subprocess.run(["make", "-n", "demo", "VENV=somewhere"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "pyprune prune models/llama-6m-gqa" in dry.stdout
+    assert subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, check=True).returncode == 0
+
+
+@pytest.mark.slow
+def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    typed = [words for words in commands() if words[0] == "pyprune"]
+    assert [words[1] for words in typed] == ["estimate", "prune", "evaluate"]
+    for words in typed:
+        outcome = run(capsys, *words[1:])
+        assert outcome.status == 0, f"{shlex.join(words)}: {outcome.err}"
+    assert blocks("python")
+    for code in blocks("python"):
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+
+
+def test_length() -> None:
+    assert len(README.splitlines()) <= 130, "details belong into docs/"

@@ -1,0 +1,307 @@
+"""A pruning killed with SIGKILL at random moments is finished by --resume, bitwise equal to an undisturbed run."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from support.command_line import run as run_command
+from support.figures import leave_blank
+
+from pyprune.checkpoint import CheckpointReader, CheckpointWriter
+from pyprune.cli.main import main
+from pyprune.errors import InputError
+from pyprune.job.config import PruneConfig
+from pyprune.pipeline.run import prune
+
+LAYERS = 12
+# A clean process that has the libraries loaded forks the runs: each starts at once, none inherits a thread.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pyprune.api", "pyprune.cli.prune", "matplotlib.pyplot", "transformers.generation"])
+
+
+def ten_kills(fast: str, *slow: str) -> pytest.MarkDecorator:
+    """Parametrize `method` and `trials`: ten of each method, of which three of one are a must for every change."""
+    cases = [pytest.param(fast, range(3), id=f"{fast}-3"), *(
+        pytest.param(method, trials, id=f"{method}-{len(trials)}", marks=pytest.mark.slow)
+        for method, trials in [(fast, range(3, 10)), *((method, range(10)) for method in slow)]
+    )]  # fmt: skip
+    return pytest.mark.parametrize(("method", "trials"), cases)
+
+
+def options(model: Path, text: Path, output: Path, method: str, **changes: Any) -> PruneConfig:
+    calibration = None if method == "magnitude" else str(text)
+    return PruneConfig(
+        str(model), output, method, 0.4, calibration=calibration, samples=8, sequence_length=32, device="cpu",
+        cache=output.parent / "cache", **changes,
+    )  # fmt: skip
+
+
+def without_figures(what: Callable[[Any], object], argument: Any) -> None:
+    leave_blank()
+    what(argument)
+
+
+def start(run: PruneConfig) -> Any:
+    process = SERVER.Process(target=without_figures, args=(prune, run))
+    process.start()
+    return process
+
+
+def finish(run: PruneConfig) -> None:
+    process = start(run)
+    process.join()
+    assert process.exitcode == 0
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    files = [*folder.glob("*.safetensors"), folder / "config.json", folder / "model.safetensors.index.json"]
+    return {file.name: file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def model_and_text(tiny_checkpoint: Callable[..., Path], tmp_path: Path, demo_model: Path) -> tuple[Path, Path]:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(400)))
+    return tiny_checkpoint(family="llama", layers=LAYERS, dtype="bfloat16", tokenizer=demo_model), text
+
+
+@ten_kills("obs", "flap", "wanda-sp")
+def test_ten_kills(model_and_text: tuple[Path, Path], tmp_path: Path, method: str, trials: range) -> None:
+    model, text = model_and_text
+    whole = tmp_path / "whole"
+    finish(options(model, text, whole, method))
+    expected, plan = weights(whole), json.loads((whole / "plan.json").read_text())
+    moments = random.Random(f"{method} from {trials.start}")
+    interrupted = 0
+    for trial in trials:
+        output = tmp_path / f"killed-{trial}"
+        journal = tmp_path / f"killed-{trial}.partial" / "journal.jsonl"
+        process = start(options(model, text, output, method))
+        lines = moments.randint(1, LAYERS + 1)  # of the journal: its head, the embeddings, and then the layers
+        while process.is_alive() and (not journal.exists() or journal.read_bytes().count(b"\n") < lines):
+            time.sleep(0.0005)
+        time.sleep(moments.random() * 0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        interrupted += process.exitcode == -signal.SIGKILL and not output.exists()
+        finish(options(model, text, output, method, resume=True))
+        assert weights(output) == expected
+        resumed = json.loads((output / "plan.json").read_text())
+        for own, undisturbed in zip(resumed["layers"], plan["layers"], strict=True):
+            assert own == undisturbed
+        assert not journal.parent.exists()
+    assert interrupted >= len(trials) // 2, "the kills came too late to prove anything"
+
+
+@ten_kills("flap", "obs")
+def test_ten_kills_of_the_command(demo_model: Path, tmp_path: Path, method: str, trials: range) -> None:
+    """`pyprune prune` killed at any moment of its time, resumed, killed again, and resumed to the end."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(400)))
+
+    def pruning(output: Path, *more: str) -> Any:
+        sizes = ("--samples", "8", "--sequence-length", "32", "--device", "cpu", "--cache", f"{output}.cache")
+        arguments = [str(demo_model), str(output), "--method", method, "--ratio", "0.3", "--calibration", str(text)]
+        process = SERVER.Process(target=without_figures, args=(main, ["prune", *arguments, *sizes, *more]))
+        process.start()
+        return process
+
+    for output in (tmp_path / "first", tmp_path / "whole"):  # the first one has the server load its libraries too
+        start = time.perf_counter()
+        undisturbed = pruning(output)
+        undisturbed.join()
+        duration = time.perf_counter() - start
+        assert undisturbed.exitcode == 0
+    expected = weights(tmp_path / "whole")
+    assert weights(tmp_path / "first") == expected
+    moments = random.Random(f"{method} from {trials.start}")
+    killed = 0
+    for trial in trials:
+        output = tmp_path / f"killed-{trial}"
+        for share, more in ((1.0, ()), (0.5, ("--resume",))):  # something is done already the second time
+            process = pruning(output, *more)
+            process.join(moments.random() * share * duration)
+            process.kill()  # if it is not done already
+            process.join()
+            killed += process.exitcode == -signal.SIGKILL
+        last = pruning(output, "--resume")
+        last.join()
+        assert last.exitcode == 0
+        assert weights(output) == expected
+        assert not (tmp_path / f"killed-{trial}.partial").exists()
+    assert killed >= len(trials), "the kills came too late to prove anything"  # of two a trial
+
+
+@pytest.mark.parametrize("method", ["flap", "wanda-sp", "obs"])
+def test_a_file_that_cannot_be_read_in_the_middle(
+    model_and_text: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+) -> None:
+    """One line with the file, the tensor and what to do; the layers before it stay, --resume does the rest."""
+    model, text = model_and_text
+    prune(options(model, text, tmp_path / "whole", method))  # and so the calibration pass is there
+    place = CheckpointReader(model).layer_tensors(7)["mlp.up_proj.weight"]
+    preadv = os.preadv
+
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset <= place.offset < offset + buffers[0].nbytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, offset)
+
+    arguments = (
+        *("prune", model, tmp_path / "out", "--method", method, "--ratio", 0.4, "--calibration", text, "--samples", 8),
+        *("--sequence-length", 32, "--device", "cpu", "--cache", tmp_path / "cache"),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        outcome = run_command(capsys, *arguments)
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1] == (
+        f"pyprune: {place.file}: tensor model.layers.7.mlp.up_proj.weight: {os.strerror(errno.EIO)}; "
+        f"{tmp_path / 'out.partial'} keeps the finished layers: repeat with --resume"
+    )
+    lines = (tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["shard"] for line in lines[1:]] == list(range(8))  # the embeddings and seven layers
+    assert run_command(capsys, *arguments, "--resume").status == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_in_the_middle(
+    model_and_text: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A real one, of 1.3 MB where 3.4 MB are needed: what others write meanwhile cannot be known beforehand."""
+    model, text = model_and_text
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1300k", "tmpfs", disk]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        prune(options(model, text, tmp_path / "whole", "flap"))
+        arguments = (
+            *("prune", model, disk / "out", "--method", "flap", "--ratio", 0.4, "--calibration", text, "--samples", 8),
+            *("--sequence-length", 32, "--device", "cpu", "--cache", tmp_path / "cache"),
+        )
+        monkeypatch.setattr("pyprune.pipeline.run.check_disk_space", lambda *_: None)
+        for more in ((), ("--resume",)):  # nor is anything lost where none was freed
+            outcome = run_command(capsys, *arguments, *more)
+            assert outcome.status == 2
+            assert outcome.err.splitlines()[-1] == (
+                f"pyprune: {disk / 'out.partial'}: no space left on the device; free some and repeat with --resume"
+            )
+            shards = [file.name for file in (disk / "out.partial").glob("*.safetensors")]
+            lines = (disk / "out.partial" / "journal.jsonl").read_text().splitlines()
+            assert sorted(shards) == [json.loads(line)["file"] for line in lines[1:]]
+            assert 2 < len(shards) < LAYERS
+        subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+        assert run_command(capsys, *arguments, "--resume").status == 0
+        assert weights(disk / "out") == weights(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_resume_of_a_finished_run_and_of_another(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
+    model, text = model_and_text
+    run = options(model, text, tmp_path / "out", "magnitude", resume=True)
+    first = prune(run)
+    before = weights(tmp_path / "out")
+    assert prune(run) == first
+    assert weights(tmp_path / "out") == before
+    with pytest.raises(InputError, match="finished already, with other settings"):
+        prune(options(model, text, tmp_path / "out", "wanda-sp", resume=True))
+    with pytest.raises(InputError, match="exists and is not an empty folder"):
+        prune(options(model, text, tmp_path / "out", "magnitude"))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(28, os.strerror(28)),
+            r"out\.partial: no space left on the device; free some and repeat with --resume",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. GPU 0 has"),
+            r"cpu: out of memory: CUDA out of memory; .*out\.partial keeps .* repeat with --resume",
+        ),
+    ],
+    ids=["disk", "device"],
+)
+def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
+    model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    """No space left in the middle: one line, the finished layers stay, --resume writes only the rest."""
+    model, text = model_and_text
+    prune(options(model, text, tmp_path / "whole", "flap"))
+    write = CheckpointWriter.write
+
+    def full(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
+        if shard == 5:
+            raise error
+        write(self, shard, *arguments, **named)
+
+    monkeypatch.setattr(CheckpointWriter, "write", full)
+    with pytest.raises(InputError, match=message):
+        prune(options(model, text, tmp_path / "out", "flap"))
+    written: list[int] = []
+    monkeypatch.setattr(
+        CheckpointWriter,
+        "write",
+        lambda self, shard, *a, **k: (written.append(shard), write(self, shard, *a, **k)),
+    )
+    prune(options(model, text, tmp_path / "out", "flap", resume=True))
+    assert written == list(range(5, LAYERS + 2))
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_shards_that_keep_other_units_are_written_again(
+    model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calibration pass of the killed run is gone and the new one differs: nothing of the old choice may remain."""
+    from pyprune.checkpoint import load_cached
+    from pyprune.passes.calibrate import save_statistics, statistics_of
+
+    model, text = model_and_text
+    write = CheckpointWriter.write
+
+    def killed(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
+        if shard == 6:
+            raise KeyboardInterrupt
+        write(self, shard, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(options(model, text, tmp_path / "out", "flap"))
+    (file,) = (tmp_path / "cache").glob("calibration-*")
+    with safe_open(file, framework="pt") as f:
+        identity = json.loads(f.metadata()["identity"])
+    tensors, metadata = load_cached(file, "calibration", identity)
+    survey = statistics_of(file, tensors, metadata, CheckpointReader(model).shapes)
+    for statistics in survey[1].values():
+        assert statistics.m2 is not None
+        statistics.m2 = statistics.m2.flip(0).contiguous()
+    save_statistics(file, survey, identity, {"source": metadata["source"]})
+    plan = prune(options(model, text, tmp_path / "out", "flap", resume=True))
+    shapes = CheckpointReader(tmp_path / "out").shapes
+    for shape, layer in zip(shapes, plan["layers"], strict=True):
+        assert shape.kv_groups == len(layer["kv_groups"])
+        assert shape.intermediate_channels == len(layer["intermediate_channels"])
