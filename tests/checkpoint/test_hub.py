@@ -9,7 +9,7 @@ import pytest
 from pyprune import InputError
 from pyprune.checkpoint import checkpoint_folder
 from pyprune.checkpoint.auxiliary_files import companions
-from pyprune.checkpoint.hub import wanted_files
+from pyprune.checkpoint.hub import at_revision, wanted_files
 from pyprune.checkpoint.links import stays_inside
 
 from support.hub_server import COMMIT, hub  # isort: skip
@@ -87,11 +87,57 @@ def test_what_the_hub_does_not_have_is_one_line(at: Callable[..., None]) -> None
         at(address)
         with pytest.raises(InputError, match=r"^org/pickles: the hub has neither model.safetensors nor"):
             checkpoint_folder("org/pickles")
-        with pytest.raises(InputError, match=r"^org/nothing: neither a folder here nor to be had from the hub"):
+        with pytest.raises(InputError, match=r"^org/nothing: neither a folder here nor a public model of the hub; if"):
             checkpoint_folder("org/nothing")
         assert not fetched
     with pytest.raises(InputError, match=r"^org/pickles: neither a folder here nor to be had from the hub"):
         checkpoint_folder("org/pickles")
+
+
+@pytest.mark.parametrize("revision", ["main", "v1", "refs/pr/1", COMMIT])
+def test_a_revision_is_a_branch_a_tag_or_a_commit(revision: str, at: Callable[..., None]) -> None:
+    with hub("org/name", repository({"config.json", "model.safetensors"})) as (address, _):
+        at(address)
+        folder = checkpoint_folder(f"org/name@{revision}")
+        assert folder.name == COMMIT
+        assert (folder / "model.safetensors").is_file()
+    assert checkpoint_folder(at_revision("org/name", revision)) == folder  # from the cache
+
+
+def test_a_revision_that_does_not_exist_names_those_that_do(at: Callable[..., None]) -> None:
+    with hub("org/name", repository({"config.json", "model.safetensors"})) as (address, fetched):
+        at(address)
+        line = r"^org/name: the hub has no branch, tag or commit 'v2' of it; it has main, v1$"
+        with pytest.raises(InputError, match=line):
+            checkpoint_folder("org/name@v2")
+        assert not fetched
+
+
+def test_a_revision_apart_from_the_id_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert at_revision("org/name", None) == "org/name"
+    assert at_revision("org/name@v1", "v1") == at_revision("org/name", "v1") == "org/name@v1"
+    with pytest.raises(InputError, match="names a revision, and --revision v2 another"):
+        at_revision("org/name@v1", "v2")
+    (tmp_path / "org" / "name@x").mkdir(parents=True)
+    for folder in ("here", "org/name@x", "/a/b/c"):
+        with pytest.raises(InputError, match="only a model of the hub"):
+            at_revision(folder, "v1")
+    assert checkpoint_folder("org/name@x") == Path("org/name@x")
+
+
+@pytest.mark.parametrize(
+    ("token", "then"), [(None, r"; then log in with `hf auth login` or set HF_TOKEN$"), ("hf_x", "of your token$")]
+)
+def test_a_gated_model_names_its_page(
+    token: str | None, then: str, at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    with hub("org/gated", repository({"config.json", "model.safetensors"}), gated=True) as (address, fetched):
+        at(address)
+        with pytest.raises(InputError, match=rf"^org/gated: .*accept them at {address}/org/gated.*{then}"):
+            checkpoint_folder("org/gated")
+        assert not fetched
 
 
 def test_patterns_in_names_are_names(at: Callable[..., None]) -> None:
