@@ -14,7 +14,6 @@ import click
 from ..errors import InputError, VerificationError
 from ..runtime import streams
 from ..runtime.names import split_names
-from ..runtime.stopping import Stopped
 from .command import SETTINGS, Command
 from .console import Console
 
@@ -112,7 +111,7 @@ def measure(device: Any, cases: list[Any], files: tuple[Path, ...], options: dic
     try:
         with Console(options["as_json"]).progress() as progress:
             faults = run.measure(cases, show, progress)
-    except (Stopped, KeyboardInterrupt) as stop:
+    except BaseException as stop:  # whatever a signal became on its way through libraries
         if run.output is not None and run.document is not None:
             stop.add_note(f"{run.output} keeps the rows that are finished: repeat with --resume")
         raise

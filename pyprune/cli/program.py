@@ -32,7 +32,7 @@ def _status(command: click.Command, arguments: list[str] | None, stops: stopping
         try:
             stops.arm()
             with _processes():
-                _work(command, arguments)
+                _work(command, arguments, stops)
         finally:
             stops.disarm()
     except SystemExit as stop:
@@ -68,8 +68,12 @@ def _may_report(status: int) -> bool:
     return may_report(status)
 
 
-def _work(command: click.Command, arguments: list[str] | None) -> None:
-    """The command. SystemExit: its status, and of several processes the first that failed has said why."""
+def _work(command: click.Command, arguments: list[str] | None, stops: stopping.Stops) -> None:
+    """The command. SystemExit: its status, and of several processes the first that failed has said why.
+
+    An error after a signal is a stop: compiled code of libraries (matplotlib's paths, torch's storages) puts an
+    exception of its own in the place of the one that the signal raised within it.
+    """
     try:
         status = command.main(arguments, standalone_mode=False)
     except click.Abort as abort:
@@ -81,6 +85,8 @@ def _work(command: click.Command, arguments: list[str] | None) -> None:
             print(error.format_message(), file=sys.stderr)
         raise SystemExit(2) from error
     except Exception as error:
+        if stops.raised is not None:
+            raise _with_notes(Stopped(stops.raised), error) from error
         raise SystemExit(_failed(error)) from error
     raise SystemExit(status if isinstance(status, int) else 0)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from ..runtime.stopping import Stopped
 from .command import SETTINGS, Command, MemorySize, device_options, given, quiet_transformers
 from .console import Console
 from .options import method_options, options_given
@@ -73,7 +72,7 @@ def _resumable(output: Path) -> Iterator[None]:
 
     try:
         yield
-    except (Stopped, KeyboardInterrupt) as stop:
+    except BaseException as stop:  # a library may have put an error of its own in the place of the signal's
         partial = partial_of(output)
         if (partial / JOURNAL).is_file():
             stop.add_note(f"{partial} keeps what is finished: repeat with --resume")

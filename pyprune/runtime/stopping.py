@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 REASONS = {
     signal.SIGINT: "interrupted",
@@ -79,6 +79,7 @@ class Stops:
         self._armed = False
         self._first: float | None = None
         self._number = 0
+        self._raised: int | None = None
 
     def __enter__(self) -> "Stops":
         self._dropped = sys.unraisablehook
@@ -91,10 +92,15 @@ class Stops:
             signal.signal(number, handler)
         sys.unraisablehook = self._dropped
 
+    @property
+    def raised(self) -> int | None:
+        """The signal for which Stopped was raised, if one came while armed."""
+        return self._raised
+
     def arm(self) -> None:
         self._armed = True
         if self._first is not None:
-            raise Stopped(self._number)
+            self._stop()
 
     def disarm(self) -> None:
         self._armed = False
@@ -107,9 +113,13 @@ class Stops:
         if self._first is None:
             self._first, self._number = now, number
             if self._armed:
-                raise Stopped(number)
+                self._stop()
         elif now - self._first > PATIENCE:
             _end_at_once(number)
+
+    def _stop(self) -> NoReturn:
+        self._raised = self._number
+        raise Stopped(self._number)
 
     def _unraisable(self, dropped: Any) -> None:
         """Python drops what is raised in a destructor or a callback of the collector: raise it again a little later."""

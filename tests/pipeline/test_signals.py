@@ -133,6 +133,25 @@ def raises_its_own() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
+@click.command()
+def loses_its_stop() -> None:
+    """As compiled code does that calls Python and meets an exception there."""
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except Stopped:
+        error = ValueError("Invalid affine transformation matrix")
+        error.add_note("out.partial keeps what is finished")
+        raise error from None
+
+
+def test_an_error_in_the_place_of_a_stop_is_the_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.run(loses_its_stop, [])
+    assert stop.value.code == 143
+    line = f"pyprune: {stopping.REASONS[signal.SIGTERM]}; out.partial keeps what is finished\n"
+    assert capsys.readouterr() == ("", line)
+
+
 def test_handlers_are_put_back(capsys: pytest.CaptureFixture[str]) -> None:
     """main() within a larger program leaves its handlers and streams as they were; one that is ignored stays so."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
