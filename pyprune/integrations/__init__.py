@@ -6,7 +6,7 @@ Nothing here imports a tool before its block is entered.
 from ..errors import InputError
 from . import gptqmodel, llm_compressor
 from .calibration_statistics import CalibrationStatistics, LinearStatistics
-from .patching import SUPPORTED, Acceleration, Calls, VersionRange
+from .patching import SUPPORTED, Acceleration, Calls, Releases
 
 __all__ = [
     "SUPPORTED",
@@ -14,7 +14,7 @@ __all__ = [
     "CalibrationStatistics",
     "Calls",
     "LinearStatistics",
-    "VersionRange",
+    "Releases",
     "accelerate",
     "gptqmodel",
     "llm_compressor",
@@ -28,7 +28,7 @@ def accelerate(tool: str) -> Acceleration:
 
     Inside the block the tool's Hessians and the factors of their inverses are computed here; outside it has its own
     functions. `with ... as calls` counts what ran. Raises InputError for another tool, and on entering for a missing
-    one, for a release outside SUPPORTED, for one that something else has changed, and for a second block inside.
+    one, for one whose functions are not those of the releases in SUPPORTED, and for a second block inside.
     """
     if tool not in TOOLS:
         raise InputError(f"there is no integration for {tool!r}; there are {', '.join(TOOLS)}")

@@ -34,7 +34,7 @@ from .patching import (
     Calls,
     PatchPoint,
     check_agreement,
-    check_version,
+    installed_release,
     original_functions,
     patched,
     refusal,
@@ -47,26 +47,25 @@ TOOL = "gptqmodel"
 def accelerated() -> Acceleration:
     """`with accelerated() as calls: model.quantize(...)`; calls counts what ran here.
 
-    Raises InputError on entering where GPTQModel is missing, was not tested, is not what its version says, or is
+    Raises InputError on entering where GPTQModel is missing, its functions are not the tested ones, or it is
     accelerated already. On leaving, also by an exception, GPTQModel has its own functions back.
     """
     return Acceleration(TOOL, kernels_replaced)
 
 
+def patch_points() -> list[PatchPoint]:
+    """Name the functions that a block replaces, the first three, and those that the replacements rely on."""
+    gptq = import_module("gptqmodel.quantization.gptq")
+    replaced = ("add_batch", "materialize_global_hessian", "hessian_inverse")
+    relied_on = ("process_batch", "_wait_partial_ready", "_record_partial_ready", "_record_hessian_ready")
+    return [PatchPoint(gptq.GPTQ, name) for name in (*replaced, *relied_on)]
+
+
 @contextmanager
 def kernels_replaced() -> Iterator[Calls]:
-    check_version(TOOL)
+    installed_release(TOOL)
     gptq = import_module("gptqmodel.quantization.gptq")
-    points = [
-        PatchPoint(gptq.GPTQ, "add_batch", ("self", "inp", "out", "batch_index")),
-        PatchPoint(gptq.GPTQ, "materialize_global_hessian", ("self", "target_device")),
-        PatchPoint(gptq.GPTQ, "hessian_inverse", ("self", "H")),
-        # Not replaced: what ours rely on.
-        PatchPoint(gptq.GPTQ, "process_batch", ("self", "inp")),
-        PatchPoint(gptq.GPTQ, "_wait_partial_ready", ("self", "device")),
-        PatchPoint(gptq.GPTQ, "_record_partial_ready", ("self", "device")),
-        PatchPoint(gptq.GPTQ, "_record_hessian_ready", ("self", "device")),
-    ]
+    points = patch_points()
     calls = Calls()
     kernels = Kernels(calls, *original_functions(TOOL, points)[:4])
     check_contract(gptq, kernels, calls)

@@ -30,7 +30,7 @@ from ..ops.gauss_jordan import uses_gauss_jordan
 from .cholesky_shim import FactorisingTorch, checked_factor
 from .deferred_hessians import OpenSums
 from .llm_compressor_checks import check_gptq, check_sparsegpt
-from .patching import Acceleration, Calls, PatchPoint, check_version, original_functions, patched, with_names
+from .patching import Acceleration, Calls, PatchPoint, installed_release, original_functions, patched, with_names
 
 TOOL = "llm-compressor"
 
@@ -41,31 +41,34 @@ BATCHED_FROM = 16
 def accelerated() -> Acceleration:
     """`with accelerated() as calls: oneshot(...)`; calls counts what ran here.
 
-    Raises InputError on entering where llm-compressor is missing, was not tested, is not what its version says, or is
+    Raises InputError on entering where llm-compressor is missing, its functions are not the tested ones, or it is
     accelerated already. On leaving, also by an exception, llm-compressor has its own functions back.
     """
     return Acceleration(TOOL, kernels_replaced)
 
 
-@contextmanager
-def kernels_replaced() -> Iterator[Calls]:
-    check_version(TOOL)
+def patch_points() -> tuple[list[PatchPoint], list[PatchPoint]]:
+    """Name the functions of GPTQ and of SparseGPT that a block replaces."""
     gptq = import_module("llmcompressor.modifiers.gptq.base")
     quantize = import_module("llmcompressor.modifiers.gptq.gptq_quantize")
     sparsegpt = import_module("llmcompressor.modifiers.pruning.sparsegpt.base")
-    gptq_points = [
-        PatchPoint(gptq, "make_empty_hessian", ("module", "device")),
-        PatchPoint(gptq, "accumulate_hessian", ("inp", "module", "hessian", "num_samples")),
-        PatchPoint(gptq, "prepare_batch", ("batch", "batch_qparams", "hessians_by_module", "num_samples_by_module")),
-        PatchPoint(quantize, "factorize_hessian", ("weights", "hessians", "percdamp", "used_rtn_fallback")),
+    return [
+        PatchPoint(gptq, "make_empty_hessian"),
+        PatchPoint(gptq, "accumulate_hessian"),
+        PatchPoint(gptq, "prepare_batch"),
+        PatchPoint(quantize, "factorize_hessian"),
+    ], [
+        PatchPoint(sparsegpt, "make_empty_hessian"),
+        PatchPoint(sparsegpt, "accumulate_hessian"),
+        PatchPoint(sparsegpt, "sparsify_weight"),
+        PatchPoint(sparsegpt.SparseGPTModifier, "_maybe_onload_hessian"),
     ]
-    sparsify = ("sparsity", "prune_n", "prune_m", "block_size", "dampening_frac", "preserve_sparsity_mask")
-    sparsegpt_points = [
-        PatchPoint(sparsegpt, "make_empty_hessian", ("module", "device")),
-        PatchPoint(sparsegpt, "accumulate_hessian", ("inp", "module", "H", "num_samples")),
-        PatchPoint(sparsegpt, "sparsify_weight", ("module", "hessians_dict", *sparsify)),
-        PatchPoint(sparsegpt.SparseGPTModifier, "_maybe_onload_hessian", ("self", "module")),
-    ]
+
+
+@contextmanager
+def kernels_replaced() -> Iterator[Calls]:
+    installed_release(TOOL)
+    gptq_points, sparsegpt_points = patch_points()
     calls = Calls()
     sums = OpenSums(calls)
     originals = original_functions(TOOL, gptq_points)

@@ -1,8 +1,10 @@
-"""Replacing functions of an installed tool for the length of a block: versions, signatures and restoration."""
+"""Replace functions of an installed tool for the length of a block: known sources, agreement and restoration."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,24 +15,23 @@ from types import FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from ..errors import InputError
+from .known_sources import KNOWN_SOURCES
 
 
 @dataclass(frozen=True)
-class VersionRange:
-    """distribution: its name for pip. first, last: the oldest and the newest release tested; both are supported."""
+class Releases:
+    """distribution: its name for pip. tested: releases that were run with our kernels, the oldest first."""
 
     distribution: str
-    first: str
-    last: str
+    tested: tuple[str, ...]
 
 
 SUPPORTED = {
-    "llm-compressor": VersionRange("llmcompressor", "0.14.0", "0.14.0.1"),
-    "gptqmodel": VersionRange("gptqmodel", "7.7.0", "7.7.0"),
+    "llm-compressor": Releases("llmcompressor", ("0.14.0", "0.14.0.1")),
+    "gptqmodel": Releases("gptqmodel", ("7.7.0",)),
 }
 
 # float32 on four to eight channels with condition numbers below 1e3: a thousandth is a thousand times their rounding,
@@ -59,11 +60,10 @@ class Calls:
 
 @dataclass(frozen=True)
 class PatchPoint:
-    """A function of a tool: `name` in the namespace of the module or class `owner`, with these parameters."""
+    """A function of a tool: `name` in the namespace of the module or class `owner`."""
 
     owner: ModuleType | type
     name: str
-    parameters: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.owner.__name__}.{self.name}"
@@ -98,20 +98,14 @@ class Acceleration(AbstractContextManager[Calls]):
             BLOCKS[self._tool].release()
 
 
-def check_version(tool: str) -> str:
-    """The tool's installed version; InputError where it is missing or was not tested."""
+def installed_release(tool: str) -> str:
+    """Return the tool's installed version. InputError: it is not installed."""
     releases = SUPPORTED[tool]
-    wanted = f"'{releases.distribution}>={releases.first},<={releases.last}'"
     try:
-        version = metadata.version(releases.distribution)
+        return metadata.version(releases.distribution)
     except metadata.PackageNotFoundError:
+        wanted = f"{releases.distribution}=={releases.tested[-1]}"
         raise InputError(f"{tool} is not installed here; pip install {wanted}") from None
-    if not Version(releases.first) <= Version(version) <= Version(releases.last):
-        raise InputError(
-            f"{tool} {version} is installed; pyprune replaces kernels in {releases.first} to {releases.last} only: "
-            f"pip install {wanted}, or run without pyprune.integrations"
-        )
-    return version
 
 
 def refusal(tool: str, what: str) -> InputError:
@@ -121,18 +115,43 @@ def refusal(tool: str, what: str) -> InputError:
     )
 
 
+def fingerprint(function: FunctionType) -> str:
+    """Hash the source of a function, decorators included: 16 hexadecimal digits."""
+    return hashlib.sha256(textwrap.dedent(inspect.getsource(function)).encode()).hexdigest()[:16]
+
+
+def source_name(function: FunctionType) -> str:
+    """Name a function by where its source stands: package.module.Class.function."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
 def original_functions(tool: str, points: Sequence[PatchPoint]) -> list[FunctionType]:
-    """Return the functions at the patch points. InputError: one is missing, or takes other parameters than ours."""
+    """Return the functions at the patch points.
+
+    Raises:
+        InputError: one is missing, wrapped by something else, or not one that was tested (`known_sources.py`).
+    """
     functions = []
     for point in points:
         function = vars(point.owner).get(point.name)
         if not isinstance(function, FunctionType):
             raise refusal(tool, f"{point} is no function")
-        found = tuple(inspect.signature(function).parameters)
-        if found != point.parameters:
-            raise refusal(tool, f"{point} takes ({', '.join(found)}), not ({', '.join(point.parameters)})")
+        if not _is_known(tool, function):
+            tested = ", ".join(SUPPORTED[tool].tested)
+            raise refusal(tool, f"{point} of {installed_release(tool)} is not the one of the tested releases {tested}")
         functions.append(function)
     return functions
+
+
+def _is_known(tool: str, function: FunctionType) -> bool:
+    """Whether a function is a tested one, with no wrapper but the standard library's context manager."""
+    inner = inspect.unwrap(function)
+    if function is not inner and function.__code__.co_filename != contextmanager.__code__.co_filename:
+        return False
+    try:
+        return fingerprint(inner) in KNOWN_SOURCES[tool].get(source_name(inner), ())
+    except OSError:  # there is no source: it was made at run time
+        return False
 
 
 def check_agreement(tool: str, what: str, theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> None:

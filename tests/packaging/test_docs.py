@@ -20,7 +20,18 @@ from pyprune.cli.main import COMMANDS, cli
 PAGES = generator.pages(ROOT)
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
-DOCS = ("index", "quickstart", "methods", "loading", "backend", "architecture", "quality", "speed", "memory")
+DOCS = (
+    "index",
+    "quickstart",
+    "methods",
+    "loading",
+    "backend",
+    "architecture",
+    "quality",
+    "speed",
+    "versions",
+    "memory",
+)
 
 
 def command(name: str) -> click.Command:

@@ -5,6 +5,7 @@ Only pyprune, PyTorch and the tool are imported. Prints one line of JSON: larges
 tool's own, both against float64.
 """
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyprune.integrations import accelerate
-from pyprune.integrations.patching import Calls
+from pyprune.integrations import accelerate, gptqmodel, llm_compressor
+from pyprune.integrations.patching import Calls, fingerprint, source_name
 
 # In units of the largest error of a correctly rounded result, below which a ratio of errors says nothing.
 EPSILON = torch.finfo(torch.float32).eps
@@ -345,5 +346,16 @@ def run_checks(tool: str) -> list[dict[str, float]]:
     return [check() for check in CHECKS[tool]]
 
 
+def fingerprints(tool: str) -> dict[str, str]:
+    """The patched functions of the installed tool as pyprune/integrations/known_sources.py lists them."""
+    if tool == "gptqmodel":
+        points = gptqmodel.patch_points()
+    else:
+        points = [point for some in llm_compressor.patch_points() for point in some]
+    functions = [inspect.unwrap(vars(point.owner)[point.name]) for point in points]
+    return {source_name(function): fingerprint(function) for function in functions}
+
+
 if __name__ == "__main__":
-    print(json.dumps(run_checks(sys.argv[1])))
+    act = fingerprints if "--fingerprints" in sys.argv else run_checks
+    print(json.dumps(act(sys.argv[1])))
