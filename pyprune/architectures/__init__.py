@@ -1,6 +1,9 @@
-"""The model families that pyprune knows. A new one is one file beside these."""
+"""The model families. A new one is one file beside these, or a module that a package names as an entry point."""
+
+from collections.abc import Callable
 
 from ..errors import InputError
+from ..runtime.entry_points import load_entry_points
 from .family import ATTENTION, FFN, SUBLAYERS, Family, LayerShape, expand
 from .granite import GRANITE
 from .llama import LLAMA
@@ -9,9 +12,33 @@ from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .smollm3 import SMOLLM3
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3)}
+# Their layers compute what Llama's do, but for biases, norms of queries and keys, and sliding windows. Of a family
+# from elsewhere only its description is known.
+BUILT_IN = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3)
+FAMILIES = {family.name: family for family in BUILT_IN}
+# The entry-point group in which an installed package names modules with families.
+ENTRY_POINTS = "pyprune.families"
 SELECTED_PREFIX = "pyprune_selected_"  # begins the model_type of DISP models
 PRUNED_PREFIX = "pyprune_"  # begins the model_type of what pyprune writes when layers differ or have biases
+
+_followers: list[Callable[[Family], None]] = []
+
+
+def register(family: Family) -> Family:
+    """Make a family known by its `name`. ValueError: another family has that name."""
+    known = FAMILIES.setdefault(family.name, family)
+    if known is not family:
+        raise ValueError(f"there is a family {family.name!r} already: {known.prefix}")
+    for follow in _followers:
+        follow(family)
+    return family
+
+
+def for_every_family(follow: Callable[[Family], None]) -> None:
+    """Call `follow` with every family: now with the known ones, later with each that is registered."""
+    _followers.append(follow)
+    for family in list(FAMILIES.values()):
+        follow(family)
 
 
 def family_of(model_type: str | None) -> Family:
@@ -29,8 +56,13 @@ def family_of(model_type: str | None) -> Family:
     return FAMILIES[base]
 
 
+# Last: the modules may import any name of this one.
+load_entry_points(ENTRY_POINTS)
+
+
 __all__ = [
     "ATTENTION",
+    "BUILT_IN",
     "FAMILIES",
     "FFN",
     "PRUNED_PREFIX",
@@ -40,4 +72,6 @@ __all__ = [
     "LayerShape",
     "expand",
     "family_of",
+    "for_every_family",
+    "register",
 ]

@@ -74,6 +74,8 @@ def choose_architecture(reader: CheckpointReader, scaling: RopeScaling | None) -
 
     InputError: none does; the line says what each does not take.
     """
+    if reader.family.name not in CANDIDATES:
+        raise InputError(f"{reader.folder}: GGUF is written for {', '.join(CANDIDATES)}, not for {reader.family.name}")
     refusals = []
     for architecture in CANDIDATES[reader.family.name]:
         obstacles = list(_obstacles(architecture, reader, scaling))

@@ -1,9 +1,9 @@
 """The methods by name, and what they say of themselves."""
 
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..runtime import entry_points
 from .options import Option, options_of
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def register(method: "Registered") -> "Registered":
 
 def load_entry_points() -> None:
     """Import the modules that installed packages name in the group `pyprune.methods`; they register their methods."""
-    for entry in entry_points(group=ENTRY_POINTS):
-        entry.load()
+    entry_points.load_entry_points(ENTRY_POINTS)
 
 
 def methods_with(option: str) -> Iterator[tuple[str, Option]]:

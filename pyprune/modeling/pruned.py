@@ -11,7 +11,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
-from ..architectures import FAMILIES, PRUNED_PREFIX, Family
+from ..architectures import PRUNED_PREFIX, Family
+
+# Family → its configuration, body and causal language model.
+PRUNED_CLASSES: dict[str, tuple[Any, Any, Any]] = {}
 
 
 @contextmanager
@@ -25,10 +28,10 @@ def without_layers(config: Any) -> Iterator[None]:
         config.num_hidden_layers = layers
 
 
-def _pruned_classes(family: Family) -> tuple[Any, Any, Any]:
+def pruned_classes(family: Family) -> tuple[Any, Any, Any]:
     """Configuration, body and causal language model of the family's pruned models: PyPruneLlamaConfig and so on.
 
-    They become attributes of this sublayer, where pickle looks for a class.
+    They become attributes of this module, where pickle looks for a class.
     """
 
     own_config: Any = family.config_class
@@ -71,6 +74,3 @@ def _pruned_classes(family: Family) -> tuple[Any, Any, Any]:
         made.__name__ = made.__qualname__ = f"PyPrune{family.prefix}{made.__name__}"
         globals()[made.__name__] = made
     return classes
-
-
-PRUNED_CLASSES = {name: _pruned_classes(family) for name, family in FAMILIES.items()}

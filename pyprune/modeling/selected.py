@@ -10,20 +10,22 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..architectures import ATTENTION, FAMILIES, FFN, SELECTED_PREFIX, Family
+from ..architectures import ATTENTION, FFN, SELECTED_PREFIX, Family
 from ..architectures.channel_selection import SELECTIONS, slices
 from ..ops import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
 from .config import layered_fields
 from .indices import CheckedLayer, CheckedModel
 from .pruned import without_layers
 
+# Family → its configuration, body and causal language model.
+SELECTED_CLASSES: dict[str, tuple[Any, Any, Any]] = {}
 FLAGS = {ATTENTION: "o_proj_bias", FFN: "down_proj_bias"}
 
 
-def _selected_classes(family: Family) -> tuple[Any, Any, Any]:
+def selected_classes(family: Family) -> tuple[Any, Any, Any]:
     """Configuration, body and causal language model of the family's DISP models: PyPruneSelectedLlamaConfig and so on.
 
-    They become attributes of this sublayer, where pickle looks for a class.
+    They become attributes of this module, where pickle looks for a class.
     """
 
     own_config: Any = family.config_class
@@ -127,9 +129,6 @@ def _narrow(block: Any, name: str, cut: dict[int, str], counts: dict[str, int], 
         dtype=linear.weight.dtype,
     )
     setattr(block.get_submodule(parent), own, narrower)
-
-
-SELECTED_CLASSES = {name: _selected_classes(family) for name, family in FAMILIES.items()}
 
 
 def selected_config(

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..architectures import ATTENTION, FFN, GRANITE, LLAMA, MISTRAL, SMOLLM3, Family, LayerShape
+from ..architectures import ATTENTION, BUILT_IN, FFN, GRANITE, LLAMA, MISTRAL, SMOLLM3, Family, LayerShape
 from ..errors import InputError
 
 # SeedOss has flags for all biases in transformers, but vLLM (055e47c) builds its o_proj and its FFN without.
@@ -95,6 +95,7 @@ def find_stock(
 ) -> Stock | None:
     """The first stock class that computes what the model computes: the family's own, Mistral, Granite, SmolLM3.
 
+    Of a family of another package it is the own one alone: equal names of tensors need not mean equal layers.
     `config` is the model's configuration before this pruning, `shapes` what each layer has afterwards; the flags say
     which output projections have a bias then. None where layers differ, or where no class has the model's tensors: of
     the known families that is Qwen3 with a bias on down_proj, whose norms of queries and keys no class has together
@@ -105,7 +106,7 @@ def find_stock(
     needed = set(family.layer_state_shapes(config, 0))
     flags = ((ATTENTION, o_proj_bias), (FFN, down_proj_bias))
     needed |= {family.output_proj(sublayer) + ".bias" for sublayer, biased in flags if biased}
-    others = [other for other in OTHERS if other.name != family.name]
+    others = [other for other in OTHERS if other.name != family.name] if family in BUILT_IN else []
     for candidate in (family, *others):
         stock = _in_class(candidate, family, config, shapes[0], needed)
         if stock is not None:

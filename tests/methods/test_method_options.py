@@ -2,10 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.command_line import run
-from support.paths import ROOT
+from support.extension import Extension
 
 from pyprune.allocation.layers import layer_subset, parse_layers
 from pyprune.architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
@@ -241,32 +237,9 @@ PROCEDURES["toy"] = slice_costs
 '''
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The command line in a process where a package with the file above is installed."""
-    installed = tmp_path / "installed"
-    information = installed / "pyprune_toy-1.0.dist-info"
-    information.mkdir(parents=True)
-    (installed / "pyprune_toy.py").write_text(TOY)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: pyprune-toy\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text("[pyprune.methods]\ntoy = pyprune_toy\n")
-    path = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-    def started(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pyprune", *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-
-    return started
-
-
-def test_a_method_in_a_file_of_its_own(
-    toy: Callable[..., subprocess.CompletedProcess[str]], demo_model: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_a_method_in_a_file_of_its_own(demo_model: Path, tmp_path: Path) -> None:
+    toy = Extension(tmp_path, "pyprune_toy", "pyprune.methods", TOY).pyprune
     shown = " ".join(toy("prune", "--help").stdout.split())
     assert "toy, toy-passes: Of the norm. [default: 2]" in shown
     assert "toy, toy-passes: Which go first. One of low, high. [default: low]" in shown

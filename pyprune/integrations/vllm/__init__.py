@@ -4,12 +4,15 @@ vLLM calls `register` through the entry point group `vllm.general_plugins` in ea
 a model's config.json.
 """
 
+from ...architectures import BUILT_IN
 from ...modeling import PRUNED_CLASSES
 
 # `architectures` in config.json -> the class that vLLM builds. A string, which vLLM imports when such a model is
-# loaded: importing the class here would initialize the device in every process.
+# loaded: importing the class here would initialize the device in every process. A family of another package may
+# compute what that class does not.
 MODELS = {
-    causal_lm_class.__name__: f"{__name__}.model:PrunedForCausalLM" for _, _, causal_lm_class in PRUNED_CLASSES.values()
+    causal_lm_class.__name__: f"{__name__}.model:PrunedForCausalLM"
+    for _, _, causal_lm_class in (PRUNED_CLASSES[family.name] for family in BUILT_IN)
 }
 
 
