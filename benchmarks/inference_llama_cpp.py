@@ -38,7 +38,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Contestant:
+class Candidate:
     """A GGUF file in llama.cpp, with a context for one sequence of `tokens` tokens."""
 
     def __init__(self, llama: Any, model: Any, tokens: int, threads: int) -> None:
@@ -70,7 +70,7 @@ class Contestant:
 
 
 @contextmanager
-def loaded(llama: Any, file: Path, tokens: int, threads: int) -> Iterator[Contestant]:
+def loaded(llama: Any, file: Path, tokens: int, threads: int) -> Iterator[Candidate]:
     parameters = llama.llama_model_default_params()
     parameters.n_gpu_layers = 0
     # AMX buffers crash on some virtual machines without AMX (llama-cpp-python 0.3.36).
@@ -78,11 +78,11 @@ def loaded(llama: Any, file: Path, tokens: int, threads: int) -> Iterator[Contes
     model = llama.llama_model_load_from_file(str(file).encode(), parameters)
     if not model:
         raise RuntimeError(f"{file}: llama.cpp cannot load it")
-    contestant = Contestant(llama, model, tokens, threads)
+    candidate = Candidate(llama, model, tokens, threads)
     try:
-        yield contestant
+        yield candidate
     finally:
-        llama.llama_free(contestant.context)
+        llama.llama_free(candidate.context)
         llama.llama_model_free(model)
 
 
@@ -151,9 +151,9 @@ def timed(llama: Any, files: list[Path], arguments: argparse.Namespace) -> list[
     times: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in files]
     for turn in range(arguments.rounds + 1):
         for file, own in zip(files, times, strict=True):
-            with loaded(llama, file, tokens, arguments.threads) as contestant:
-                contestant.run(ids, arguments.prompt)  # pages of the file, and the buffers
-                prefill, decode = contestant.run(ids, arguments.prompt)
+            with loaded(llama, file, tokens, arguments.threads) as candidate:
+                candidate.run(ids, arguments.prompt)  # pages of the file, and the buffers
+                prefill, decode = candidate.run(ids, arguments.prompt)
             if turn:
                 own["prefill"].append(prefill)
                 own["decode"].append(decode)

@@ -284,7 +284,7 @@ def our_factor(h: Tensor) -> Tensor:
 
 
 # How each makes the Hessians and the factor of an inverse.
-CONTESTANTS: dict[str, tuple[Callable[[Inputs, int], Hessians], Callable[[Tensor], Tensor]]] = {
+CANDIDATES: dict[str, tuple[Callable[[Inputs, int], Hessians], Callable[[Tensor], Tensor]]] = {
     "tools": (running_mean, three_factorisations),
     "plain PyTorch": (plain_sums, reversed_factorisation),
     "ours": (hooked(False), our_factor),
@@ -300,7 +300,7 @@ def wait(device: torch.device) -> float:
 
 def timed(name: str, inputs: Inputs, count: int, device: torch.device) -> dict[str, float]:
     """Seconds of each stage, and the most memory beyond the inputs, MiB. Factors are dropped one by one."""
-    accumulate, factorise = CONTESTANTS[name]
+    accumulate, factorise = CANDIDATES[name]
     before = 0
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -340,9 +340,9 @@ def errors_of(inputs: Inputs, count: int, linear: str) -> dict[str, dict[str, fl
     factor_of_rounded = three_factorisations(rounded.double())
     factor = three_factorisations(exact.clone())
     found = {}
-    for contestant, (accumulate, factorise) in CONTESTANTS.items():
+    for candidate, (accumulate, factorise) in CANDIDATES.items():
         hessian = accumulate({name: inputs[name]}, count)[linear]
-        found[contestant] = {
+        found[candidate] = {
             "hessian": relative_error(hessian, exact),
             "factor": relative_error(factorise(rounded.clone()), factor_of_rounded),
             "both": relative_error(factorise(hessian), factor),
@@ -353,14 +353,14 @@ def errors_of(inputs: Inputs, count: int, linear: str) -> dict[str, dict[str, fl
 def inexact(errors: dict[str, dict[str, float]], linear: str) -> list[str]:
     """What is less exact of ours than it should be: twice the tools' error, or the Hessian kernel's own target."""
     failures = []
-    for contestant in ("ours", "ours, shared inputs"):
+    for candidate in ("ours", "ours, shared inputs"):
         bounds = {
             "hessian": max(2 * errors["tools"]["hessian"], KERNEL_TARGET),
             "factor": 2 * errors["tools"]["factor"] + torch.finfo(torch.float32).eps,
         }
         for what, bound in bounds.items():
-            if errors[contestant][what] > bound:
-                failures.append(f"{linear}, {contestant}: the {what} is {errors[contestant][what]:.1e} off")
+            if errors[candidate][what] > bound:
+                failures.append(f"{linear}, {candidate}: the {what} is {errors[candidate][what]:.1e} off")
     return failures
 
 
@@ -380,7 +380,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if failures:  # no speed of what computes something else
         return report
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CANDIDATES}
     for repetition in range(-1, arguments.repeat):
         for name, found in runs.items():
             # The first round is for what is loaded, chosen and allocated at first use.
@@ -391,7 +391,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, found in runs.items():
         row = {key: statistics.median(run[key] for run in found) for key in found[0]}
         row["ratio"] = statistics.median(run["total_s"] for run in runs["tools"]) / row["total_s"]
-        report["rows"].append({"contestant": name} | row)
+        report["rows"].append({"candidate": name} | row)
         times = " ".join(f"{1e3 * row[f'{stage}_s']:7.1f} ms" for stage in ("hessians", "factors", "total"))
         print(f"{name:20} {times} {row['ratio']:7.1f}x {row.get('memory_mib', float('nan')):7.0f}")
     return report

@@ -128,7 +128,7 @@ def ours(layer: Layer, ratio: float, stages: Stages) -> None:
             inverse = damped_inverse(second_moments.hessian, method.damping).inverse
         with stages.time("refit"):
             target = layer.driver_weight(block, module)
-            add_split_product(target, second_moments.cross, inverse, method.correction)
+            add_split_product(target, second_moments.cross, inverse, method.effective_target_share)
         with stages.time("choice"):
             elimination = eliminate(inverse, lower_gram(target), count, width)
         with stages.time("refit"):
@@ -152,7 +152,7 @@ def align(layer: Layer, original: nn.Module, module: str, dense: Tensor, pruned:
     change = alignment_of(observer.result(), method.damping, "layer")
     for matrix in layer.reader.family.input_projs(module):
         weight = original.get_parameter(matrix + ".weight").float()
-        weight.addmm(weight, change, alpha=method.alignment).to(pruned.dtype)
+        weight.addmm(weight, change, alpha=method.effective_input_share).to(pruned.dtype)
 
 
 @torch.no_grad()

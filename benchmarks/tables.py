@@ -253,7 +253,7 @@ def integrations(results: Path) -> str:
     }
     body = [
         [
-            names.get(row["contestant"], row["contestant"]),
+            names.get(row["candidate"], row["candidate"]),
             f"{row['hessians_s']:.3f}",
             f"{row['factors_s']:.3f}",
             f"{row['total_s']:.2f}",

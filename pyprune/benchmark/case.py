@@ -21,7 +21,7 @@ Errors = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """One way to solve a problem.
 
     run() gives what the problem's `errors` judges, None where it computes something else. prepare() sets the state
@@ -42,14 +42,14 @@ class Problem:
     """The tensors of a case on a device, and who competes on them.
 
     own: our operator, on the backend that is chosen outside. errors: a result's errors against float64, by name.
-    yardstick: the rival whose errors set the limit; allowed: the largest errors of a correct result, from the
-    yardstick's.
+    accuracy_reference: the baseline whose errors set the limit; allowed: the largest errors of a correct result, from
+    those of the accuracy reference.
     """
 
-    own: Contestant
-    rivals: tuple[Contestant, ...]
+    own: Candidate
+    baselines: tuple[Candidate, ...]
     errors: Callable[[Any], Errors]
-    yardstick: str
+    accuracy_reference: str
     allowed: Callable[[Errors], Errors]
 
 
@@ -106,7 +106,7 @@ class Case:
         return [name for name in eligible if name != "reference"] or ["reference"]
 
 
-def on_backends(own: Contestant, names: list[str]) -> list[Contestant]:
+def on_backends(own: Candidate, names: list[str]) -> list[Candidate]:
     return [replace(own, name=name, kind=OURS) for name in names]
 
 

@@ -42,7 +42,7 @@ INTRODUCTION = (
     "Every result is compared with float64 first; one whose error is above the limit is not timed. Caches are cold: a "
     "large buffer is read before each repetition. Times are medians. The floor is the least work, whoever does it, at "
     "the rates at which this device copied and multiplied in the same run; products that are split over tensor cores "
-    "count as float32. The rival is the fastest of several ways in PyTorch, whatever its error; other tools' "
+    "count as float32. The baseline is the fastest of several ways in PyTorch, whatever its error; other tools' "
     "formulations are in our own words, sources beside them."
 )
 
@@ -97,7 +97,7 @@ def device_section(number: int, documents: Sequence[Document]) -> str:
 <div class="block">{main_table(number, rows)}</div>
 <div class="block"><h3>Rooflines</h3><div class="plots">{plots}</div></div>
 {history(documents)}
-<div class="block"><h3>Every contestant, and the command that repeats a row</h3>{details}</div>
+<div class="block"><h3>Every candidate, and the command that repeats a row</h3>{details}</div>
 """
 
 
@@ -169,18 +169,18 @@ def cells(number: int, row: Row) -> list[Cell]:
             "n",
         ),
         (f"{bar}{share:.0%}<small>{row['bound']}</small>", share, "n"),
-        rival_cell(row, PYTORCH, OTHER),
-        rival_cell(row, OTHER),
+        baseline_cell(row, PYTORCH, OTHER),
+        baseline_cell(row, OTHER),
         *error_cells(row, own),
     ]
 
 
-def rival_cell(row: Row, *kinds: str) -> Cell:
-    times, rival = times_faster(row, *kinds), fastest(row, *kinds)
-    if times is None or rival is None:
+def baseline_cell(row: Row, *kinds: str) -> Cell:
+    times, baseline = times_faster(row, *kinds), fastest(row, *kinds)
+    if times is None or baseline is None:
         return "", "", "n"
     kind = "good" if times > 1 else "bad"
-    return f'<span class="{kind}">{times:.2f} ×</span><small>{escape(shortened(rival["name"]))}</small>', times, "n"
+    return f'<span class="{kind}">{times:.2f} ×</span><small>{escape(shortened(baseline["name"]))}</small>', times, "n"
 
 
 def error_cells(row: Row, own: dict[str, Any]) -> list[Cell]:
@@ -188,8 +188,8 @@ def error_cells(row: Row, own: dict[str, Any]) -> list[Cell]:
     if not row["allowed"]:
         return [("", "", "n")] * 3
     what = max(row["allowed"], key=lambda name: own["errors"][name] / (row["allowed"][name] or 1.0))
-    rival = fastest(row, PYTORCH, OTHER)
-    theirs = (rival or {}).get("errors") or {}
+    baseline = fastest(row, PYTORCH, OTHER)
+    theirs = (baseline or {}).get("errors") or {}
     mine, allowed = own["errors"][what], row["allowed"][what]
     found = f"{theirs[what]:.1e}" if what in theirs else "–"
     return [
@@ -213,7 +213,7 @@ def operator_plot(number: int, operator: str, latest: Sequence[tuple[Row, Docume
 
 
 def row_details(number: int, row: Row, document: Document) -> str:
-    lines = "".join(contestant_line(one) for one in row["contestants"])
+    lines = "".join(candidate_line(one) for one in row["candidates"])
     head = "".join(f"<th>{name}</th>" for name in ("", "time", "low to high", "host", "repeated", "memory", "errors"))
     words = (
         f"{row['bytes'] / 1e6:,.1f} MB, {row['flops'] / 1e9:,.1f} GFLOP: at least {duration(row['floor_microseconds'])}"
@@ -228,12 +228,12 @@ def row_details(number: int, row: Row, document: Document) -> str:
 
 
 def command(row: Row, document: Document) -> str:
-    compiled = any(one["name"].endswith(", compiled") for one in row["contestants"])
+    compiled = any(one["name"].endswith(", compiled") for one in row["candidates"])
     flags = ["--compile"] if compiled else []
     return shlex.join(["pyprune", "benchmark", "--device", document["device"], *flags, "--row", row["id"]])
 
 
-def contestant_line(one: dict[str, Any]) -> str:
+def candidate_line(one: dict[str, Any]) -> str:
     name = f"pyprune, {one['name']}" if one["kind"] == OURS and one["name"] != OURS else one["name"]
     source = f"<small>{escape(one['source'])}</small>" if one["source"] else ""
     errors = ", ".join(f"{what} {error:.1e}" for what, error in (one["errors"] or {}).items()) or "–"

@@ -13,11 +13,11 @@ from matplotlib.ticker import NullFormatter
 from ..report.plots import ATTENTION, FFN, INK, PRUNE, STYLE, svg_of
 from .case import OTHER, OURS, PYTORCH
 from .rates import Rates
-from .results import Row, contestants, fastest, median
+from .results import Row, candidates, fastest, median
 
 BACKEND_COLORS = {"cuda": ATTENTION, "triton": FFN}
 # ((label, colour, marker), kinds of which the fastest is drawn)
-RIVALS = (
+BASELINES = (
     (("fastest plain PyTorch", PRUNE, "D"), (PYTORCH, OTHER)),
     (("another tool's way", INK, "x"), (OTHER,)),
 )
@@ -31,9 +31,9 @@ def roofline(rows: Sequence[Row], rates: Rates, name: str) -> str:
     points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in (row for row in rows if row["flops"]):
         drawn: list[tuple[tuple[str, str, str], dict[str, Any] | None]] = [
-            ((one["name"], BACKEND_COLORS.get(one["name"], ATTENTION), "o"), one) for one in contestants(row, OURS)
+            ((one["name"], BACKEND_COLORS.get(one["name"], ATTENTION), "o"), one) for one in candidates(row, OURS)
         ]
-        drawn += [(style, fastest(row, *kinds)) for style, kinds in RIVALS]
+        drawn += [(style, fastest(row, *kinds)) for style, kinds in BASELINES]
         for style, one in drawn:
             if one is not None:
                 points.setdefault(style, []).append((row["flops"] / row["bytes"], row["flops"] / median(one) * 1e6))

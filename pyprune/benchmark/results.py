@@ -1,6 +1,6 @@
 """The document of a run: a JSON file that grows by one row at a time and is whole at any moment.
 
-format          1; what this version reads
+format          2; what this version reads
 kind            "pyprune benchmark"
 machine         describe_machine's facts: date, commit, versions, cpu, gpu, driver, ...
 device          "cpu" or "cuda"
@@ -14,7 +14,7 @@ rows            one for each case:
     allowed         the largest errors of a correct result, by name
     reason          why nobody competed; else ""
     faults          of our operator: wrong results and failures, a line each
-    contestants     ours first:
+    candidates     ours first:
         name            a backend, or `pyprune` where there is one implementation; else the way in PyTorch
         kind            pyprune, pytorch, or other: another tool's formulation, named in `source`
         status          timed, wrong, out of memory, failed, unjudged, or unsupported (not in this
@@ -36,7 +36,7 @@ from ..errors import InputError
 from ..runtime.files import stem_of
 from .case import OTHER, OURS
 
-FORMAT, KIND = 1, "pyprune benchmark"
+FORMAT, KIND = 2, "pyprune benchmark"
 # Facts that do not make another machine or version.
 CHANGING = ("date",)
 
@@ -107,28 +107,28 @@ def device_name(document: Document) -> str:
     return machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}"
 
 
-def contestants(row: Row, *kinds: str) -> list[dict[str, Any]]:
+def candidates(row: Row, *kinds: str) -> list[dict[str, Any]]:
     """Those that were timed, of these kinds."""
-    return [one for one in row["contestants"] if one["kind"] in kinds and one["microseconds"]]
+    return [one for one in row["candidates"] if one["kind"] in kinds and one["microseconds"]]
 
 
-def median(contestant: dict[str, Any]) -> float:
-    return contestant["microseconds"]["median"]
+def median(candidate: dict[str, Any]) -> float:
+    return candidate["microseconds"]["median"]
 
 
 def fastest(row: Row, *kinds: str) -> dict[str, Any] | None:
-    return min(contestants(row, *kinds), key=median, default=None)
+    return min(candidates(row, *kinds), key=median, default=None)
 
 
 def headline(row: Row) -> dict[str, Any] | None:
     """Ours that is preferred: the first backend that was timed."""
-    return next(iter(contestants(row, OURS)), None)
+    return next(iter(candidates(row, OURS)), None)
 
 
 def times_faster(row: Row, *kinds: str) -> float | None:
-    """The fastest rival's time over ours. Every rival is plain PyTorch, also one that states another tool's way."""
-    own, rival = headline(row), fastest(row, *kinds)
-    return None if own is None or rival is None else median(rival) / median(own)
+    """The fastest baseline's time over ours. Baselines are plain PyTorch, also those in another tool's formulation."""
+    own, baseline = headline(row), fastest(row, *kinds)
+    return None if own is None or baseline is None else median(baseline) / median(own)
 
 
 def share_of_floor(row: Row) -> float | None:
@@ -142,10 +142,10 @@ def row_line(row: Row) -> str:
         return f"{row['id']}  {row['reason']}"
     if row["faults"]:
         return f"{row['id']}  NOT CORRECT, not timed: {'; '.join(row['faults'])}"
-    own = contestants(row, OURS)
+    own = candidates(row, OURS)
     if not own:
         reasons = [
-            f"{one['name']}: {one['status']}: {one['reason']}" for one in row["contestants"] if one["kind"] == OURS
+            f"{one['name']}: {one['status']}: {one['reason']}" for one in row["candidates"] if one["kind"] == OURS
         ]
         return f"{row['id']}  not timed: {'; '.join(reasons)}"
     parts = [", ".join(f"{one['name']} {duration(median(one))}" for one in own)]

@@ -1,4 +1,4 @@
-"""Runs cases: every contestant is compared with float64 first, then all that may are timed on the same tensors.
+"""Runs cases: every candidate is compared with float64 first, then all that may are timed on the same tensors.
 
 It knows no operator; case.py says what it is given, results.py what a row holds.
 """
@@ -15,11 +15,11 @@ import torch
 from ..errors import VerificationError
 from ..ops import use_backend
 from ..ops.requirements import dtype_name
-from .case import OURS, Case, Contestant, Errors, Problem, on_backends
+from .case import OURS, Candidate, Case, Errors, Problem, on_backends
 from .rates import Rates
 from .timing import Timer
 
-# Seconds that the repetitions of one contestant take, within the least and the most number of them.
+# Seconds that the repetitions of one candidate take, within the least and the most number of them.
 SECONDS = 0.3
 
 TIMED, WRONG, OUT_OF_MEMORY, FAILED, UNJUDGED = "timed", "wrong", "out of memory", "failed", "unjudged"
@@ -28,9 +28,9 @@ UNSUPPORTED = "unsupported"
 
 @dataclass
 class Measurement:
-    """What became of a contestant. status: one of the words above; reason: why it was not timed."""
+    """What became of a candidate. status: one of the words above; reason: why it was not timed."""
 
-    contestant: Contestant
+    candidate: Candidate
     status: str = TIMED
     reason: str = ""
     errors: Errors | None = None
@@ -43,13 +43,13 @@ class Measurement:
     @property
     def is_fault(self) -> bool:
         """Whether our operator gave a wrong result or none; that memory ran out is no fault."""
-        return self.contestant.kind == OURS and self.status in (WRONG, FAILED)
+        return self.candidate.kind == OURS and self.status in (WRONG, FAILED)
 
     def document(self) -> dict[str, Any]:
         return {
-            "name": self.contestant.name,
-            "kind": self.contestant.kind,
-            "source": self.contestant.source,
+            "name": self.candidate.name,
+            "kind": self.candidate.kind,
+            "source": self.candidate.source,
             "status": self.status,
             "reason": self.reason,
             "errors": self.errors,
@@ -61,7 +61,7 @@ class Measurement:
 class Runner:
     """Rows on one device. wanted: the backends that may compete, none named: those that would be chosen from.
 
-    repeat: repetitions at most. compiled: rivals also under torch.compile.
+    repeat: repetitions at most. compiled: baselines also under torch.compile.
     """
 
     def __init__(
@@ -104,22 +104,22 @@ class Runner:
             "bound": floor.bound,
             "allowed": allowed,
             "reason": reason,
-            "contestants": [outcome.document() for outcome in outcomes],
-            "faults": [f"{o.contestant.name}: {o.status}: {o.reason}" for o in outcomes if o.is_fault],
+            "candidates": [outcome.document() for outcome in outcomes],
+            "faults": [f"{o.candidate.name}: {o.status}: {o.reason}" for o in outcomes if o.is_fault],
         }
 
     def compete(self, case: Case, problem: Problem) -> tuple[list[Measurement], Errors]:
-        rivals = [*problem.rivals]
+        baselines = [*problem.baselines]
         if self.compiled:
-            rivals += [compiled_rival(rival) for rival in problem.rivals if rival.compilable]
+            baselines += [compiled_baseline(baseline) for baseline in problem.baselines if baseline.compilable]
         own = [Measurement(c) for c in on_backends(problem.own, case.backends(self.device, self.wanted))]
-        others = [Measurement(rival) for rival in rivals]
+        others = [Measurement(baseline) for baseline in baselines]
         for outcome in [*others, *own]:
             self.check(outcome, problem)
-        yardstick = next(outcome for outcome in others if outcome.contestant.name == problem.yardstick)
-        allowed = {} if yardstick.errors is None else problem.allowed(yardstick.errors)
+        accuracy_reference = next(outcome for outcome in others if outcome.candidate.name == problem.accuracy_reference)
+        allowed = {} if accuracy_reference.errors is None else problem.allowed(accuracy_reference.errors)
         for outcome in own:
-            judge(outcome, allowed, yardstick)
+            judge(outcome, allowed, accuracy_reference)
         for outcome in [*own, *others]:
             if outcome.status == TIMED:
                 self.time(outcome)
@@ -129,10 +129,10 @@ class Runner:
         """Call once: the result's errors, and what the call allocates."""
 
         def call() -> None:
-            contestant = outcome.contestant
-            contestant.prepare()
+            candidate = outcome.candidate
+            candidate.prepare()
             before = self.allocated()
-            result = contestant.run()
+            result = candidate.run()
             outcome.peak_bytes = self.peak_since(before)
             if result is not None:
                 outcome.errors = problem.errors(result)
@@ -141,19 +141,19 @@ class Runner:
 
     def time(self, outcome: Measurement) -> None:
         def call() -> None:
-            contestant = outcome.contestant
-            outcome.figures = asdict(self.timer.within(SECONDS, contestant.run, contestant.prepare))
+            candidate = outcome.candidate
+            outcome.figures = asdict(self.timer.within(SECONDS, candidate.run, candidate.prepare))
 
         self.guarded(outcome, call)
 
     def guarded(self, outcome: Measurement, call: Callable[[], None]) -> None:
-        """Whatever a contestant raises is its outcome; a device that broke down ends the run."""
-        own = outcome.contestant.kind == OURS
+        """Whatever a candidate raises is its outcome; a device that broke down ends the run."""
+        own = outcome.candidate.kind == OURS
         try:
-            with use_backend(outcome.contestant.name if own and outcome.contestant.name != OURS else None):
+            with use_backend(outcome.candidate.name if own and outcome.candidate.name != OURS else None):
                 call()
         except torch.AcceleratorError as error:
-            name = outcome.contestant.name
+            name = outcome.candidate.name
             raise VerificationError(
                 f"{name}: the device no longer answers ({first_line(error)}); --resume goes on with the next start"
             ) from error
@@ -183,12 +183,14 @@ class Runner:
             torch.cuda.empty_cache()
 
 
-def judge(outcome: Measurement, allowed: Errors, yardstick: Measurement) -> None:
+def judge(outcome: Measurement, allowed: Errors, accuracy_reference: Measurement) -> None:
     """Our result is wrong unless each of its errors is within the limit."""
     if outcome.status != TIMED:
         return
     if not allowed:
-        outcome.fail(UNJUDGED, f"the limit is {yardstick.contestant.name}'s to set: {yardstick.status}")
+        outcome.fail(
+            UNJUDGED, f"the limit is {accuracy_reference.candidate.name}'s to set: {accuracy_reference.status}"
+        )
         return
     errors = outcome.errors or {}
     beyond = [f"error of {what} {errors.get(what, float('nan')):.2g}, allowed {most:.2g}"
@@ -197,11 +199,11 @@ def judge(outcome: Measurement, allowed: Errors, yardstick: Measurement) -> None
         outcome.fail(WRONG, "; ".join(beyond))
 
 
-def compiled_rival(rival: Contestant) -> Contestant:
-    # Rivals share their code between sizes, and torch.compile gives up on code after a few of them.
+def compiled_baseline(baseline: Candidate) -> Candidate:
+    # Baselines share their code between sizes, and torch.compile gives up on code after a few of them.
     torch.compiler.reset()
-    run = torch.compile(rival.run, dynamic=False)
-    return replace(rival, name=f"{rival.name}, compiled", run=run)
+    run = torch.compile(baseline.run, dynamic=False)
+    return replace(baseline, name=f"{baseline.name}, compiled", run=run)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

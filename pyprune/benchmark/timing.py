@@ -1,7 +1,7 @@
 """Timing of single calls with cold caches, the way that every benchmark here does it.
 
 Before each repetition the caches are filled by reading a large buffer: inputs are then cold, and no dirty line
-waits to be written back at the contestant's expense. Device times come from CUDA events, enqueued while the
+waits to be written back at the candidate's expense. Device times come from CUDA events, enqueued while the
 buffer is still being read, which hides the host's work; that is reported apart.
 """
 

@@ -24,7 +24,7 @@ from .search import Finding, Shape, Unusable, search
 from .timing import Timer
 
 if TYPE_CHECKING:
-    from .candidates import Tunable
+    from .configurations import Tunable
 
 ELEMENTS = {2: torch.bfloat16, 4: torch.float32}
 REPEAT, ROUNDS = 7, 25
@@ -156,11 +156,11 @@ def best_configuration(
     advance: Callable[[int, int], None],
 ) -> Finding[Any]:
     """VerificationError where the shipped configuration itself does not work."""
-    from .candidates import TUNABLE
+    from .configurations import TUNABLE
 
     tunable = TUNABLE[operator]
     shipped = tunable.shipped(gpu.capability, element_size)
-    candidates = tunable.candidates(gpu.capability, element_size, quick)
+    candidates = tunable.configurations(gpu.capability, element_size, quick)
     shapes, measure = tunable.shapes(element_size, quick), GpuMeasure(tunable, element_size, device)
     try:
         found = search(shipped, candidates, shapes, measure, lambda number: advance(number, len(candidates)))
@@ -207,7 +207,7 @@ def keep(entries: dict[tuple[str, int], tuning.Entry], finding: dict[str, Any]) 
 
 
 def finding_lines(what: str, found: Finding[Any]) -> list[str]:
-    from .candidates import names_of
+    from .configurations import names_of
 
     lines = [f"{what}: skipped {names_of(candidate, [found.shipped])}: {reason}" for candidate, reason in found.skipped]
     gain = f"{found.gain.times:.3f} x the shipped one (standard error {found.gain.error:.3f})"

@@ -27,7 +27,7 @@ from .console import Console
 @click.option("--sweep", is_flag=True, help="Sizes beside the models', and the drift of H over many updates.")
 @click.option("--row", "row_ids", metavar="ID", multiple=True, help="Only this row; may be repeated.")
 @click.option("--backends", "backend_names", metavar="NAME,NAME", help="Ours.  [default: all but the reference]")
-@click.option("--compile", "compiled", is_flag=True, help="Rivals under torch.compile too, which takes long.")
+@click.option("--compile", "compiled", is_flag=True, help="Baselines under torch.compile too, which takes long.")
 @click.option("--repeat", type=click.IntRange(1), help="Repetitions at most.  [default: 30 on a GPU, 5 on a CPU]")
 @click.option("--output", type=click.Path(path_type=Path), help="FILE.json, or a folder; a page is written beside it.")
 @click.option("--resume", is_flag=True, help="Go on with OUTPUT: leave out rows that it holds.")

@@ -186,21 +186,21 @@ class SequentialSliceCost(PassCost[ScoringMethod]):
 class ReconstructCost(PassCost[SecondOrderMethod]):
     """Layer by layer in two halves: second moments on the pruned stream, choice and refit, and a forward of the result.
 
-    With a correction a dense stream goes along; with an alignment both norms' outputs have second moments too.
+    With a target share a dense stream goes along; with an input share both norms' outputs have second moments too.
     """
 
     @property
     def streams(self) -> int:
-        return 2 if self.method.correction else 1
+        return 2 if self.method.effective_target_share else 1
 
     def flops(self) -> float:
         sizes, method = self.sizes, self.method
         forward, tokens, hidden = self.forward_flops(), sizes.samples * sizes.sequence_length, self.hidden_size
         flops = forward * (2 - sizes.ratio)
         flops += hessian_flops(sizes)
-        if method.correction:  # the dense stream, and the stream error's moments with the inputs
+        if method.effective_target_share:  # the dense stream, and the stream error's moments with the inputs
             flops += forward + sum(2 * tokens * hidden * d for d in output_proj_widths(sizes))
-        if method.alignment:  # second moments of what both norms put out, and of its change
+        if method.effective_input_share:  # second moments of what both norms put out, and of its change
             flops += 2 * len(sizes.shapes) * 3 * tokens * hidden**2
         return flops
 
@@ -211,12 +211,12 @@ class ReconstructCost(PassCost[SecondOrderMethod]):
     def seconds(self, rates: Rates) -> float:
         sizes, method, tokens = self.sizes, self.method, self.sizes.tokens
         forward = self.forward_seconds(rates)
-        seconds = forward * (2 - sizes.ratio) + (forward if method.correction else 0.0)
+        seconds = forward * (2 - sizes.ratio) + (forward if method.effective_target_share else 0.0)
         for sublayer in SUBLAYERS:
             own = output_proj_seconds(sizes, sublayer, tokens, sizes.ratio, rates)
             seconds += own["hessian"] + own["inverse"] + own["eliminate"] + own["gram"]
-            seconds += own["stream error"] + own["fit"] if method.correction else 0.0
-        if method.alignment:
+            seconds += own["stream error"] + own["fit"] if method.effective_target_share else 0.0
+        if method.effective_input_share:
             aligned = output_proj_seconds(sizes, ATTENTION, tokens, 0.0, rates)
             square = (sizes.shape.hidden_size / sizes.width(ATTENTION)) ** 2
             norms = 56 * tokens * sizes.shape.hidden_size / rates.memory
@@ -230,16 +230,16 @@ class ReconstructCost(PassCost[SecondOrderMethod]):
         standing = layers + pruned_layer(sizes) + sizes.placed(batch, on_device, self.streams, sizes.windows)
         peaks = []
         for sublayer in SUBLAYERS:
-            aligned = sizes.matrices(sublayer) if method.alignment else 0
+            aligned = sizes.matrices(sublayer) if method.effective_input_share else 0
             before = sizes.matrices(ATTENTION) * 2 if sublayer == FFN else 0  # aligned and pruned by then
             d = sizes.width(sublayer)
             observing = d * d * 4 + sizes.forward(sublayer, batch)
-            if method.correction:
+            if method.effective_target_share:
                 observing += sizes.stream_error(sublayer, batch)
             # The dense FFN is through when its output projection is solved for; the attention's new output projection
             # is kept in float32.
             own = aligned if sublayer == ATTENTION else sizes.shape.hidden_size * sizes.width(ATTENTION) * 4
-            cross = sizes.shape.hidden_size * d * 4 if method.correction else 0
+            cross = sizes.shape.hidden_size * d * 4 if method.effective_target_share else 0
             solving = max(cross + inverting(sizes, sublayer), choosing(sizes, sublayer, deepest(sizes)))
             peaks += [aligned + before + observing, own + solving]
         return standing + max(*peaks, sizes.forward(FFN, batch))
@@ -247,7 +247,7 @@ class ReconstructCost(PassCost[SecondOrderMethod]):
     def cpu_bytes(self, run: CpuRun) -> int:
         sizes = self.sizes
         hidden = sizes.hidden(sizes.windows)
-        streams = 2 * hidden if self.method.correction else hidden
+        streams = 2 * hidden if self.method.effective_target_share else hidden
         width = max(output_proj_widths(sizes))
         # H, its inverse and the weights' products; the factor of what is removed; weights before and after in float32.
         solving = (3 * width**2 + width * width // 2 + 4 * sizes.shape.hidden_size * width) * 4

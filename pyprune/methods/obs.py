@@ -80,11 +80,11 @@ class Obs(SecondOrderMethod):
         return self.adds_bias
 
     @property
-    def correction(self) -> float:
+    def effective_target_share(self) -> float:
         return self.target_share if self.target == "residual" and self.refits else 0.0
 
     @property
-    def alignment(self) -> float:
+    def effective_input_share(self) -> float:
         return self.input_share if self.target == "residual" and self.refits else 0.0
 
     @property

@@ -60,11 +60,11 @@ def first_share_option() -> Any:
 class SecondOrderMethod(UnitMethod):
     """A sequential method on the second moments of each output projection's inputs.
 
-    `centred`: statistics about the mean, and a bias. `correction`: α, how
-    much of the residual stream's error the output projection takes on (0: none; no dense stream is carried then).
-    `alignment`: β, how much of the difference between the dense and the pruned stream the matrices that read the
-    stream (q, k, v, gate, up) make up; needs a correction.
-    `dense_statistics`: which statistics of the dense model the allocation needs.
+    `centred`: statistics about the mean, and a bias. `effective_target_share`: α, the share of the residual stream's
+    error that the output projection takes on (0: none; no dense stream is carried then). `effective_input_share`: β,
+    the share of the difference between the dense and the pruned stream that the matrices reading the stream (q, k, v,
+    gate, up) make up; only with a target share. `dense_statistics`: the dense model's statistics that the allocation
+    needs.
     """
 
     procedure: ClassVar[str] = "reconstruct"
@@ -81,11 +81,11 @@ class SecondOrderMethod(UnitMethod):
         return False
 
     @property
-    def correction(self) -> float:
+    def effective_target_share(self) -> float:
         return 0.0
 
     @property
-    def alignment(self) -> float:
+    def effective_input_share(self) -> float:
         return 0.0
 
     @property
@@ -146,8 +146,11 @@ class SecondOrderMethod(UnitMethod):
         inverse = damped.inverse
         target = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         bias = self._output_on_average(second_moments, target) if self.centred else None
-        if self.correction:
-            add_split_product(target, second_moments.take_cross(), inverse, self.correction)  # A is symmetric
+        if self.effective_target_share:
+            # A is symmetric.
+            add_split_product(
+                target, second_moments.take_cross(), inverse, self.effective_target_share
+            )  # A is symmetric
         target[:, damped.dead] = 0
         scores = single_errors(inverse, target, width).double().cpu()
         units = target.shape[1] // width
@@ -175,9 +178,9 @@ class SecondOrderMethod(UnitMethod):
         """Mean output to preserve, [out]: W m, and the target share of the mean stream error."""
         assert second_moments.mean is not None
         average = dense @ second_moments.mean
-        if self.correction:
+        if self.effective_target_share:
             assert second_moments.stream_error is not None
-            average += self.correction * second_moments.stream_error
+            average += self.effective_target_share * second_moments.stream_error
         return average
 
 

@@ -59,7 +59,7 @@ class ReconstructionPasses(Passes):
         self.copy_embeddings()
         forward, last = self.job.forward(), self.reader.layers - 1
         hidden = forward.embed()
-        streams = Streams(hidden, forward.copy(hidden) if self.method.correction else None)
+        streams = Streams(hidden, forward.copy(hidden) if self.method.effective_target_share else None)
         layers: list[Kept] = []
         scores: list[UnitScores] = []
         for layer, stored in stored_layers(self.job, "prune", self.meter):
@@ -143,8 +143,8 @@ class ReconstructionPasses(Passes):
         return kept, scores
 
     def _next_norms(self, block: nn.Module, layer: int) -> dict[str, nn.Module]:
-        """With an alignment, by sublayer, the norm that reads the stream after it: for the FFN the next layer's."""
-        if not self.method.alignment:
+        """With an input share, by sublayer, the norm that reads the stream after it: for the FFN the next layer's."""
+        if not self.method.effective_input_share:
             return {}
         family = self.reader.family
         norms = {ATTENTION: block.get_submodule(family.norm(FFN))}
@@ -167,7 +167,7 @@ class ReconstructionPasses(Passes):
             stored = source[matrix + ".weight"]
             weight = stored.to(self.device, torch.float32)
             with tf32_products() if stored.dtype != torch.float32 else nullcontext():
-                aligned = weight.addmm(weight, change, alpha=self.method.alignment)
+                aligned = weight.addmm(weight, change, alpha=self.method.effective_input_share)
             source[matrix + ".weight"] = aligned.to(stored.device, stored.dtype)
 
     def _repeat(

@@ -12,7 +12,7 @@ from support.command_line import run
 from torch import Tensor
 
 from pyprune.benchmark import results, runner
-from pyprune.benchmark.case import FULL, SMALL, Contestant, Problem
+from pyprune.benchmark.case import FULL, SMALL, Candidate, Problem
 from pyprune.benchmark.cases import hessian, layer_steps, selection
 from pyprune.benchmark.catalogue import MODELS, OPERATORS, SWEEPS, case_named, catalogue, choose_cases
 from pyprune.benchmark.rates import Rates, Work
@@ -55,7 +55,7 @@ def test_every_operator_is_correct_and_timed(tmp_path: Path, capsys: pytest.Capt
             assert set(row["allowed"]) <= set(one["errors"])
             assert all(one["errors"][what] <= most for what, most in row["allowed"].items()), row["id"]
         assert timed(row, "pytorch") or timed(row, "other"), row["id"]
-        for one in row["contestants"]:
+        for one in row["candidates"]:
             assert (one["microseconds"] is None) == (one["status"] != "timed")
             assert bool(one["source"]) == (one["kind"] == "other")
             if one["microseconds"]:
@@ -65,7 +65,7 @@ def test_every_operator_is_correct_and_timed(tmp_path: Path, capsys: pytest.Capt
         document.pop(part)
     for row in rows:
         row["allowed"] = None
-        for one in row["contestants"]:
+        for one in row["candidates"]:
             one["errors"] = None
     described = results.__doc__ or ""
     assert {key for key in keys_of(document) if key not in described} == set()
@@ -75,7 +75,7 @@ def test_one_document_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = benchmark(capsys, "--row", NORM, "--row", MOMENTS, "--json")
     assert outcome.status == 0
     document = outcome.json
-    assert (document["format"], document["kind"]) == (1, "pyprune benchmark")
+    assert (document["format"], document["kind"]) == (2, "pyprune benchmark")
     assert [row["id"] for row in document["rows"]] == [NORM, MOMENTS]
     assert document["machine"]["torch"] == torch.__version__
     assert document["rates"]["copy"] > 0
@@ -111,7 +111,7 @@ def test_a_wrong_result_is_not_timed(
     assert sum(bool(timed(row, "pyprune")) for row in json.loads(file.read_text())["rows"]) == 2
 
 
-def test_what_a_contestant_raises_is_its_outcome(
+def test_what_a_candidate_raises_is_its_outcome(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_large(*arguments: object) -> None:
@@ -121,8 +121,8 @@ def test_what_a_contestant_raises_is_its_outcome(
     outcome = benchmark(capsys, "--row", NORM, "--json")
     assert outcome.status == 0
     (row,) = outcome.json["rows"]
-    (rival,) = [one for one in row["contestants"] if one["name"] == "functional.rms_norm"]
-    assert (rival["status"], rival["reason"]) == ("out of memory", "OutOfMemoryError: CUDA out of memory")
+    (baseline,) = [one for one in row["candidates"] if one["name"] == "functional.rms_norm"]
+    assert (baseline["status"], baseline["reason"]) == ("out of memory", "OutOfMemoryError: CUDA out of memory")
     assert len(timed(row, "pyprune")) == 1
 
     monkeypatch.setattr(layer_steps, "rms_norm", too_large)
@@ -227,7 +227,7 @@ def test_errors_are_one_line(
 
 def test_backends_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = benchmark(capsys, "--row", MOMENTS, "--backends", "reference,cpu", "--json").json["rows"]
-    own = [one["name"] for one in row["contestants"] if one["kind"] == "pyprune"]
+    own = [one["name"] for one in row["candidates"] if one["kind"] == "pyprune"]
     assert own[-1] == "reference"
 
 
@@ -336,16 +336,16 @@ def test_repetitions_follow_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert timing.low == timing.median == timing.high == pytest.approx(1e6 * seconds)
 
 
-def test_without_its_yardstick_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_accuracy_reference_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     case = case_named(NORM)
     problem = Problem(
-        Contestant("own", lambda: torch.ones(1)),
-        (Contestant("yardstick", fails),),
+        Candidate("own", lambda: torch.ones(1)),
+        (Candidate("accuracy_reference", fails),),
         lambda result: {"result": 0.0},
-        "yardstick",
+        "accuracy_reference",
         lambda plain: plain,
     )
     own = Runner(CPU, Timer(CPU, 2), Rates(1.0, 1.0, 1.0, None))
@@ -364,7 +364,7 @@ def test_every_operator_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {row["operator"] for row in rows} == set(OPERATORS)
     for row in rows:
         assert timed(row, "pyprune"), row
-        assert all(one["status"] == "timed" for one in row["contestants"] if one["kind"] == "pyprune"), row
+        assert all(one["status"] == "timed" for one in row["candidates"] if one["kind"] == "pyprune"), row
         assert all(one["peak_bytes"] is not None for one in timed(row, "pyprune"))
     backends = {one["name"] for row in rows for one in timed(row, "pyprune")}
     assert {"cuda", "triton"} <= backends
@@ -375,7 +375,7 @@ def test_every_operator_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.gpu
-def test_compiled_rivals(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compiled_baselines(capsys: pytest.CaptureFixture[str]) -> None:
     row = "swiglu/qwen3-0.6b/1024x3072/bf16"
     outcome = run(capsys, "benchmark", "--row", row, "--compile", "--repeat", 3, "--json")
     assert outcome.status == 0, outcome.err

@@ -19,7 +19,7 @@ NORM = "rms_norm/llama-2-7b/16384x4096/bf16"
 RATES = {"copy": 3e12, "bfloat16": 7e14, "float32": 5e13, "tf32": 4e14}
 
 
-def contestant(name: str, kind: str, median: float | None, error: float = 1e-6, **changes: Any) -> dict[str, Any]:
+def candidate(name: str, kind: str, median: float | None, error: float = 1e-6, **changes: Any) -> dict[str, Any]:
     time = None
     if median is not None:
         time = {"median": median, "low": 0.99 * median, "high": 1.01 * median, "host": 9.0, "repeat": 30}
@@ -28,7 +28,7 @@ def contestant(name: str, kind: str, median: float | None, error: float = 1e-6, 
     return own | {"microseconds": time} | changes
 
 
-def row(id: str, *contestants: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def row(id: str, *candidates: dict[str, Any], **changes: Any) -> dict[str, Any]:
     operator, where, size, _ = id.split("/")
     own = {"id": id, "operator": operator, "where": where, "size": size, "dtype": "bfloat16", "date": "2026"}
     work = {
@@ -38,24 +38,22 @@ def row(id: str, *contestants: dict[str, Any], **changes: Any) -> dict[str, Any]
         "floor_microseconds": 1428.0,
         "bound": "arithmetic",
     }
-    outcome = {"allowed": {"H": 2e-6}, "reason": "", "faults": [], "contestants": list(contestants)}
+    outcome = {"allowed": {"H": 2e-6}, "reason": "", "faults": [], "candidates": list(candidates)}
     return own | work | outcome | changes
 
 
 def document(date: str, *rows: dict[str, Any], **machine: Any) -> dict[str, Any]:
     facts = {"date": f"{date}T10:00:00+00:00", "pyprune": "0.1.0", "commit": "abc1234", "cpu": "A CPU"}
     facts |= {"cpu_threads": 2, "gpu": "NVIDIA <Test> & Co"} | machine
-    own = {"format": 1, "kind": "pyprune benchmark", "machine": facts, "device": "cuda", "tuned": None}
+    own = {"format": 2, "kind": "pyprune benchmark", "machine": facts, "device": "cuda", "tuned": None}
     return own | {"rates": RATES, "rows": list(rows)}
 
 
 def usual(date: str, ours: float) -> dict[str, Any]:
-    others = contestant("plain <b>", "pytorch", 2000.0), contestant("running update", "other", 20000.0)
-    ran_out = contestant("large", "pytorch", None, reason="OutOfMemoryError: CUDA out of memory", errors=None)
-    hessian = row(
-        HESSIAN, contestant("cuda", "pyprune", ours), contestant("triton", "pyprune", 999.0), *others, ran_out
-    )
-    return document(date, hessian, row(NORM, contestant("triton", "pyprune", 50.0), *others[:1]))
+    others = candidate("plain <b>", "pytorch", 2000.0), candidate("running update", "other", 20000.0)
+    ran_out = candidate("large", "pytorch", None, reason="OutOfMemoryError: CUDA out of memory", errors=None)
+    hessian = row(HESSIAN, candidate("cuda", "pyprune", ours), candidate("triton", "pyprune", 999.0), *others, ran_out)
+    return document(date, hessian, row(NORM, candidate("triton", "pyprune", 50.0), *others[:1]))
 
 
 class Page(HTMLParser):
@@ -137,7 +135,7 @@ def test_what_a_row_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Files come in any order; a row is compared on one device only."""
-    elsewhere = document("2026-04-01", row(HESSIAN, contestant("cuda", "pyprune", 1.0)), gpu="NVIDIA Other")
+    elsewhere = document("2026-04-01", row(HESSIAN, candidate("cuda", "pyprune", 1.0)), gpu="NVIDIA Other")
     later, earlier = usual("2026-03-01", 800.0), usual("2026-02-01", 1000.0)
     page = page_of(capsys, tmp_path, later, elsewhere, earlier)
     text = " ".join(page.texts)
@@ -166,10 +164,10 @@ def test_changes_against_noise(first: tuple[float, ...], last: tuple[float, ...]
 
 
 def test_rows_that_were_not_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = contestant("cuda", "pyprune", None, 1.0, status="wrong", reason="error of H 1, allowed 2e-06")
+    wrong = candidate("cuda", "pyprune", None, 1.0, status="wrong", reason="error of H 1, allowed 2e-06")
     fault = "cuda: wrong: error of H 1, allowed 2e-06"
     rows = [
-        row(HESSIAN, wrong, contestant("plain", "pytorch", 10.0), faults=[fault]),
+        row(HESSIAN, wrong, candidate("plain", "pytorch", 10.0), faults=[fault]),
         row(NORM, reason="the inputs do not fit: CUDA out of memory", allowed={}),
     ]
     page = page_of(capsys, tmp_path, document("2026-01-01", *rows))
@@ -208,8 +206,8 @@ def test_from_the_benchmark_itself(
     [
         ("{", "not a JSON file"),
         ("[]", "not a result of `pyprune benchmark`"),
-        ('{"kind": "pyprune benchmark", "format": 9}', "its format is 9; this version reads 1"),
-        ('{"kind": "pyprune benchmark", "format": 1, "rows": []}', "it lacks device, machine, rates"),
+        ('{"kind": "pyprune benchmark", "format": 9}', "its format is 9; this version reads 2"),
+        ('{"kind": "pyprune benchmark", "format": 2, "rows": []}', "it lacks device, machine, rates"),
     ],
 )
 def test_files_that_are_no_results(

@@ -23,7 +23,7 @@ def small_speed(*more: str) -> dict[str, Any]:
 def test_speed() -> None:
     report = small_speed()
     assert report["failures"] == []
-    assert [row["contestant"] for row in report["rows"]] == list(integrations.CONTESTANTS)
+    assert [row["candidate"] for row in report["rows"]] == list(integrations.CANDIDATES)
     assert all(row[f"{stage}_s"] > 0 for row in report["rows"] for stage in ("hessians", "factors", "total"))
     assert list(report["errors"]) == ["q_proj", "down_proj"]
     for errors in report["errors"].values():
@@ -31,11 +31,11 @@ def test_speed() -> None:
     json.dumps(report)
 
 
-def test_contestants_compute_the_same() -> None:
+def test_candidates_compute_the_same() -> None:
     """The Hessian of each of the seven linears is 2/N·Σ xᵀx of what it reads."""
     arguments = integrations.argument_parser().parse_args(SMALL)
     inputs = integrations.layer_inputs(arguments, torch.device("cpu"))
-    for name, (accumulate, factorise) in integrations.CONTESTANTS.items():
+    for name, (accumulate, factorise) in integrations.CANDIDATES.items():
         hessians = accumulate(inputs, 11)
         assert sorted(hessians) == sorted(integrations.linears_of(inputs))
         for linear, reads in integrations.linears_of(inputs).items():
@@ -50,12 +50,12 @@ def test_contestants_compute_the_same() -> None:
 
 def test_no_speed_of_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums that are not what they should be are said to be, and nothing is timed."""
-    accumulate, factorise = integrations.CONTESTANTS["ours"]
+    accumulate, factorise = integrations.CANDIDATES["ours"]
 
     def off(inputs: Any, count: int) -> Any:
         return {linear: 1.001 * hessian for linear, hessian in accumulate(inputs, count).items()}
 
-    monkeypatch.setitem(integrations.CONTESTANTS, "ours", (off, factorise))
+    monkeypatch.setitem(integrations.CANDIDATES, "ours", (off, factorise))
     report = small_speed()
     assert report["rows"] == []
     assert report["failures"] == [f"{name}, ours: the hessian is 1.0e-03 off" for name in ("q_proj", "down_proj")]

@@ -18,7 +18,7 @@ from test_hessian_triton import compile_tma
 from test_triton_compile import compile_chunk_moments
 
 from pyprune.benchmark import tune
-from pyprune.benchmark.candidates import TUNABLE, hessian_candidates, moments_candidates, names_of
+from pyprune.benchmark.configurations import TUNABLE, hessian_configurations, moments_configurations, names_of
 from pyprune.benchmark.search import LEAST_GAIN, Gain, Shape, Unusable, combined, gain_of, is_gain, search
 from pyprune.errors import InputError
 from pyprune.ops import describe_installation, tuning
@@ -297,27 +297,27 @@ def test_names_of_a_configuration() -> None:
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_candidates_are_alike_in_what_the_kernels_rely_on(capability: tuple[int, int], element_size: int) -> None:
-    moments = moments_candidates(capability, element_size, False)
+    moments = moments_configurations(capability, element_size, False)
     assert channel_moments.shipped_configuration(capability, element_size) in moments
     for candidate in moments:
         # A thread owns 16 bytes of a row: no shuffles in a column's sum.
         assert candidate.tile_channels * element_size == 16 * 32 * candidate.warps
         assert not candidate.early_merge or capability >= (9, 0)
     assert len(set(moments)) >= len(moments) - 1
-    for candidate in hessian_candidates(capability, element_size, False):
+    for candidate in hessian_configurations(capability, element_size, False):
         assert hessian.FLUSH_ROWS % candidate.depth == 0
         assert not candidate.tma or (capability >= (9, 0) and element_size == 2)
 
 
 def test_candidates_compile() -> None:
     """For sm_90, the deepest of each tile: no spills, and no more shared memory than there is."""
-    deepest = {(c.tile_rows, c.warps): c for c in moments_candidates((9, 0), 2, False)}
+    deepest = {(c.tile_rows, c.warps): c for c in moments_configurations((9, 0), 2, False)}
     for candidate in deepest.values():
         code = compile_chunk_moments(90, "bf16", candidate, True, False)
         assert code.stack == 0
         assert code.resident(90, candidate.warps) >= 2
         assert "shfl" not in code.ptx
-    for candidate in hessian_candidates((9, 0), 2, False):
+    for candidate in hessian_configurations((9, 0), 2, False):
         if candidate.tma and candidate.band == hessian.TMA.band:
             code = compile_tma("bf16", candidate)
             assert code.stack == 0

@@ -21,4 +21,4 @@ def benchmark(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome
 
 
 def timed(row: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    return [one for one in row["contestants"] if one["kind"] == kind and one["status"] == "timed"]
+    return [one for one in row["candidates"] if one["kind"] == kind and one["status"] == "timed"]

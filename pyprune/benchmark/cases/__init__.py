@@ -1,1 +1,1 @@
-"""One operator a file: the problems that it meets in a model, rivals, the limit of its error. `cases(model, scale)`."""
+"""One operator a file: its problems in a model, the baselines, the limit of its error. `cases(model, scale)`."""

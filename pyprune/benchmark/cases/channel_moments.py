@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops import channel_moments_update
-from ..case import FULL, OTHER, SWEEP, Case, Contestant, Errors, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Candidate, Case, Errors, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 
@@ -17,7 +17,7 @@ CHECKED_CHANNELS = 512  # float64 copies are made of so many channels at a time
 # An error may be twice torch.var_mean's in float32 and 9 roundings more: eight for the merges of chunks and state, one
 # of a mean that is as large as a deviation (x is centred).
 ROUNDINGS = 9 * 2.0**-24
-YARDSTICK = "var_mean(float32)"
+ACCURACY_REFERENCE = "var_mean(float32)"
 
 
 class Flap:
@@ -76,18 +76,18 @@ def problem(rows: int, channels: int, device: torch.device) -> Problem:
         return dict(zip(("mean", "M2"), largest_errors(x, *result), strict=True))
 
     return Problem(
-        Contestant("own", own, state.zero_),
+        Candidate("own", own, state.zero_),
         (
-            Contestant(YARDSTICK, lambda: var_mean(x.float()), compilable=True),
-            Contestant("var_mean(bfloat16), which rounds its result", lambda: var_mean(x)),
+            Candidate(ACCURACY_REFERENCE, lambda: var_mean(x.float()), compilable=True),
+            Candidate("var_mean(bfloat16), which rounds its result", lambda: var_mean(x)),
             *(
                 # What it keeps is another quantity, so that its error would say nothing.
-                Contestant(name, partial(Flap(x, way).update, x), kind=OTHER, source="FLAP, arXiv 2312.11983")
+                Candidate(name, partial(Flap(x, way).update, x), kind=OTHER, source="FLAP, arXiv 2312.11983")
                 for name, way in (("running update of x transposed", True), ("running update of x", False))
             ),
         ),
         errors,
-        YARDSTICK,
+        ACCURACY_REFERENCE,
         lambda plain: {name: 2 * error + ROUNDINGS for name, error in plain.items()},
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops import eliminate, lower_gram, refit, use_backend
 from ...ops.eliminate import Elimination, launch_reference
 from ...ops.precision import exact_float32
-from ..case import FULL, OTHER, SWEEP, Case, Contestant, Errors, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Candidate, Case, Errors, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 from .inverse import PROBE_ROWS, damped_hessian
@@ -82,10 +82,10 @@ def problem(channels: int, outputs: int, count: int, device: torch.device) -> Pr
         return a.copy_(first_inverse)
 
     return Problem(
-        Contestant("own", own, start),
+        Candidate("own", own, start),
         (
-            Contestant("pivoted elimination in PyTorch, the reference", in_pytorch, start),
-            Contestant("steps of up to 1024 channels", by_slimgpt, kind=OTHER, source="SlimGPT, arXiv 2412.18110"),
+            Candidate("pivoted elimination in PyTorch, the reference", in_pytorch, start),
+            Candidate("steps of up to 1024 channels", by_slimgpt, kind=OTHER, source="SlimGPT, arXiv 2412.18110"),
         ),
         errors,
         "pivoted elimination in PyTorch, the reference",

@@ -11,12 +11,12 @@ from torch import Tensor
 from ...ops import grouped_cholesky_errors, grouped_cholesky_errors_reference
 from ...ops.grouped_cholesky import diagonal_blocks
 from ...ops.precision import exact_float32
-from ..case import FULL, OTHER, SWEEP, Case, Contestant, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Candidate, Case, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 
 ROUNDINGS = 4 * 2.0**-24
-YARDSTICK = "cholesky, two solves with G"
+ACCURACY_REFERENCE = "cholesky, two solves with G"
 
 
 class Units:
@@ -75,12 +75,12 @@ def problem(units: int, width: int, outputs: int, device: torch.device) -> Probl
     own = Units(units, width, outputs, device)
     exact = grouped_cholesky_errors_reference(own.a.double(), own.g.double(), width)
     return Problem(
-        Contestant("own", own.operator),
+        Candidate("own", own.operator),
         (
-            Contestant(YARDSTICK, own.solve_products),
-            Contestant("cholesky, inverse of the factor", own.invert_factors),
-            Contestant("the same, unit by unit", own.invert_factors_singly),
-            Contestant(
+            Candidate(ACCURACY_REFERENCE, own.solve_products),
+            Candidate("cholesky, inverse of the factor", own.invert_factors),
+            Candidate("the same, unit by unit", own.invert_factors_singly),
+            Candidate(
                 "cholesky, solve with W, norm",
                 own.solve_weights,
                 kind=OTHER,
@@ -88,7 +88,7 @@ def problem(units: int, width: int, outputs: int, device: torch.device) -> Probl
             ),
         ),
         lambda result: {"errors": (result / exact - 1).abs().max().item()},
-        YARDSTICK,
+        ACCURACY_REFERENCE,
         lambda plain: {"errors": 2 * plain["errors"] + ROUNDINGS},
     )
 

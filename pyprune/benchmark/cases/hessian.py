@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...ops.hessian import hessian_finish, hessian_update
 from ...ops.precision import exact_float32
-from ..case import FULL, OTHER, SWEEP, Case, Contestant, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Candidate, Case, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 
@@ -59,7 +59,7 @@ HALF_WAYS: dict[str, Update] = {
     "addmm(h, out_dtype=float32, out=h)": update_addmm,
     "h += mm(out_dtype=float32), 8192 rows at a time": update_mm_in_chunks,
 }
-YARDSTICK = "h += x.float().T @ x.float()"
+ACCURACY_REFERENCE = "h += x.float().T @ x.float()"
 
 # (rows, channels, rows an update) of the drift: 1 M tokens as a run accumulates them, 8 GiB.
 DRIFT, SMALL_DRIFT = (2**20, 4096, 2**15), (2**12, 64, 2**7)
@@ -106,20 +106,20 @@ def problem(rows: int, channels: int, device: torch.device) -> Problem:
         return h
 
     return Problem(
-        Contestant("own", own, h.zero_),
+        Candidate("own", own, h.zero_),
         (
-            Contestant(
-                YARDSTICK,
+            Candidate(
+                ACCURACY_REFERENCE,
                 updated_by(update_float32),
                 h.zero_,
                 OTHER,
                 "GPTQ, SparseGPT and SlimGPT accumulate so, arXiv 2210.17323, 2301.00774, 2412.18110",
             ),
-            *(Contestant(name, updated_by(update), h.zero_) for name, update in HALF_WAYS.items()),
-            Contestant("h.addmm_(x.float().T, x.float())", updated_by(update_float32_addmm), h.zero_),
+            *(Candidate(name, updated_by(update), h.zero_) for name, update in HALF_WAYS.items()),
+            Candidate("h.addmm_(x.float().T, x.float())", updated_by(update_float32_addmm), h.zero_),
         ),
         lambda result: {"H": largest_error(x, result)},
-        YARDSTICK,
+        ACCURACY_REFERENCE,
         lambda plain: {"H": largest_allowed(plain["H"], rows)},
     )
 
@@ -152,11 +152,11 @@ def finish_problem(channels: int, device: torch.device) -> Problem:
         return h
 
     return Problem(
-        Contestant("own", own, start),
+        Candidate("own", own, start),
         (
-            Contestant("h.tril() + h.tril(-1).T", lambda: h.tril() + h.tril(-1).T, start),
-            Contestant("h.tril_() + h.T, half the diagonal", lambda: half_diagonal(h.tril_()), start),
-            Contestant("h.tril_().add_(h.tril(-1).T)", lambda: h.tril_().add_(h.tril(-1).T), start),
+            Candidate("h.tril() + h.tril(-1).T", lambda: h.tril() + h.tril(-1).T, start),
+            Candidate("h.tril_() + h.T, half the diagonal", lambda: half_diagonal(h.tril_()), start),
+            Candidate("h.tril_().add_(h.tril(-1).T)", lambda: h.tril_().add_(h.tril(-1).T), start),
         ),
         lambda result: {"H": largest_difference(result, lower)},
         "h.tril() + h.tril(-1).T",
@@ -186,13 +186,13 @@ def drift_problem(rows: int, channels: int, batch: int, device: torch.device) ->
         return run
 
     return Problem(
-        Contestant("own", updated_by(update_ours), h.zero_),
+        Candidate("own", updated_by(update_ours), h.zero_),
         (
-            Contestant(YARDSTICK, updated_by(update_float32), h.zero_),
-            Contestant("h += mm(out_dtype=float32)", updated_by(update_mm), h.zero_),
+            Candidate(ACCURACY_REFERENCE, updated_by(update_float32), h.zero_),
+            Candidate("h += mm(out_dtype=float32)", updated_by(update_mm), h.zero_),
         ),
         lambda result: {"diagonal": mean_drift(result, exact)},
-        YARDSTICK,
+        ACCURACY_REFERENCE,
         lambda plain: {"diagonal": largest_allowed(plain["diagonal"], batch)},
     )
 

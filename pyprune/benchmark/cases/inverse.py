@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops import spd_inverse_factor
 from ...ops.precision import exact_float32
 from ...ops.spd_inverse import spd_inverse
-from ..case import FULL, OTHER, SWEEP, Case, Contestant, Errors, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Candidate, Case, Errors, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 
@@ -78,18 +78,21 @@ def inverse_problem(channels: int, device: torch.device) -> Problem:
     h = damped_hessian(channels, device)
     v = probe(channels, device)
     exact = torch.cholesky_solve(v, torch.linalg.cholesky(h.double()))
-    yardstick = "cholesky, cholesky_inverse"
+    accuracy_reference = "cholesky, cholesky_inverse"
     return Problem(
-        Contestant("own", lambda: spd_inverse(h, 0.0)[0]),
+        Candidate("own", lambda: spd_inverse(h, 0.0)[0]),
         (
-            Contestant(
-                yardstick, exactly(by_cholesky_inverse, h), kind=OTHER, source="GPTQ and SlimGPT, arXiv 2412.18110"
+            Candidate(
+                accuracy_reference,
+                exactly(by_cholesky_inverse, h),
+                kind=OTHER,
+                source="GPTQ and SlimGPT, arXiv 2412.18110",
             ),
-            Contestant("cholesky, cholesky_solve of the identity", exactly(by_cholesky_solve, h)),
-            Contestant("linalg.inv", exactly(torch.linalg.inv, h)),
+            Candidate("cholesky, cholesky_solve of the identity", exactly(by_cholesky_solve, h)),
+            Candidate("linalg.inv", exactly(torch.linalg.inv, h)),
         ),
         error_on("A", v, exact),
-        yardstick,
+        accuracy_reference,
         twice,
     )
 
@@ -109,20 +112,20 @@ def factor_problem(channels: int, device: torch.device) -> Problem:
     v = probe(channels, device)
     reversed_factor = torch.linalg.cholesky(h.double().flip(0, 1))
     exact = torch.linalg.solve_triangular(reversed_factor, v.flip(0), upper=False).flip(0)
-    yardstick = "cholesky, cholesky_inverse, cholesky(upper)"
+    accuracy_reference = "cholesky, cholesky_inverse, cholesky(upper)"
     return Problem(
-        Contestant("own", lambda: spd_inverse_factor(h, 0.0)[0]),
+        Candidate("own", lambda: spd_inverse_factor(h, 0.0)[0]),
         (
-            Contestant(
-                yardstick,
+            Candidate(
+                accuracy_reference,
                 exactly(by_three_factorisations, h),
                 kind=OTHER,
                 source="GPTQ and SparseGPT, arXiv 2210.17323, 2301.00774",
             ),
-            Contestant("cholesky and solve_triangular, reversed", exactly(by_reversal, h)),
+            Candidate("cholesky and solve_triangular, reversed", exactly(by_reversal, h)),
         ),
         error_on("U", v, exact),
-        yardstick,
+        accuracy_reference,
         twice,
     )
 

@@ -13,7 +13,7 @@ from ...ops import rms_norm, rotate_, swiglu_
 from ...ops.rms_norm import rms_norm_reference
 from ...ops.rotary import rotate_reference
 from ...ops.swiglu import swiglu_reference
-from ..case import OTHER, Case, Contestant, Errors, Problem, Scale, normal, relative_distance
+from ..case import OTHER, Candidate, Case, Errors, Problem, Scale, normal, relative_distance
 from ..models import Model
 from ..rates import Work
 
@@ -35,16 +35,16 @@ def normed_problem(tokens: int, channels: int, device: torch.device) -> Problem:
     weight = normal(device, torch.bfloat16, channels, seed=1)
     exact = rms_norm_reference(x.double(), weight.double(), EPS)
     return Problem(
-        Contestant("own", lambda: rms_norm(x, weight, EPS)),
+        Candidate("own", lambda: rms_norm(x, weight, EPS)),
         (
-            Contestant(
+            Candidate(
                 STEPS,
                 lambda: rms_norm_reference(x, weight, EPS),
                 kind=OTHER,
                 source="transformers, LlamaRMSNorm",
                 compilable=True,
             ),
-            Contestant("functional.rms_norm", lambda: functional.rms_norm(x, (channels,), weight, EPS)),
+            Candidate("functional.rms_norm", lambda: functional.rms_norm(x, (channels,), weight, EPS)),
         ),
         partial(against, exact),
         STEPS,
@@ -76,16 +76,16 @@ def rotary_problem(heads: int, tokens: int, head_dim: int, device: torch.device)
         return turned
 
     return Problem(
-        Contestant("own", own, lambda: turned.copy_(q)),
+        Candidate("own", own, lambda: turned.copy_(q)),
         (
-            Contestant(
+            Candidate(
                 STEPS,
                 lambda: rotated(q, cos, sin),
                 kind=OTHER,
                 source="transformers, apply_rotary_pos_emb",
                 compilable=True,
             ),
-            Contestant("half by half", lambda: rotated_by_halves(q, cos, sin), compilable=True),
+            Candidate("half by half", lambda: rotated_by_halves(q, cos, sin), compilable=True),
         ),
         partial(against, exact),
         STEPS,
@@ -106,16 +106,16 @@ def swiglu_problem(tokens: int, channels: int, device: torch.device) -> Problem:
         return gate
 
     return Problem(
-        Contestant("own", own, start),
+        Candidate("own", own, start),
         (
-            Contestant(
+            Candidate(
                 STEPS,
                 lambda: functional.silu(stored) * up,
                 kind=OTHER,
                 source="transformers, LlamaMLP",
                 compilable=True,
             ),
-            Contestant("silu and mul_, in place", lambda: functional.silu(gate, inplace=True).mul_(up), start),
+            Candidate("silu and mul_, in place", lambda: functional.silu(gate, inplace=True).mul_(up), start),
         ),
         partial(against, exact),
         STEPS,

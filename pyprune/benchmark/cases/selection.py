@@ -16,7 +16,7 @@ from ...ops.gather_scatter import (
     scatter_add_reference,
     scatter_add_rms_norm_gather_reference,
 )
-from ..case import FULL, OTHER, SWEEP, Case, Contestant, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Candidate, Case, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 from .layer_steps import EPS, STEPS, against, as_the_steps
@@ -87,16 +87,16 @@ def gather_problem(tokens: int, hidden: int, pattern: str, device: torch.device)
     x, weight, read = stream.stored, stream.weight, stream.read
     exact = rms_norm_gather_reference(x.double(), weight.double(), EPS, read)
     return Problem(
-        Contestant("own", lambda: rms_norm_gather(x, weight, EPS, read)),
+        Candidate("own", lambda: rms_norm_gather(x, weight, EPS, read)),
         (
-            Contestant(
+            Candidate(
                 STEPS,
                 lambda: rms_norm_gather_reference(x, weight, EPS, read),
                 kind=OTHER,
                 source=SOURCE,
                 compilable=True,
             ),
-            Contestant("functional.rms_norm, index_select", lambda: norm_then_select(x, weight, read), compilable=True),
+            Candidate("functional.rms_norm, index_select", lambda: norm_then_select(x, weight, read), compilable=True),
         ),
         partial(against, exact),
         STEPS,
@@ -126,11 +126,11 @@ def scatter_problem(tokens: int, hidden: int, pattern: str, device: torch.device
         return residual
 
     return Problem(
-        Contestant("own", in_place(scatter_add_), start),
+        Candidate("own", in_place(scatter_add_), start),
         (
-            Contestant(STEPS, in_place(scatter_add_reference), start, OTHER, SOURCE, compilable=True),
-            Contestant("residual[:, index] += update", assigned, start),
-            Contestant(
+            Candidate(STEPS, in_place(scatter_add_reference), start, OTHER, SOURCE, compilable=True),
+            Candidate("residual[:, index] += update", assigned, start),
+            Candidate(
                 "gathered by the inverse index",
                 lambda: add_by_inverse(residual, update, inverse),
                 start,
@@ -163,13 +163,13 @@ def whole_problem(tokens: int, hidden: int, pattern: str, device: torch.device) 
 
     arguments = (residual, update, added, weight, EPS, read)
     return Problem(
-        Contestant("own", lambda: scatter_add_rms_norm_gather_(*arguments), start),
+        Candidate("own", lambda: scatter_add_rms_norm_gather_(*arguments), start),
         (
-            Contestant(
+            Candidate(
                 STEPS, lambda: scatter_add_rms_norm_gather_reference(*arguments), start, OTHER, SOURCE, compilable=True
             ),
-            Contestant("index_add_, functional.rms_norm, index_select", three_passes, start, compilable=True),
-            Contestant("gathered by the inverse index, functional.rms_norm", by_inverse, start, compilable=True),
+            Candidate("index_add_, functional.rms_norm, index_select", three_passes, start, compilable=True),
+            Candidate("gathered by the inverse index, functional.rms_norm", by_inverse, start, compilable=True),
         ),
         partial(against, exact),
         STEPS,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ops import sparsify_, spd_inverse_factor
 from ...ops.precision import exact_float32
 from ...ops.sparsify import sparsify_reference
-from ..case import OTHER, SMALL, Case, Contestant, Errors, Problem, Scale, normal
+from ..case import OTHER, SMALL, Candidate, Case, Errors, Problem, Scale, normal
 from ..models import Model
 from ..rates import Work
 from .inverse import PROBE_ROWS, damped_hessian
@@ -84,10 +84,10 @@ def problem(channels: int, outputs: int, device: torch.device) -> Problem:
         return {"choice": error_left(hessian, weight, sparse) / best - 1}
 
     return Problem(
-        Contestant("own", own, start),
+        Candidate("own", own, start),
         (
-            Contestant("a block's columns in PyTorch, the reference", in_pytorch, start),
-            Contestant("a column at a time", by_sparsegpt, start, kind=OTHER, source="SparseGPT, arXiv 2301.00774"),
+            Candidate("a block's columns in PyTorch, the reference", in_pytorch, start),
+            Candidate("a column at a time", by_sparsegpt, start, kind=OTHER, source="SparseGPT, arXiv 2301.00774"),
         ),
         errors,
         "a block's columns in PyTorch, the reference",
@@ -97,7 +97,7 @@ def problem(channels: int, outputs: int, device: torch.device) -> Problem:
 
 def cases(model: Model, scale: Scale) -> Iterator[Case]:
     place, channels, outputs = "down", model.intermediate, model.hidden
-    if scale is SMALL:  # a column takes a CPU milliseconds, and rivals walk one at a time
+    if scale is SMALL:  # a column takes a CPU milliseconds, and baselines walk one at a time
         place, channels, outputs = "k", model.hidden, model.kv_heads * model.head_dim
     # U's triangle and W are read, W is written; half of the errors are zero.
     work = Work(2 * channels**2 + 8 * outputs * channels, outputs * channels**2 // 2)

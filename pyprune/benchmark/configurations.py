@@ -29,14 +29,14 @@ class Tunable:
     """
 
     shipped: Callable[[Capability, int], Any]
-    candidates: Callable[[Capability, int, bool], list[Any]]
+    configurations: Callable[[Capability, int, bool], list[Any]]
     shapes: Callable[[int, bool], list[Shape]]
     state: Callable[[int, torch.device], Tensor]
     run: Callable[[Tensor, Tensor, Any, int], None]
     judge: Callable[[Tensor], Callable[[Tensor], str | None]]
 
 
-def moments_candidates(capability: Capability, element_size: int, quick: bool) -> list[Any]:
+def moments_configurations(capability: Capability, element_size: int, quick: bool) -> list[Any]:
     """Tiles whose columns each lie in one thread, 16 bytes a row, as deep and as many as shared memory may hold."""
     shipped = moments_kernels.shipped_configuration(capability, element_size)
     if quick:
@@ -59,7 +59,7 @@ def moments_candidates(capability: Capability, element_size: int, quick: bool) -
     return found
 
 
-def hessian_candidates(capability: Capability, element_size: int, quick: bool) -> list[Any]:
+def hessian_configurations(capability: Capability, element_size: int, quick: bool) -> list[Any]:
     """Depths and stages of the shipped tile, and the bands in which tiles are walked."""
     shipped = hessian_kernels.shipped_configuration(capability, element_size)
     if quick:
@@ -127,7 +127,7 @@ def judge_hessian(x: Tensor) -> Callable[[Tensor], str | None]:
 TUNABLE = {
     "channel_moments": Tunable(
         moments_kernels.shipped_configuration,
-        moments_candidates,
+        moments_configurations,
         moments_shapes,
         lambda channels, device: torch.zeros(2, channels, device=device),
         run_moments,
@@ -135,7 +135,7 @@ TUNABLE = {
     ),
     "hessian": Tunable(
         hessian_kernels.shipped_configuration,
-        hessian_candidates,
+        hessian_configurations,
         hessian_shapes,
         lambda channels, device: torch.zeros(channels, channels, device=device),
         run_hessian,
