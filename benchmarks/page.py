@@ -33,8 +33,6 @@ PUBLISHED: list[dict[str, Any]] = [
     ),
 ]  # fmt: skip
 
-# Results of scripts that `pyprune benchmark` has replaced; the commit in each file has the script.
-FORMER_SCRIPTS = ("eliminate", "grouped-cholesky", "hessian", "inverse", "moments")
 REGION = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -186,8 +184,6 @@ def script_of(stem: str) -> str:
     if stem.startswith("benchmark-"):
         made = f"pyprune benchmark --page benchmarks/results/{stem}.json --output page.html"
         return f"`pyprune benchmark`; its page: `{made}`"
-    if stem.rpartition("-")[0] in FORMER_SCRIPTS:
-        return "a former script; today `pyprune benchmark`"
     names = [path.stem for path in FOLDER.glob("*.py") if stem.startswith(path.stem.replace("_", "-"))]
     return f"[{(name := max(names, key=len))}.py]({name}.py)" if names else "–"
 

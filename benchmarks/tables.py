@@ -11,6 +11,8 @@ from typing import Any
 
 from page_models import table
 
+from pyprune.benchmark.case import OTHER, PYTORCH
+from pyprune.benchmark.results import duration, headline, median, share_of_floor, times_faster
 from pyprune.methods import METHODS, list_methods
 
 Rows = list[dict[str, Any]]
@@ -23,6 +25,8 @@ PARTS_OF_OBS = (
     *("obs", "obs, bias", "obs, inputs as they are", "obs, full share", "obs, own target", "obs, log ratios"),
     *("obs, log, own target", "obs, linear ratios", "obs, fluctuation", "obs, uniform", "slimgpt, uniform"),
 )
+SECOND_ORDER = ("spd_inverse", "spd_inverse_factor", "grouped_cholesky_errors", "eliminate", "sparsify")
+SELECTIONS = ("rms_norm_gather", "scatter_add", "scatter_add_rms_norm_gather")
 PATTERNS = ("2:4", "4:8", "unstructured")
 
 
@@ -140,87 +144,36 @@ def pruned_speed(results: Path) -> str:
     return table(["shape", "layers", "mode", "prefill", "decode", "machine"], body) if body else ""
 
 
-def hessian(results: Path) -> str:
-    """Accumulation of Hessians against plain PyTorch, by size."""
-    found = {(tuple(row["shape"]), row["backend"]): row for row in load(results, "hessian-h200")["results"]}
-    body = [
-        [
-            f"{rows} × {channels}",
-            f"{row['microseconds']['median'] / 1e3:.2f}",
-            f"{row['teraflops']:.0f}",
-            f"{row['times_plain']:.2f} ×",
-            f"{row['times_float32']:.1f} ×",
-            f"{found[(rows, channels), 'triton']['times_plain']:.2f} ×",
-        ]
-        for ((rows, channels), backend), row in found.items()
-        if backend == "cuda" and row["large"]
-    ]
-    head = ["[tokens × d]", "`cuda`, ms", "2·T·d² / time, TFLOP/s", "against plain", "against a float32 product",
-            "`triton` against plain"]  # fmt: skip
+def operators(results: Path, *names: str) -> str:
+    """Rows of `pyprune benchmark`: the device's floor, the fastest way in plain PyTorch, other tools' formulations."""
+    body = []
+    for row in load(results, "benchmark-h100")["rows"]:
+        own, floor = headline(row), share_of_floor(row)
+        if row["operator"] not in names or own is None or floor is None:
+            continue
+        times = [times_faster(row, PYTORCH, OTHER), times_faster(row, OTHER)]
+        body.append(
+            [
+                f"`{row['operator']}`",
+                row["where"],
+                row["size"],
+                f"`{own['name']}`",
+                duration(median(own)),
+                f"{floor:.0%}, {row['bound']}",
+                *("–" if faster is None else f"{faster:.2f} ×" for faster in times),
+            ]
+        )
+    head = ["operator", "where", "size", "backend", "time", "of the floor", "against PyTorch", "against the other tool"]
     return table(head, body) if body else ""
 
 
-def moments(results: Path) -> str:
-    """Streamed channel moments against a copy, `torch.var_mean` and FLAP's steps."""
+def layer(results: Path) -> str:
+    """A whole layer against SlimGPT in plain PyTorch."""
     body = [
-        [
-            f"{row['shape'][0]} × {row['shape'][1]}",
-            f"`{row['backend']}`",
-            f"{row['microseconds']['median']:.0f}",
-            f"{row['fraction_of_copy']:.1%}",
-            f"{row['times_var_mean']:.2f} ×",
-            f"{row['times_flap']:.1f} ×",
-        ]
-        for row in load(results, "moments-h200")["results"]
-        if row["large"]
-    ]
-    head = ["[tokens × channels] bf16", "backend", "µs", "rate against a copy", "against `torch.var_mean`",
-            "against FLAP's steps"]  # fmt: skip
-    return table(head, body) if body else ""
-
-
-def second_order(results: Path) -> str:
-    """Inverse, errors of units, choice, and a whole layer, against the ways of PyTorch and SlimGPT."""
-    body = [
-        [
-            f"inverse of a damped Hessian, d = {row['channels']}",
-            f"{row['microseconds']['operator']['median'] / 1e3:.0f} ms",
-            "`cholesky` + `cholesky_inverse`",
-            f"{row['times_library']:.1f} ×",
-        ]
-        for row in load(results, "inverse-h200")["results"]
-        if row["channels"] >= 11008 and row["dtype"] == "float32"
-    ]
-    body += [
-        [
-            f"errors of {row['units']} attention units of {row['width']}",
-            f"{row['microseconds']['operator']['median']:.0f} µs",
-            "Cholesky, solve with W, norm",
-            f"{row['times_solve_against_w']:.0f} ×",
-        ]
-        for row in load(results, "grouped-cholesky-h200")["results"]
-        if row["width"] == 128 and row["units"] in (32, 64) and row["backend"] == "cuda"
-    ]
-    body += [
-        [
-            f"exact choice of {percent(row['count'] / row['channels'])} of {row['channels']} channels",
-            f"{row['seconds']['eliminate'] * 1e3:.0f} ms",
-            "SlimGPT's loop" + (", extrapolated" if row["slimgpt"]["extrapolated"] else ""),
-            f"{row['ratio']:.0f} ×",
-        ]
-        for row in load(results, "eliminate-h200")["results"]
-        if row["backend"] == "cuda" and "slimgpt" in row and row["channels"] >= 11008
-    ]
-    body += [
-        [
-            f"one layer of {row['shape']} at {percent(row['ratio'])}, 128 × 2048 tokens",
-            f"{row['ours']['total']:.2f} s",
-            "SlimGPT in plain PyTorch",
-            f"{row['speedup']:.1f} ×",
-        ]
+        [row["shape"], percent(row["ratio"]), f"{row['ours']['total']:.2f} s", f"{row['speedup']:.1f} ×"]
         for row in load(results, "layer-h200")["rows"]
     ]
-    return table(["step", "time", "against", "times faster"], body) if body else ""
+    return table(["shape", "removed", "time", "times faster"], body) if body else ""
 
 
 def whole_runs(results: Path) -> str:
@@ -320,9 +273,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality-trained": trained,
     "pruned-speed": pruned_speed,
     "whole-runs": whole_runs,
-    "hessian": hessian,
-    "moments": moments,
-    "second-order": second_order,
+    "hessian": lambda results: operators(results, "hessian", "hessian_finish"),
+    "moments": lambda results: operators(results, "channel_moments"),
+    "second-order": lambda results: operators(results, *SECOND_ORDER),
+    "layer-steps": lambda results: operators(results, "rms_norm", "rotary", "swiglu"),
+    "selections": lambda results: operators(results, *SELECTIONS),
+    "layer": layer,
     "integrations": integrations,
     "memory": memory,
     "methods": methods,

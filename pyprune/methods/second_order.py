@@ -147,10 +147,8 @@ class SecondOrderMethod(UnitMethod):
         target = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         bias = self._output_on_average(second_moments, target) if self.centred else None
         if self.effective_target_share:
-            # A is symmetric.
-            add_split_product(
-                target, second_moments.take_cross(), inverse, self.effective_target_share
-            )  # A is symmetric
+            cross, share = second_moments.take_cross(), self.effective_target_share
+            add_split_product(target, cross, inverse, share)  # A is symmetric
         target[:, damped.dead] = 0
         scores = single_errors(inverse, target, width).double().cpu()
         units = target.shape[1] // width
