@@ -6,7 +6,8 @@ import pyprune._core as core
 import torch
 from torch import Tensor
 
-from pyprune.ops.eliminate import EliminationState, core_arguments, eliminate_channels, eliminate_panel_reference
+from pyprune.ops.eliminate import EliminationState, eliminate_channels, eliminate_panel_reference
+from pyprune.ops.eliminate_core import core_arguments
 
 PANEL = 16  # short, so that a few removals already cross panels
 
@@ -33,8 +34,10 @@ def elimination_is_right(channels: int, count: int, multiprocessors: int, keep_f
             stream=torch.cuda.current_stream().cuda_stream,
         )
 
-    order, errors, factor = eliminate_channels(*on_device, count, keep_factor, panel, PANEL)
-    exact_order, exact_errors, exact_factor = eliminate_channels(a, g, count, True, eliminate_panel_reference, PANEL)
+    order, errors, factor = eliminate_channels(*on_device, count, keep_factor, False, panel, PANEL)
+    exact_order, exact_errors, exact_factor = eliminate_channels(
+        a, g, count, True, False, eliminate_panel_reference, PANEL
+    )
     right = torch.equal(order.cpu(), exact_order) and torch.allclose(errors.cpu().double(), exact_errors, rtol=1e-3)
     if keep_factor:
         tolerance = 1e-3 * exact_factor.abs().max().item()

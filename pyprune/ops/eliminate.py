@@ -29,23 +29,19 @@ from torch import Tensor
 from .checks import WIDE, check_apart, check_contiguous, check_kind, check_square
 from .declaration import Kernel, Operator
 from .dispatch import choose_launch
+from .eliminate_core import core_panel_cpu, core_panel_cuda
 from .grouped_cholesky import grouped_cholesky_errors
-from .moments import multiprocessors_of
+from .lower_triangle import SplitUpdates, update_lower_triangle
 from .precision import exact_float32, tf32_products
-from .requirements import CORE_BUILT, CUDA_CORE, FLOAT32, ON_CPU, ON_NVIDIA_GPU, required_core
-from .split_tf32 import has_fast_tf32, high_and_low, split_factors, split_panel, subtract_product, triangle_updates
+from .requirements import CORE_BUILT, CUDA_CORE, FLOAT32, ON_CPU, ON_NVIDIA_GPU
+from .split_tf32 import has_fast_tf32
 
 OPERATOR = "eliminate"
 
 # Removals between two updates of the whole of A and G, on a CPU and for the reference; on CUDA the core says.
 # Larger ones save memory traffic, smaller ones keep the panels in the caches: 64 columns of 11008 rows are 2.8 MB.
 PANEL = 64
-# A lower triangle is updated as this many block columns, none narrower than TRAILING_WIDTH: 54 % of the square,
-# in products that are still large.
-TRAILING_BLOCKS = 12
-TRAILING_WIDTH = 512
 UNIT_BLOCKS = 4  # where every unit is an update of its own: 62 % of the square, in few launches
-TRAILING_STEP = 128  # widths are multiples: tensor cores are fed from addresses that 16 divides
 # From so many channels on the updates run as split products on tensor cores, where these are fast.
 SPLIT_FROM = 4096
 
@@ -209,48 +205,6 @@ def lower_column(matrix: Tensor, columns: Tensor, channels: Tensor) -> Tensor:
     return column.squeeze(1) if column.shape[1] == 1 else column
 
 
-def update_lower_triangle(matrix: Tensor, factors: list[tuple[Tensor, Tensor]], blocks: int = TRAILING_BLOCKS) -> None:
-    """matrix [d, d] −= Σ left rightᵀ over the pairs, [d, n] each, whose sum is symmetric: all below its diagonal."""
-    for update in lower_updates(matrix, factors, blocks):
-        subtract_product(*update)
-
-
-def lower_updates(
-    matrix: Tensor, factors: list[tuple[Tensor, Tensor]], blocks: int = TRAILING_BLOCKS
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The products of update_lower_triangle, each c −= left right, all of them views."""
-    width = max(TRAILING_WIDTH, -(-len(matrix) // (blocks * TRAILING_STEP)) * TRAILING_STEP)
-    return triangle_updates(matrix, factors, width)
-
-
-class SplitUpdates:
-    """Both updates after a whole panel as split products on tensor cores. The parts keep their place, and so do all
-    views of them: the host makes these once."""
-
-    # Of [Uh Rh Ul Rl], h and l the high and low parts: the factors of U Rᵀ + R Uᵀ but for products of two low parts,
-    # the small terms first (`split_panel` says why): Uh·Rlᵀ + Ul·Rhᵀ + Rh·Ulᵀ + Rl·Uhᵀ + Uh·Rhᵀ + Rh·Uhᵀ.
-    LEFT, RIGHT = (0, 2, 1, 3, 0, 1), (3, 1, 2, 0, 1, 0)
-
-    def __init__(self, a: Tensor, g: Tensor, size: int) -> None:
-        channels = len(a)
-        self.lower = a.new_empty(1, channels, 4 * size)
-        self.parts = a.new_empty(channels, 4, size)
-        self.sides = [a.new_empty(channels, 6, size) for _ in range(2)]
-        self.places = [torch.tensor(side, device=a.device) for side in (self.LEFT, self.RIGHT)]
-        left, right = (side.flatten(1) for side in self.sides)
-        self.updates = lower_updates(a, split_factors(size, self.lower)) + lower_updates(g, [(left, right)])
-
-    def apply(self, lower: Tensor, products: Tensor) -> None:
-        """A −= L Lᵀ, G −= U Rᵀ + R Uᵀ; lower: L [d, size]; products: [d, U | R]."""
-        split_panel(lower, self.lower)
-        high_and_low(products.unflatten(1, (2, -1)), self.parts[:, :2], self.parts[:, 2:])
-        for places, side in zip(self.places, self.sides, strict=True):
-            torch.index_select(self.parts, 1, places, out=side)
-        with tf32_products():
-            for update in self.updates:
-                subtract_product(*update)
-
-
 def eliminate_channels(
     a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool, panel: Panel, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -371,53 +325,14 @@ def launch_reference(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: 
     return eliminate_channels(a, g, count, keep_factor, tf32, eliminate_panel_reference, PANEL)
 
 
-def core_arguments(
-    a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor
-) -> tuple[int, ...]:
-    """Prepare the arguments of both launches of the compiled core."""
-    state = (selection.a_diagonal, selection.g_diagonal, selection.floor, selection.removed)
-    addresses = (a, g, *state, selection.order, selection.errors)
-    return (
-        len(a),
-        *(x.data_ptr() for x in addresses),
-        first,
-        lower.shape[1],
-        lower.data_ptr(),
-        lower.stride(0),
-        products.data_ptr(),
-        products.shape[1] // 2,
-    )
-
-
 def launch_cpu(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool) -> tuple[Tensor, Tensor, Tensor]:
-    core = required_core()
-
-    def panel(a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor) -> None:
-        arguments = core_arguments(a, g, selection, first, lower, products)
-        core.eliminate_panel_cpu(*arguments, threads=torch.get_num_threads())
-
-    return eliminate_channels(a, g, count, keep_factor, tf32, panel, PANEL)
+    return eliminate_channels(a, g, count, keep_factor, tf32, core_panel_cpu(), PANEL)
 
 
 def launch_cuda(a: Tensor, g: Tensor, count: int, keep_factor: bool, tf32: bool) -> tuple[Tensor, Tensor, Tensor]:
-    core = required_core()
     with torch.cuda.device(a.device):
-        multiprocessors = multiprocessors_of(a.device)
-        plan = core.eliminate_cuda_plan(len(a), multiprocessors)
-        workspace = torch.zeros(plan["workspace_bytes"], dtype=torch.uint8, device=a.device)
-
-        def panel(
-            a: Tensor, g: Tensor, selection: EliminationState, first: int, lower: Tensor, products: Tensor
-        ) -> None:
-            core.eliminate_panel_cuda(
-                *core_arguments(a, g, selection, first, lower, products),
-                workspace_ptr=workspace.data_ptr(),
-                workspace_bytes=len(workspace),
-                multiprocessors=multiprocessors,
-                stream=torch.cuda.current_stream().cuda_stream,
-            )
-
-        return eliminate_channels(a, g, count, keep_factor, tf32, panel, plan["panel"])
+        panel, size = core_panel_cuda(a)
+        return eliminate_channels(a, g, count, keep_factor, tf32, panel, size)
 
 
 # Shape: [channels, channels]

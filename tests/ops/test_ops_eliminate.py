@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from pyprune.errors import InputError
-from pyprune.ops import use_backend
+from pyprune.ops import lower_triangle, use_backend
 from pyprune.ops.eliminate import Elimination, eliminate, eliminate_operator, exact_float32, refit
 
 OPERATOR = "eliminate"
@@ -507,7 +507,7 @@ def test_split_updates_with_tf32_emulated(
     exact = run(hessian, weight, 150)
     monkeypatch.setattr(module, "has_fast_tf32", lambda _: True)
     monkeypatch.setattr(module, "SPLIT_FROM", 1)
-    monkeypatch.setattr(module, "subtract_product", product)
+    monkeypatch.setattr(lower_triangle, "subtract_product", product)
     elimination = run(hessian, weight, 150, dtype=torch.float32)
     assert_set_as_good(hessian, weight, elimination, exact)
     kept = elimination.kept_channels()
@@ -529,7 +529,7 @@ def test_curves_in_tf32(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_fast_tf32", lambda _: True)
     monkeypatch.setattr(module, "SPLIT_FROM", 1)
     monkeypatch.setattr(module, "SplitUpdates", None)
-    monkeypatch.setattr(module, "subtract_product", in_float32)
+    monkeypatch.setattr(lower_triangle, "subtract_product", in_float32)
     found = run(hessian, weight, 150, dtype=torch.float32, keep_factor=False, tf32=True).errors.double().cumsum(0)
     assert ((found - exact).abs() <= 8 * 2.0**-10 * exact).all()
 
@@ -554,17 +554,15 @@ def test_curves_in_tf32_on_tensor_cores(channels: int) -> None:
 
 
 def test_block_columns_of_the_trailing_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("pyprune.ops.eliminate")
-    monkeypatch.setattr(module, "TRAILING_WIDTH", 1)
-    monkeypatch.setattr(module, "TRAILING_STEP", 1)
-    monkeypatch.setattr(module, "TRAILING_BLOCKS", 5)
+    monkeypatch.setattr(lower_triangle, "TRAILING_WIDTH", 1)
+    monkeypatch.setattr(lower_triangle, "TRAILING_STEP", 1)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randint(-9, 9, (33, 33), generator=generator).float()
     left = torch.randint(-9, 9, (33, 4), generator=generator).float()
     expected = matrix - left @ left.T
     above = torch.ones(33, 33).triu(7).bool()  # beyond the widest block column
     before = matrix.clone()
-    module.update_lower_triangle(matrix, [(left, left)])
+    lower_triangle.update_lower_triangle(matrix, [(left, left)], 5)
     assert torch.equal(matrix.tril(), expected.tril())
     assert torch.equal(matrix[above], before[above])
 
