@@ -6,7 +6,7 @@ from .hub import checkpoint_folder
 from .journal import JOURNAL
 from .prefetch import LayerPrefetcher
 from .preflight import check_cache, check_disk_space, check_output_creatable, check_output_free
-from .reader import CheckpointReader, inspect_checkpoint
+from .reader import CheckpointReader
 from .writer import CheckpointWriter, begun, changes, describe_changes, prove_files
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "checkpoint_folder",
     "describe_changes",
     "digest",
-    "inspect_checkpoint",
     "load_cached",
     "metadata_of",
     "prove_files",

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..architectures import SELECTED_PREFIX, Family, LayerShape, family_of
+from ..architectures import Family, LayerShape, family_of
 from ..errors import InputError
 from ..runtime.files import read_json, reason_of
 from .content import Content, Digests, FileStates, digest_of, digests_of_files, file_states
@@ -212,27 +212,6 @@ def _check_type(stored: StoredTensor) -> None:
         raise InputError(
             f"{stored.file}: tensor {stored.name} is stored as {stored.kind}; float32, bfloat16 or float16 is needed"
         )
-
-
-def inspect_checkpoint(folder: Path) -> tuple[Any, torch.dtype]:
-    """Configuration and stored type of any model that pyprune loads; of those that cannot be pruned too: DISP models.
-
-    InputError: as of CheckpointReader, for what can be told from config.json and the headers alone.
-    """
-    fields = read_fields(folder)
-    model_type = fields.get("model_type", "")
-    if not model_type.startswith(SELECTED_PREFIX):
-        reader = CheckpointReader(folder)
-        return reader.config, reader.dtype
-    family = _named_family(folder, model_type.removeprefix(SELECTED_PREFIX))
-    tensors = read_headers(weight_files(folder, fields))
-    check_layer_count(folder, fields, tensors)
-    config = _transformers_config(folder)
-    query = f"{family.layers}.0.{family.query}.weight"
-    if query not in tensors:
-        raise InputError(f"{folder}: tensor {query} is missing from the checkpoint")
-    _check_type(tensors[query])
-    return config, tensors[query].dtype
 
 
 def read_fields(folder: Path) -> dict[str, Any]:

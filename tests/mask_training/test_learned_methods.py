@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.command_line import run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pyprune.architectures import ATTENTION, FFN, SUBLAYERS
 from pyprune.architectures.channel_selection import ATTENTION_OUT, FFN_OUT, SELECTIONS, width
-from pyprune.checkpoint import CheckpointReader, inspect_checkpoint
+from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
 from pyprune.forward.layer_forward import LayerForward
 from pyprune.job import job as jobs
@@ -90,7 +91,8 @@ def test_disp_writes_a_model_that_is_the_masked_one(
             assert len(layer[name]) % multiple == 0 or len(layer[name]) == dense
             assert len(layer["scores"][name]) == dense
     assert len(plan["training"]["loss"]) == 6
-    assert inspect_checkpoint(tmp_path / "out")[1] == torch.bfloat16
+    stored = [load_file(file) for file in (tmp_path / "out").glob("*.safetensors")]
+    assert {tensor.dtype for tensors in stored for tensor in tensors.values()} == {torch.bfloat16, torch.int32}
     assert not (tmp_path / "out" / training.FILE).exists()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Channels that the FFN adds to" in page
