@@ -105,6 +105,7 @@ def test_names_in_the_wheel(dist: Path) -> None:
     with ZipFile(only(dist, "*.whl")) as archive:
         names = set(archive.namelist())
         meta, tags = metadata(archive), metadata(archive, "WHEEL").get_all("Tag", [])
+        notices = archive.read(f"pyprune-{PROJECT['version']}.dist-info/licenses/THIRD_PARTY_NOTICES").decode()
     files = {name for name in names if not name.endswith("/")}
     info = f"pyprune-{PROJECT['version']}.dist-info"
     assert {name.split("/")[0] for name in files} == {"pyprune", info}, "no csrc, no tests, no triton_kernels on top"
@@ -115,6 +116,11 @@ def test_names_in_the_wheel(dist: Path) -> None:
 
     cores = [name for name in files if re.fullmatch(r"pyprune/_core\.\S+\.so", name)]
     assert len(cores) == bool(COMPILERS)
+    (pybind11,) = distributions(name="pybind11")
+    licence = pybind11.read_text("licenses/LICENSE")
+    assert licence is not None
+    # The licence demands its text beside the binary; what follows it is about contributions to pybind11.
+    assert licence.partition("Please also refer")[0].strip() in notices
     if cores:
         python = f"cp{sys.version_info.major}{sys.version_info.minor}"
         assert tags
@@ -159,7 +165,7 @@ def test_without_compilers(dist: Path, tmp_path: Path) -> None:
         archive.extractall(tmp_path, filter="data")
     source = only(tmp_path, "pyprune-*")
     inside = {name.removeprefix(f"{source.name}/") for name in names}
-    assert {"LICENSE", "setup.py", "csrc/bindings/module.cpp", "pyprune/py.typed"} <= inside
+    assert {"LICENSE", "THIRD_PARTY_NOTICES", "setup.py", "csrc/bindings/module.cpp", "pyprune/py.typed"} <= inside
     assert not [name for name in inside if name.startswith(("tests", "models")) or name.endswith((".so", ".pyc"))]
 
     # As an earlier build leaves it behind, after which a module was removed or renamed.
