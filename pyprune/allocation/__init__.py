@@ -1,1 +1,1 @@
-"""From a ratio to the units that each layer keeps."""
+"""Allocation of a ratio to the layers: the units that each keeps."""

@@ -98,7 +98,7 @@ def _split(shape: LayerShape, ratio: float, attention_ratio: float) -> tuple[int
 
 
 def keep_highest(scores: Tensor, removed: int) -> Tensor:
-    """Sorted indices of all but the `removed` lowest scores [units]; of equal scores the first goes first."""
+    """Sorted indices of all but the `removed` lowest scores [units]; of equal scores the first is removed first."""
     order = torch.sort(scores, stable=True).indices
     return order[removed:].sort().values
 

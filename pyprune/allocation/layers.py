@@ -43,7 +43,7 @@ class LayerSubset:
         return len(self.layers) == self.total
 
     def select(self, items: list[T]) -> list[T]:
-        """Of one item for each layer of the model those of the subset."""
+        """Select the subset's items from one item a layer."""
         return [items[layer] for layer in self.layers]
 
     def ratio(self, shapes: list[LayerShape], ratio: float) -> float:

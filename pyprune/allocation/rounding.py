@@ -17,7 +17,7 @@ Worth = Callable[[int, int, int], float]
 
 
 def check_multiple(shapes: list[LayerShape], multiple: int) -> None:
-    """Raise InputError unless every layer has so many channels."""
+    """Raise InputError unless every layer has that many channels."""
     smallest = min(s.intermediate_channels for s in shapes)
     if multiple > smallest:
         raise InputError(

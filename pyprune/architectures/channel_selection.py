@@ -35,7 +35,7 @@ def width(shape: LayerShape, name: str) -> int:
 
 
 def selected_parameters(shape: LayerShape, counts: Mapping[str, Count]) -> Count:
-    """Parameters of the decoder linears of a layer with so many channels in each selection; whole numbers or not.
+    """Parameters of a layer's decoder linears with these numbers of channels in each selection; whole or not.
 
     q, k and v: counts[attention_in] · (heads + 2 KV heads) · head_dim; o: counts[attention_out] · heads · head_dim;
     gate and up: 2 · counts[ffn_in] · counts[ffn_middle]; down: counts[ffn_middle] · counts[ffn_out].

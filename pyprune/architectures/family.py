@@ -144,7 +144,7 @@ class Family:
         return [self.layer_shape(config, layer) for layer in range(config.num_hidden_layers)]
 
     def build_layer(self, config: Any, layer: int) -> nn.Module:
-        """Decoder layer `layer` of transformers' own class with that layer's own sizes and compensation biases.
+        """Build decoder layer `layer` of transformers' class with the layer's sizes and compensation biases.
 
         Build it under `torch.device("meta")` to allocate nothing. `config.o_proj_bias` and `config.down_proj_bias`
         (absent in a stock configuration) put a bias on the output projections of a family that has none there.

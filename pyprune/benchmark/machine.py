@@ -40,7 +40,7 @@ def describe_machine(device: torch.device) -> dict[str, str | int | None]:
 
 
 def commit() -> str | None:
-    """Of the repository that this file belongs to; None where it was installed without one.
+    """Return the commit of the repository that this file belongs to; None where it was installed without one.
 
     Where the sources were copied without their repository, PYPRUNE_COMMIT can say which commit they are.
     """

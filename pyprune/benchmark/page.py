@@ -184,7 +184,7 @@ def baseline_cell(row: Row, *kinds: str) -> Cell:
 
 
 def error_cells(row: Row, own: dict[str, Any]) -> list[Cell]:
-    """The error that comes nearest to its limit; the fastest PyTorch's own, where it is of the same quantity."""
+    """The error nearest to its limit, beside that of the fastest PyTorch where it is of the same quantity."""
     if not row["allowed"]:
         return [("", "", "n")] * 3
     what = max(row["allowed"], key=lambda name: own["errors"][name] / (row["allowed"][name] or 1.0))

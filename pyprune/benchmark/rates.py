@@ -21,7 +21,7 @@ SPLIT_PRODUCTS = 3
 
 @dataclass(frozen=True)
 class Work:
-    """The least that an operator has to do, whoever does it.
+    """Least work of an operator, in any implementation.
 
     bytes: read and written once each; flops: additions and multiplications, of a symmetric result those of one
     triangle; products: the type of what is multiplied, bfloat16 or float32.

@@ -77,7 +77,7 @@ def read_document(path: Path) -> Document:
 
 
 def read_documents(paths: Iterable[Path]) -> list[Document]:
-    """Those of files and of all *.json in folders, oldest first."""
+    """Read files, and all *.json of folders; oldest first."""
     files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     return sorted(map(read_document, files), key=lambda document: document["machine"]["date"])
 
@@ -97,7 +97,7 @@ def of_one_origin(document: Document, machine: dict[str, Any], tuned: dict[str, 
 
 
 def file_name(machine: dict[str, Any]) -> str:
-    """Of a run in a folder: the device's name and the time."""
+    """Name the file of a run in a folder: the device and the time."""
     return f"{stem_of(str(machine.get('gpu') or machine['cpu']))}-{re.sub(r'[^0-9T]', '', machine['date'][:19])}.json"
 
 
@@ -108,7 +108,7 @@ def device_name(document: Document) -> str:
 
 
 def candidates(row: Row, *kinds: str) -> list[dict[str, Any]]:
-    """Those that were timed, of these kinds."""
+    """List the timed candidates of these kinds."""
     return [one for one in row["candidates"] if one["kind"] in kinds and one["microseconds"]]
 
 

@@ -65,7 +65,7 @@ class Run:
         return self.options["resume"] and not of_one_origin(read_document(path), self.machine, self.tuned)
 
     def _begun(self) -> Document | None:
-        """What the output holds, of this machine and version."""
+        """Read the output that an earlier run began on this machine and version."""
         if self.output is None or not self.options["resume"] or not self.output.exists():
             return None
         document = read_document(self.output)
@@ -107,7 +107,7 @@ class Run:
             write_json(self.document, self.output)
 
     def write_page(self) -> Path | None:
-        """Beside the output; None where there is no output or no row."""
+        """Write the page beside the output; None where there is no output or no row."""
         if self.output is None or self.document is None or not self.document["rows"]:
             return None
         others = [document for document in self.earlier if document["machine"] != self.machine]

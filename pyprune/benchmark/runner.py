@@ -28,7 +28,7 @@ UNSUPPORTED = "unsupported"
 
 @dataclass
 class Measurement:
-    """What became of a candidate. status: one of the words above; reason: why it was not timed."""
+    """Outcome of a candidate. status: one of the words above; reason: why it was not timed."""
 
     candidate: Candidate
     status: str = TIMED
@@ -147,7 +147,7 @@ class Runner:
         self.guarded(outcome, call)
 
     def guarded(self, outcome: Measurement, call: Callable[[], None]) -> None:
-        """Whatever a candidate raises is its outcome; a device that broke down ends the run."""
+        """Turn what a candidate raises into its outcome; a device that broke down ends the run."""
         own = outcome.candidate.kind == OURS
         try:
             with use_backend(outcome.candidate.name if own and outcome.candidate.name != OURS else None):

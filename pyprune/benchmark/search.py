@@ -49,7 +49,7 @@ class Gain:
 
     @property
     def certain(self) -> float:
-        """What is left of the logarithm after THRESHOLD standard errors."""
+        """Lower bound of the logarithm: THRESHOLD standard errors below it."""
         return self.log - THRESHOLD * self.error
 
 
@@ -66,7 +66,7 @@ class Finding(Generic[C]):
 
 
 def gain_of(shipped: Sequence[float], own: Sequence[float]) -> Gain:
-    """From rounds that were timed in turn."""
+    """Estimate the gain from rounds that were timed in turn."""
     logs = [math.log(before / after) for before, after in zip(shipped, own, strict=True)]
     middle = statistics.median(logs)
     deviation = statistics.median(abs(value - middle) for value in logs)

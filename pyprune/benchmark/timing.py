@@ -32,7 +32,7 @@ class Timing:
 
 
 def nothing() -> None:
-    """What a call without a state needs before each repetition."""
+    """Prepare nothing: for a call that has no state."""
 
 
 class Timer:
@@ -44,13 +44,13 @@ class Timer:
         self.buffer = torch.ones(FLUSHED_BYTES[device.type] // 4, device=device)
 
     def __call__(self, call: Callable[[], object], prepare: Callable[[], object] = nothing) -> Timing:
-        """Of `repeat` repetitions after one more; `prepare` runs before each and is not timed."""
+        """Time `repeat` repetitions after a first one; `prepare` runs before each and is not timed."""
         prepare()
         call()
         return self.summary([self.once(call, prepare) for _ in range(self.repeat)])
 
     def within(self, seconds: float, call: Callable[[], object], prepare: Callable[[], object] = nothing) -> Timing:
-        """Of as many repetitions as take about so many seconds, from LEAST_REPEAT to `repeat`. Nothing warms up."""
+        """Time repetitions for about `seconds`: at least LEAST_REPEAT, at most `repeat`. Nothing warms up."""
         times = [self.once(call, prepare)]
         self.synchronize()
         first = times[0][0]() * 1e-6

@@ -34,7 +34,7 @@ CALLS = 3
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one shape: x, a state that is zeroed before each call, and what is wrong with a state after x."""
+    """Inputs of one shape: x, a state that is zeroed before each call, and the check of a state after x."""
 
     x: Tensor
     state: Tensor
@@ -171,7 +171,7 @@ def best_configuration(
 
 
 def held_entries(file: Path, gpu: tuning.Gpu, show: Callable[[str], None]) -> dict[tuple[str, int], tuning.Entry]:
-    """Of a table that still holds; one that does not is replaced, which is said."""
+    """Read the entries of a table that still holds; one that does not is replaced, and a line says so."""
     if not file.exists():
         return {}
     try:

@@ -45,7 +45,7 @@ _WRITTEN = ("config.json", "plan.json", "report.html")
 
 
 def chosen_by_name(names: Collection[str]) -> set[str]:
-    """Of names relative to the checkpoint's folder, those that belong to any checkpoint."""
+    """Choose the names (relative to the checkpoint's folder) that belong to any checkpoint."""
     return {name for name in names if _may_belong(name) and _is_named_so(name)}
 
 
@@ -67,7 +67,7 @@ def _may_belong(name: str) -> bool:
 
 
 def chosen_by_tokenizer(names: Collection[str], tokenizer_config: Any) -> set[str]:
-    """Those that a tokenizer_config.json names as values, and those that the class named in it reads."""
+    """Choose the names that a tokenizer_config.json has as values, and those that its tokenizer class reads."""
     if not isinstance(tokenizer_config, dict):
         return set()
     named = {text for text in _strings(tokenizer_config) if not text.endswith(".py")}
@@ -76,7 +76,7 @@ def chosen_by_tokenizer(names: Collection[str], tokenizer_config: Any) -> set[st
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON document; a stack of its own, since a file may be nested as deep as its reader goes."""
+    """Yield every string in a JSON document; by a stack, since a file may be nested deeper than Python recurses."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -122,5 +122,5 @@ def imported_by(module: str, code: str) -> set[str]:
 
 
 def chosen_by_code(names: Collection[str], code: str) -> set[str]:
-    """Those that a tokenizer's code has as a string: its vocabulary may have any name."""
+    """Choose the names that a tokenizer's code has as a string: its vocabulary may have any name."""
     return {name for name in names if _may_belong(name) and (f'"{name}"' in code or f"'{name}'" in code)}

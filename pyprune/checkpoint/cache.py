@@ -51,7 +51,7 @@ def save_cached(
 def load_cached(
     file: Path, what: str, identity: dict[str, Any] | None = None, finite: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, in memory of their own, and metadata of a file that `save_cached` wrote of the same identity.
+    """Load tensors, as copies, and metadata of a file that `save_cached` wrote for the same identity.
 
     Raises:
         InputError: naming the file; it is damaged, follows from something else, or holds NaN or Inf where `finite`.

@@ -12,7 +12,7 @@ _ROWS = 8192
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Look at every tensor once, in its own type; on a device with a single wait for it.
+    """Check every tensor once, in its stored type; on a device with a single wait for it.
 
     where: what they belong to, for the error.
 

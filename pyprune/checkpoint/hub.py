@@ -84,7 +84,7 @@ def wanted_files(names: Collection[str], folder: Path | None) -> set[str]:
 
 
 def _shards(index: Any) -> set[str]:
-    """Empty for what is not an index, which whoever reads the checkpoint will say."""
+    """Names of an index's files; empty for what is not an index, which the checkpoint's reader reports."""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     return {name for name in weight_map.values() if isinstance(name, str)} if isinstance(weight_map, dict) else set()
 

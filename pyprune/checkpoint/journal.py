@@ -19,7 +19,7 @@ def journal_line(document: dict[str, Any]) -> str:
 
 
 def read_journal(file: Path) -> list[dict[str, Any]]:
-    """The journal's documents. What follows the last line's end is a line that a killed run did not finish.
+    """Read the journal's documents; a last line without an end is one that a killed run did not finish.
 
     Raises:
         InputError: naming the file and the line that is none of pyprune's, or was changed.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def stays_inside(folder: Path, file: Path) -> bool:
-    """Whether `file` (`folder / name`) lies in `folder`, links followed, or in the hub cache's blobs beside it.
+    """Return whether `file` (`folder / name`) lies in `folder`, links followed, or in the hub cache's blobs beside it.
 
     The hub's cache holds links: models--org--name/snapshots/REVISION/FILE leads to models--org--name/blobs/HASH. False
     also for a name that is absolute or has `..`, for a loop of links, and for a name that no file can have.

@@ -70,7 +70,7 @@ def layer_count(names: Collection[str]) -> int:
 
 
 def check_counts(folder: Path, fields: dict[str, object], stored: Collection[str]) -> None:
-    """Of any model, before transformers makes a list as long: InputError for more layers than tensors, and the like."""
+    """InputError for more layers than tensors, and the like, before transformers makes lists as long: any model."""
     for name, most in (("num_hidden_layers", len(stored)), ("n_layer", len(stored)), ("num_labels", 1 << 20)):
         value = fields.get(name)
         if isinstance(value, int) and value > most:

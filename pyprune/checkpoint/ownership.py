@@ -1,4 +1,4 @@
-"""One process at a time works in an unfinished output: it holds a lock that goes with it."""
+"""Lock of an unfinished output: one process at a time works there, and the lock ends with it."""
 
 import errno
 import fcntl

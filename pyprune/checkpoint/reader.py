@@ -109,7 +109,7 @@ class CheckpointReader:
         return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
 
     def stream_layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        """As `read_layer`, one tensor at a time: whoever converts and drops each holds one stored tensor at most."""
+        """Read a layer one tensor at a time: a caller that converts and drops each holds one stored tensor at most."""
         for name in self.layer_tensors(layer):
             full = self.layer_prefix(layer) + name
             yield name, self.read([full])[full]
@@ -127,7 +127,7 @@ class CheckpointReader:
         return tensors
 
     def file_states(self) -> FileStates:
-        """Of the files with the weights: while they stay the same, so, we take it, do the weights."""
+        """States of the files with the weights; the weights count as unchanged while these are."""
         return file_states(tensor.file for tensor in self.tensors.values())
 
     def differing(self, digests: Digests) -> str | None:
@@ -174,7 +174,7 @@ class CheckpointReader:
         return expected
 
     def _settle_head(self) -> None:
-        """What transformers makes of a tied model whose file has a head, or that alone."""
+        """Choose embeddings and head of a tied model as transformers does if the file has a head as well, or alone."""
         if not self.tied:
             return
         embeddings, head = (self.tensors.get(name) for name in (self.family.embeddings, self.family.head))

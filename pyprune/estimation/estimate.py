@@ -108,7 +108,7 @@ def estimate(
 def training_cost(
     reader: CheckpointReader, training: Training, name: str, sequence_length: int, dtype: torch.dtype, budget: int
 ) -> TrainCost:
-    """What training the masks of the named method takes within `budget` bytes. InputError: it does not fit."""
+    """Cost of training the named method's masks within `budget` bytes. InputError: it does not fit."""
     memory = training_memory(reader, training, sequence_length, dtype)
     return TrainCost(reader.shapes, training, sequence_length, memory, check_fits(memory, budget, name))
 

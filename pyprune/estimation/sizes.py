@@ -35,7 +35,7 @@ class Sizes(Generic[MethodT]):
 
     @property
     def tokens(self) -> int:
-        """Of one process."""
+        """Tokens of one process."""
         return self.windows * self.sequence_length
 
     def hidden(self, windows: int) -> int:

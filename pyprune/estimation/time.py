@@ -29,7 +29,7 @@ PROBE_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one device: FLOP/s of matrix products in the compute type and in float32, bytes/s of a copy, read + write."""
+    """Rates of a device: FLOP/s of products in the compute type and in float32, bytes/s of a copy (read + write)."""
 
     matmul: float
     float32: float
@@ -74,7 +74,7 @@ def best_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def sublayer_seconds(sizes: Sizes, sublayer: str, tokens: int, rates: Rates) -> float:
-    """One half of the widest layer over so many tokens: products, attention, elementwise passes over activations."""
+    """Seconds of a sublayer of the widest layer over `tokens`: products, attention, elementwise passes."""
     shape = sizes.shape
     hidden = shape.hidden_size
     inner = sizes.width(sublayer)

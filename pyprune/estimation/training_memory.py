@@ -50,7 +50,7 @@ def training_memory(
 
 
 def layer_activations(shape: LayerShape, tokens: int, itemsize: int) -> int:
-    """Bytes that the backward pass of one masked layer, weights frozen, keeps for so many tokens.
+    """Bytes that the backward pass of one masked layer with frozen weights keeps for `tokens` tokens.
 
     Both norms: their input in float32; the values that four masks multiply; turned queries and keys, values, and the
     attention's output; gate, its activation, up, and their product.
@@ -61,7 +61,7 @@ def layer_activations(shape: LayerShape, tokens: int, itemsize: int) -> int:
 
 
 def check_fits(memory: TrainingMemory, budget: int, method: str) -> bool:
-    """Whether layers must be computed again going backward, to stay within `budget` bytes; InputError: even so not."""
+    """Return whether the backward must recompute layers to stay within `budget`; InputError: it does not fit."""
     if memory.peak(False) + OVERHEAD_BYTES <= budget:
         return False
     least = memory.peak(True) + OVERHEAD_BYTES

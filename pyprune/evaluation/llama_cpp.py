@@ -73,7 +73,7 @@ def perplexity_gguf(file: Path, windows: Tensor) -> float:
 
 @contextmanager
 def _model(file: Path, vocabulary_only: bool = False) -> Iterator[Any]:
-    """A loaded file. While it is, llama.cpp's log goes into what a refusal says, and not to stderr."""
+    """A loaded file. Meanwhile llama.cpp's log goes into the text of a refusal, and not to stderr."""
     llama = import_extra("llama_cpp")
     if not file.is_file():
         raise InputError(f"{file}: no such file")

@@ -1,4 +1,4 @@
-"""Logits of an exported model, by its target's loader alone: run as a script, in a process of its own.
+"""Logits of an exported model by its target's loader alone: a script for a separate process.
 
     python -P logits.py LOADER MODEL IDS LOGITS
 

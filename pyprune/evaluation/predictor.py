@@ -35,7 +35,7 @@ class Predictor:
 
 
 def _head_comes_last(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether a forward hands the base model's output to the head, and the head's output out, both as they are."""
+    """Return whether a forward passes the base model's output to the head, and returns the head's, unchanged."""
     head, base = model.get_output_embeddings(), model.base_model
     if not isinstance(head, nn.Module) or base is model:
         return False

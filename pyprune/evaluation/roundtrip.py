@@ -154,7 +154,7 @@ def layered_logits(
 
 
 def fresh_logits(model: Path, ids: Tensor, loader: str) -> Tensor:
-    """Logits of a model loaded by `loader` in a process of its own: [1, tokens] -> [tokens, vocabulary] float32.
+    """Logits of a model loaded by `loader` in a fresh process: [1, tokens] -> [tokens, vocabulary] float32.
 
     VerificationError: it does not load. MemoryError: the process was killed from outside (SIGKILL).
     """

@@ -1,4 +1,4 @@
-"""Accuracy of a model on the tasks of lm-eval (EleutherAI's lm-evaluation-harness), or on one's own in its YAML."""
+"""Accuracy of a model on the tasks of lm-eval (EleutherAI's lm-evaluation-harness), or on user tasks in its YAML."""
 
 import difflib
 import logging
@@ -133,7 +133,7 @@ def _check_runnable(name: str, task: Any) -> None:
 
 @contextmanager
 def _without_note_on_loaded_models() -> Iterator[None]:
-    """lm-eval warns whoever hands it a loaded model that its options for loading are not used; none is given here."""
+    """Silence lm-eval's warning that options for loading are not used with a loaded model; none is given here."""
     logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A file that is made beside its place, under a name of its own, and put there only if nothing is there by then."""
+"""File that is made beside its place under a temporary name, and moved there only if the place is still free."""
 
 import ctypes
 import errno
@@ -80,7 +80,7 @@ def _remove_leftovers(output: Path) -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether this process now has the lock. A file system without locks gives none, so leftovers stay there."""
+    """Return whether this process now has the lock. A file system without locks gives none, so leftovers stay there."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -231,7 +231,7 @@ def _steps(component: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _left_out(component: dict[str, Any] | None, *known: str) -> list[str]:
-    """A warning for each part that llama.cpp does not have; what `known` do is said by other settings, or nothing."""
+    """Warn of each part that llama.cpp does not have; other settings express what the `known` parts do."""
     foreign = [step["type"] for step in _steps(component) if step["type"] not in known]
     return [f"the tokenizer's step {kind} is left out: llama.cpp does not have it" for kind in foreign]
 
@@ -241,7 +241,7 @@ def _encode(backend: Tokenizer, text: str) -> list[str]:
 
 
 def _spaces(backend: Tokenizer, tokens: list[str], types: list[int]) -> tuple[dict[str, bool], list[str]]:
-    """Whether a space goes before a text, and a warning where llama.cpp puts one that the tokenizer does not."""
+    """Return whether a space goes before a text, and a warning where llama.cpp puts one that the tokenizer does not."""
     space = SPACE if "".join(_encode(backend, "a")).startswith(SPACE) else ""
     warnings = []
     special = next((token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL), None)
@@ -288,7 +288,7 @@ def _charsmap(normalizer: dict[str, Any] | None) -> bytes | None:
 
 
 def _fit(vocabulary: Vocabulary, size: int, folder: Path) -> None:
-    """As many tokens as the embeddings have rows: llama.cpp takes the size of one from the other."""
+    """Fit the tokens to the embeddings' rows: llama.cpp takes the size of one from the other."""
     tokens, types, scores = vocabulary.tokens, vocabulary.types, vocabulary.scores or []
     beyond = len(tokens) - size
     if beyond > 0:

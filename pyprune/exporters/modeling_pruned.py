@@ -23,7 +23,7 @@ class PrunedLlamaConfig(LlamaConfig):
     down_proj_bias: bool = False
 
     def validate_architecture(self) -> None:
-        """Nothing to hold: with `head_dim` written out, the hidden size need not be a multiple of the heads."""
+        """Accept any sizes: with `head_dim` written out, the hidden size need not be a multiple of the heads."""
 
 
 def build_layer(config: Any, layer: int) -> nn.Module:
@@ -45,7 +45,7 @@ def with_bias(linear: nn.Linear) -> nn.Linear:
 
 @contextmanager
 def without_layers(config: Any) -> Iterator[None]:
-    """Inside, transformers' own constructors build no layer: all of theirs would have the same sizes."""
+    """Keep transformers' constructors from building layers, which would all have the same sizes."""
     layers = config.num_hidden_layers
     config.num_hidden_layers = 0
     try:

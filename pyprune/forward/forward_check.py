@@ -31,7 +31,7 @@ UNFUSED, FUSED = 1, 8
 
 
 class _Pass(nn.Module):
-    """In the place of a layer: its input is its output."""
+    """Stand-in for a layer: returns its input."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
@@ -78,7 +78,7 @@ def layer_kinds(reader: CheckpointReader) -> list[int]:
 
 
 def _narrow_windows(config: Any, tokens: int) -> Any:
-    """The configuration with a sliding window, if it has one, that is shorter than so many tokens: masks then show."""
+    """Copy the configuration; a sliding window becomes shorter than `tokens`, so that masks matter."""
     narrow = copy.deepcopy(config)
     narrow._attn_implementation = config._attn_implementation
     window = getattr(config, "sliding_window", None)
@@ -125,7 +125,7 @@ def _halves(forward: LayerForward, block: nn.Module, layer: int, hidden: Tensor)
 
 
 def _compare(ours: Tensor, own: Tensor, changed: Tensor, roundings: int, forward: LayerForward, what: str) -> None:
-    """InputError if the tokens' hidden states differ by more than so many roundings, on average.
+    """InputError if the tokens' hidden states differ by more than `roundings`, on average.
 
     Tokens that are not finite on either side are left out: the passes name the weights that make them so.
     """

@@ -41,7 +41,7 @@ class FusedMLP(nn.Module):
 
 
 def runs_fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the backend table has kernels for all of them here; on a CPU transformers' own code runs."""
+    """Return whether the backend table has kernels for all of them here; on a CPU transformers' own code runs."""
     if device.type != "cuda":
         return False
     sample = torch.empty(1, 1, 1, 8, device=device, dtype=dtype)

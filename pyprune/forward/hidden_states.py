@@ -39,7 +39,7 @@ class HiddenStates:
         return cls(data, device, batch)
 
     def copy(self, on_device: bool) -> "HiddenStates":
-        """The same values in memory of their own."""
+        """Return a copy."""
         windows, tokens, hidden_size = self.data.shape
         result = HiddenStates.empty((windows, tokens, hidden_size), self.data.dtype, self.device, self.batch, on_device)
         result.data.copy_(self.data)

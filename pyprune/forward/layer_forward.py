@@ -1,4 +1,4 @@
-"""Runs decoder layers one at a time over hidden states, with transformers' own layer classes."""
+"""Run decoder layers one at a time over hidden states, with transformers' layer classes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

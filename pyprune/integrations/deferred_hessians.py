@@ -13,7 +13,7 @@ from .patching import Calls
 
 
 class OpenSums:
-    """Which Hessians hold the lower triangle of Σ x xᵀ alone, and the factor that each of them still awaits.
+    """Registry of the Hessians that hold only the lower triangle of Σ x xᵀ, with the factor that each still awaits.
 
     Tools keep H = s·Σ x xᵀ complete after every update, at two to three passes over H each time (scale, product, add).
     Here H takes products only: it is mirrored and scaled once, in place, before anybody reads it. A Hessian that is
@@ -30,7 +30,7 @@ class OpenSums:
         self._calls = calls
 
     def open(self, hessian: Tensor) -> None:
-        """Of zeros [d, d] float32, contiguous: from now on a bare sum."""
+        """Begin a bare sum in zeros [d, d], float32, contiguous."""
         with self._lock:
             self._scales[hessian] = 1.0
 
@@ -57,7 +57,7 @@ class OpenSums:
                 hessian_finish(hessian, None, 0, self._scales.pop(hessian))
 
     def complete_all(self) -> None:
-        """For the end of the block: what is still alive may be read by the tool's own functions."""
+        """Complete all at the end of the block: the tool may read those that are still alive."""
         # Calibration may have run in inference mode, whose tensors change in it only; in it, every tensor may.
         with self._lock, torch.inference_mode():
             for hessian in list(self._scales):

@@ -109,7 +109,7 @@ class Kernels:
         return [add_batch, materialize_global_hessian, self.hessian_inverse]
 
     def takes(self, task: Any) -> bool:
-        """Whether the task's Hessian is the plain sum over the rows of a Linear's inputs."""
+        """Return whether the task's Hessian is the plain sum over the rows of a Linear's inputs."""
         own = getattr(type(task), "process_batch", None) is not self._process_batch
         return isinstance(task.module, nn.Linear) and not own and not task._tp_pad_cols
 
@@ -158,7 +158,7 @@ class Kernels:
                 task._record_hessian_ready(task.H.device)
 
     def complete_all(self) -> None:
-        """For the end of the block: what is still alive may be read by the tool's own functions."""
+        """Complete all at the end of the block: the tool may read those that are still alive."""
         # Calibration may have run in inference mode, whose tensors change in it only; in it, every tensor may.
         with self._open_lock:
             tasks = list(self._open)

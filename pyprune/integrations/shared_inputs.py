@@ -49,7 +49,7 @@ class Reading:
         return self.x._version == self.version
 
     def rows(self) -> Tensor:
-        """For the current stream, where another thread may have its own."""
+        """Rows for the current stream, which may be another thread's than that of the input."""
         if self.stream is not None and self.stream != wait_for(self.stream, self.x.device):
             self.x.record_stream(torch.cuda.current_stream(self.x.device))
         return kept_rows(self.x, self.kept)
@@ -70,7 +70,7 @@ def kept_rows(x: Tensor, kept: Tensor | None) -> Tensor:
 
 @dataclass
 class Sums:
-    """What is accumulated: each statistic, or None where it is not wanted, and the rows in it.
+    """Accumulated statistics (None where one is not wanted), and the number of rows in them.
 
     stream: that of the last update, on a GPU.
     """
@@ -90,13 +90,13 @@ class Sums:
             )
 
     def copy(self) -> Sums:
-        """The same in memory of its own."""
+        """Return a copy."""
         self.follow()
         with torch.inference_mode(False):  # as in zeros
             return Sums(copy.deepcopy(self.hessian), copy.deepcopy(self.moments), self.count, self.stream)
 
     def follow(self) -> None:
-        """What comes next on the current stream comes after all updates."""
+        """Make the current stream wait for all updates."""
         if self.stream is not None:
             self.stream = wait_for(self.stream, self.stream.device)
 
@@ -143,14 +143,14 @@ class Accumulator:
         self.inputs += 1
 
     def began_with(self, reading: Reading) -> bool:
-        """Whether this is the only input so far."""
+        """Return whether this is the only input so far."""
         if self.inputs != 1 or self.held or self.first is None:
             return False
         x, kept, version = self.first
         return x() is reading.x and kept is reading.kept and version == reading.version
 
     def expects(self, member: str, reading: Reading) -> bool:
-        """Whether it can take this now: this thread holds nothing, or this, and the member has not read it yet."""
+        """Return whether it can take the input: this thread holds nothing, or this, which the member has not read."""
         own = self.held.get(threading.get_ident())
         return own is None or (member in own.awaited and own.reading.same_as(reading))
 
@@ -167,7 +167,7 @@ class Accumulator:
         self.add(reading.rows())
 
     def split(self, members: set[str]) -> Accumulator:
-        """The same sums in memory of their own for these members, who leave; each side goes on with what it holds."""
+        """Split off a copy of the sums for these members; each side continues with what it holds."""
         self.members -= members
         sums = None if self.sums is None else self.sums.copy()
         apart = Accumulator(members, self.channels, self.hessian, self.moments, sums, self.incomplete, self.inputs)
@@ -236,7 +236,7 @@ class Accumulators:
             self._of[name].take(name, reading)
 
     def settle(self) -> None:
-        """Nothing is held any more."""
+        """Add everything that is held."""
         with self.lock:
             for accumulator in list(self._of.values()):
                 self._settle(accumulator)
@@ -247,7 +247,7 @@ class Accumulators:
                 self._settle_thread(self._of[name], next(iter(held)))
 
     def _settle_thread(self, accumulator: Accumulator, thread: int) -> None:
-        """What the thread holds is added for those who have read it, who leave."""
+        """Add the input that the thread holds for the members that have read it; they leave."""
         held = accumulator.held.get(thread)
         if held is not None:
             self._place(accumulator.split(accumulator.members - held.awaited))

@@ -79,7 +79,7 @@ def rounded(count: int, most: int, multiple: int) -> int:
 
 
 def _threshold(kept: Callable[[float], float], ordered: list[dict[str, Any]], target: float) -> float:
-    """By bisection the threshold whose kept share is nearest; kept shares fall as thresholds rise."""
+    """Bisect for the threshold whose kept share is nearest; kept shares fall as thresholds rise."""
     low = min(float(own[name].values[-1]) for own in ordered for name in SELECTIONS) - 1.0  # keeps everything
     high = max(float(own[name].values[0]) for own in ordered for name in SELECTIONS) + 1.0
     for _ in range(64):

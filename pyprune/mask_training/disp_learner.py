@@ -62,7 +62,7 @@ class SelectionLearner(Learner):
 
     @torch.no_grad()
     def logits(self) -> list[dict[str, Tensor]]:
-        """Of every gate, float32 [width] on the CPU by layer and selection."""
+        """Logits of every gate, float32 [width] on the CPU by layer and selection."""
         return self._named([logits.cpu() for logits in self.network()])
 
     def _named(self, flat: list[Tensor]) -> list[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The loop that trains masks on a text: its order, its progress, and where a killed one goes on."""
+"""Loop that trains masks on a text: order, progress, and resuming a killed one."""
 
 import json
 import math
@@ -35,11 +35,11 @@ class Learner(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """All that later steps depend on, by name."""
+        """Tensors that later steps depend on, by name."""
 
     @abstractmethod
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Become what `state` was taken from."""
+        """Restore the learner that `state` was taken from."""
 
 
 def train(
@@ -50,7 +50,7 @@ def train(
     file: Path,
     progress: Callable[[str, int, int], None],
 ) -> History:
-    """`steps` steps over the learner's windows, `rows` of them each; every epoch in an order of its own.
+    """Train `steps` steps over the learner's windows, `rows` each; every epoch is shuffled anew.
 
     The state is kept in `file` about once a minute and at the end, and read from there if it exists, after which the
     steps that it has not seen give the same result. InputError: a damaged file, or a loss that is not finite.

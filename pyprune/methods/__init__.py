@@ -19,7 +19,7 @@ for module in dict.fromkeys([*LISTED, *(found.name for found in iter_modules(__p
 
 
 def make_method(name: str, options: dict[str, Any]) -> Method:
-    """A method with its options; an unknown name or an option that the method does not have is an InputError."""
+    """Make a method with its options. InputError: an unknown name, or an option that the method does not have."""
     if name not in METHODS:
         load_entry_points()
     if name not in METHODS:
@@ -47,7 +47,7 @@ def list_methods() -> dict[str, dict[str, Any]]:
 
 
 def resolve_ratio(method: Method, ratio: float | None) -> float:
-    """The ratio asked for, or the method's own; InputError where there is neither."""
+    """Return the given ratio, or the one that the method implies; InputError where there is neither."""
     if ratio is not None:
         return ratio
     if method.implied_ratio is None:

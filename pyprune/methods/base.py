@@ -20,7 +20,7 @@ LayerStatistics = dict[str, ChannelStatistics]  # sublayer -> statistics of its 
 
 
 class Training(Protocol):
-    """How a method trains masks on the whole frozen model: `steps` of `rows` windows each.
+    """Training of masks on the whole frozen model: `steps` of `rows` windows each.
 
     `backward`: training needs gradients through the model, not forwards alone.
     """

@@ -13,7 +13,7 @@ UNSTRUCTURED = "unstructured"
 
 @dataclass(frozen=True)
 class Pattern:
-    """Of every `group` consecutive weights `zeros` are zero; group 0: a share of a row's weights, wherever they lie."""
+    """Pattern of zeros: `zeros` in every `group` consecutive weights; group 0: a share of a row's weights, anywhere."""
 
     name: str
     zeros: int = 0
@@ -25,7 +25,7 @@ class Pattern:
         return self.zeros / self.group if self.group else None
 
     def lowest(self, scores: Tensor, ratio: float) -> Tensor:
-        """What goes, bool of scores' shape [rows, n]: of each group, or of each row the int(ratio·n), lowest scores.
+        """Mask of the lowest scores, bool [rows, n] as `scores`: those of each group, or int(ratio·n) of each row.
 
         The first of equal ones goes. `ratio` matters to an unstructured pattern only.
         """
@@ -34,7 +34,7 @@ class Pattern:
         return lowest_of_groups(scores, int(ratio * scores.shape[-1]), scores.shape[-1])
 
     def check_length(self, length: int, what: str) -> None:
-        """InputError, naming `what`, if so many weights in a row cannot be cut into groups."""
+        """InputError, naming `what`, if rows of that many weights cannot be cut into groups."""
         if self.group and length % self.group:
             raise InputError(f"--pattern {self.name} does not divide {what}: {length} is no multiple of {self.group}")
 

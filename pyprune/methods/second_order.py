@@ -109,7 +109,7 @@ class SecondOrderMethod(UnitMethod):
         curves: list[ErrorCurves] | None,
         moments: list[LayerStatistics] | None,
     ) -> RemovedCounts:
-        """Units that each layer loses; the statistics that `dense_statistics` names are there, the others None."""
+        """Units that each layer loses; statistics that `dense_statistics` does not name are None."""
         subset = self.subset(shapes)
         own_curves = None if curves is None else subset.select(curves)
         own_moments = None if moments is None else subset.select(moments)

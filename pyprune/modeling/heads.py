@@ -19,7 +19,7 @@ HEADS = {
 
 
 def register_heads(family: Family, config_class: Any, *bases: type) -> None:
-    """The family's own classes, after `bases`, over the body that AutoModel makes of the configuration.
+    """Register the family's classes, after `bases`, over the body that AutoModel builds from the configuration.
 
     Where transformers has none for the family, what is registered says so: otherwise the user reads a list of all
     configurations but his own.
@@ -44,7 +44,7 @@ def _head(family: Family, config_class: Any, *bases: Any) -> Any:
 
 def _refusing(family: Family, config_class: Any, suffix: str) -> Any:
     class Refusing:
-        """In the place of a model."""
+        """Stand-in for a model class that transformers lacks."""
 
         @classmethod
         def from_pretrained(cls, *_: Any, **__: Any) -> Any:

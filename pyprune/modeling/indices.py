@@ -72,8 +72,10 @@ class CheckedModel:
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """As transformers' own. InputError for indices that are damaged, or missing and not asked for by
-        `output_loading_info`: a model without them runs no forward."""
+        """Load as transformers does; InputError for damaged or missing indices.
+
+        Missing ones pass with `output_loading_info`, which reports them: a model without them runs no forward.
+        """
         informed = options.pop("output_loading_info", False)
         base: Any = super()
         model, information = base.from_pretrained(*arguments, output_loading_info=True, **options)

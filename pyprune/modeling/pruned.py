@@ -19,7 +19,7 @@ PRUNED_CLASSES: dict[str, tuple[Any, Any, Any]] = {}
 
 @contextmanager
 def without_layers(config: Any) -> Iterator[None]:
-    """Inside, the family's own constructors build no layer (they would all have the global size)."""
+    """Keep the family's constructors from building layers, which would all have the global size."""
     layers = config.num_hidden_layers
     config.num_hidden_layers = 0
     try:
@@ -45,10 +45,10 @@ def pruned_classes(family: Family) -> tuple[Any, Any, Any]:
         down_proj_bias: bool = False
 
         def validate_architecture(self) -> None:
-            """Nothing to hold: with `head_dim` written out, the hidden size need not be a multiple of the heads."""
+            """Accept any sizes: with `head_dim` written out, the hidden size need not be a multiple of the heads."""
 
     class Model(own_model):
-        """The family's body with layers of each one's own size."""
+        """The family's body with layers of different sizes."""
 
         config: Config
 

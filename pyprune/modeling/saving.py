@@ -15,7 +15,7 @@ def save_config(config: Any, folder: Path) -> None:
 
 
 def earlier_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 4 calls the fields that 5 renamed; without them it takes its defaults and says nothing.
+    """Fields that transformers 5 renamed, under the names of 4, which otherwise takes its defaults and says nothing.
 
     transformers 5 lets `dtype` win over `torch_dtype`, and completes a `rope_scaling` by `rope_theta`: the same values
     come of both spellings. Parameters by kind of layer are left alone: no class of transformers 4 that a

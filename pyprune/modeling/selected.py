@@ -1,4 +1,4 @@
-"""transformers classes of DISP models: every block reads and adds to channels of the residual stream of its own.
+"""transformers classes of DISP models: each block reads and adds to its selection of the residual stream's channels.
 
 Checkpoints keep the tensor names of their family, with narrower matrices, and hold the indices of each layer's
 selections as int32 buffers. `config.selections` says by layer how many channels each selection has.
@@ -42,7 +42,7 @@ def selected_classes(family: Family) -> tuple[Any, Any, Any]:
         down_proj_bias: bool = False
 
         def validate_architecture(self) -> None:
-            """Nothing to hold: with `head_dim` written out, the hidden size need not be a multiple of the heads."""
+            """Accept any sizes: with `head_dim` written out, the hidden size need not be a multiple of the heads."""
 
     class Layer(CheckedLayer, own_layer):
         """The family's attention and FFN with narrower matrices, between gathers from and additions to the stream."""
@@ -63,8 +63,8 @@ def selected_classes(family: Family) -> tuple[Any, Any, Any]:
             )
 
         def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
-            """As the family's layer: hidden_states [batch, tokens, hidden_size]; the rest is the attention's."""
-            if not torch.compiler.is_compiling():  # of what a graph is made of the values were looked at on loading
+            """Run the layer: hidden_states [batch, tokens, hidden_size]; `context` goes to the attention."""
+            if not torch.compiler.is_compiling():  # the indices of a compiled model were checked on loading
                 self.check_indices()
             first, second = (self.get_submodule(norms[sublayer]) for sublayer in (ATTENTION, FFN))
             x = rms_norm_gather(hidden_states, first.weight, self.eps, self.attention_in)
@@ -82,7 +82,7 @@ def selected_classes(family: Family) -> tuple[Any, Any, Any]:
             return hidden
 
         def _trained(self, *inputs: Tensor) -> bool:
-            """Whether a gradient may be asked for: the operators that change the stream in place have none."""
+            """Return whether a gradient may be asked for: the operators that change the stream in place have none."""
             return torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *self.parameters()))
 
     class Model(CheckedModel, own_model):
@@ -134,7 +134,7 @@ def _narrow(block: Any, name: str, cut: dict[int, str], counts: dict[str, int], 
 def selected_config(
     family: Family, config: Any, counts: list[dict[str, int]], o_proj_bias: bool, down_proj_bias: bool
 ) -> Any:
-    """Configuration of the DISP model of a dense (or pruned) one, with so many channels in each layer's selections."""
+    """Configuration of the DISP model of a dense (or pruned) one; `counts`: channels of each layer's selections."""
     config_class, _, causal_lm_class = SELECTED_CLASSES[family.name]
     return config_class(
         **layered_fields(config, family.shapes(config)),

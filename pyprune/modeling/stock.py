@@ -93,7 +93,7 @@ def common_fields(config: Any, shape: LayerShape) -> dict[str, Any]:
 def find_stock(
     family: Family, config: Any, shapes: list[LayerShape], o_proj_bias: bool, down_proj_bias: bool
 ) -> Stock | None:
-    """The first stock class that computes what the model computes: the family's own, Mistral, Granite, SmolLM3.
+    """Find the first stock class that computes the model: the family's, Mistral's, Granite's, SmolLM3's.
 
     Of a family of another package it is the own one alone: equal names of tensors need not mean equal layers.
     `config` is the model's configuration before this pruning, `shapes` what each layer has afterwards; the flags say
@@ -117,7 +117,7 @@ def find_stock(
 def stock_config(
     family: Family, config: Any, shapes: list[LayerShape], o_proj_bias: bool, down_proj_bias: bool
 ) -> Stock:
-    """As `find_stock`; InputError, with the reason and what would work, where there is none."""
+    """Find the stock class as `find_stock`. InputError where there is none: the reason, and what would work."""
     for layer, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise InputError(

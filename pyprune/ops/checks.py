@@ -48,7 +48,7 @@ def check_device(operator: str, name: str, x: Tensor, other_name: str, other: Te
 
 
 def check_alike(operator: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Of one type, on one device."""
+    """ValueError unless both are of one dtype, device and layout."""
     if x.dtype != other.dtype or x.device != other.device or x.layout != other.layout:
         raise ValueError(
             f"{operator}: {name} is {x.dtype} on {x.device}, {x.layout}; {other_name} is {other.dtype} on "
@@ -115,7 +115,7 @@ def span_of(x: Tensor) -> tuple[int, int]:
 
 
 def repeats(x: Tensor) -> bool:
-    """Whether two elements of x are the same memory."""
+    """Return whether two elements of x are the same memory."""
     dimensions = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
     if x.numel() == 0 or nested(dimensions):
         return False
@@ -127,7 +127,7 @@ def repeats(x: Tensor) -> bool:
 
 
 def nested(dimensions: Sequence[tuple[int, int]]) -> bool:
-    """Whether each (stride, size), by increasing strides, steps beyond all that the ones before reach."""
+    """Return whether each (stride, size), by increasing strides, steps beyond all that the ones before reach."""
     reached = 0
     for stride, size in dimensions:
         if stride <= reached:
@@ -137,7 +137,7 @@ def nested(dimensions: Sequence[tuple[int, int]]) -> bool:
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether any byte of an element of x is one of y, whose spans overlap. True where the search is long."""
+    """Return whether any byte of an element of x is one of y, whose spans overlap. True where the search is long."""
     if x.is_contiguous() and y.is_contiguous():
         return True
     # The address of an element of x − that of one of y, strides in bytes. Dimensions of the same stride are one.
@@ -152,7 +152,7 @@ def overlap(x: Tensor, y: Tensor) -> bool:
 
 
 def reaches(low: int, high: int, terms: Sequence[tuple[int, int, int]]) -> bool:
-    """Whether Σ stride·k is in [low, high] for integers k of each (stride, least k, largest k), strides ≥ 0.
+    """Return whether Σ stride·k is in [low, high] for integers k of each (stride, least k, largest k), strides ≥ 0.
 
     From the largest stride down, and only with what the smaller ones can still make up for.
     """

@@ -1,4 +1,4 @@
-"""Declaration of an operator, made in its own file: versions of its public names, kernels with requirements.
+"""Declaration of an operator, in the operator's file: versions of public names, kernels with requirements.
 
     HESSIAN = Operator(
         "hessian",

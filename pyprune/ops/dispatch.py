@@ -126,7 +126,7 @@ def eligible_backends(operator: str, problem: Problem) -> list[str]:
 
 
 def choose_backend(operator: str, x: Tensor, shape: tuple[int, ...] | None = None) -> str:
-    """The backend that runs this operator on x; `shape`, where the operator's is not x's own.
+    """Choose the backend that runs this operator on x; `shape`: where the operator's differs from x's.
 
     Raises InputError where one is forced that is not known, or that cannot run this input. Logs, once for each cause,
     that a preferred backend is missing from the installation.

@@ -74,7 +74,7 @@ def keep_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def rms_norm_gather_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    """Of x and weight; the roundings count as the identity. In plain PyTorch, in float32 or wider.
+    """Gradients of x and weight in plain PyTorch, float32 or wider; the roundings count as the identity.
 
     With s = 1 / √(mean x² + eps), n = s x and g the gradient of n, 0 at channels that are not selected:
     the gradient of x is s (g − n mean(g n)).
@@ -122,7 +122,7 @@ def scatter_add_(residual: Tensor, update: Tensor, index: Tensor) -> None:
 
 @scatter_add_.register_fake
 def _(residual: Tensor, update: Tensor, index: Tensor) -> None:
-    """Nothing is returned: the schema says what changes. What does not fit fails while it is traced."""
+    """Check the arguments while tracing. Nothing is returned: the schema says what changes."""
     check_update(residual, update, index)
 
 

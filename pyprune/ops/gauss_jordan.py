@@ -18,10 +18,12 @@ from .split_tf32 import has_fast_tf32, split_factors, split_panel, subtract_prod
 
 @dataclass(frozen=True)
 class Blocking:
-    """How a sweep is cut. swept: columns swept at once, the inner dimension of the products. updated: columns of the
-    triangle updated at once, a multiple of `swept`; each product also computes half a square of so many
-    columns above the diagonal for nothing. split: where TF32 is fast, the columns of a panel in one product of tensor
-    cores, see split_panel; 0: products in float32. look_ahead: on a GPU, factor the next block beside the update.
+    """Block sizes of a sweep.
+
+    swept: columns swept at once, the inner dimension of the products. updated: columns of the triangle updated at once,
+    a multiple of `swept`; each product also computes half a square of that many columns above the diagonal in vain.
+    split: where TF32 is fast, the columns of a panel in one product of tensor cores (split_panel); 0: products in
+    float32. look_ahead: on a GPU, factor the next block beside the update.
     """
 
     swept: int
@@ -51,7 +53,7 @@ def blocking_for(h: Tensor) -> Blocking:
 
 
 def uses_gauss_jordan(h: Tensor, factor: bool = False) -> bool:
-    """Whether h [d, d] is large enough for a sweep to its inverse, or to its factor's."""
+    """Return whether h [d, d] is large enough for a sweep to its inverse, or to its factor's."""
     sizes = FACTOR_SWEPT_FROM if factor else SWEPT_FROM
     return len(h) >= sizes.get(h.device.type, sizes["cuda"])
 
@@ -144,7 +146,7 @@ def invert_factor(block: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def invert_factor_aside(block: Tensor, identity: Tensor) -> tuple[Tensor, Tensor]:
-    """As invert_factor, on the side stream once the current one has come here; wait for it before using the result.
+    """Run invert_factor on the side stream, after the current one's work; wait for it before using the result.
 
     No record_stream: memory that changes streams here is used again only after the next wait of one for the other.
     """

@@ -29,7 +29,7 @@ def diagonal_blocks(x: Tensor, width: int) -> Tensor:
 
 
 def grouped_cholesky_errors_reference(a: Tensor, g: Tensor, width: int, diagonal: bool = False) -> Tensor:
-    """As grouped_cholesky_errors, in plain PyTorch: any device, float32 or float64.
+    """Reference of grouped_cholesky_errors in plain PyTorch: any device, float32 or float64.
 
     A block that is not positive definite is found by cholesky_ex, which asks nothing of the host. With M = L^-1 from
     one triangular solve, A_SS^-1 = MᵀM by one product: on a GPU faster than two solves against G. Temporaries have the

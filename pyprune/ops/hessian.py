@@ -201,7 +201,7 @@ def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
 
 @hessian_update.register_fake
 def _(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
-    """Nothing is returned: the schema says what changes. What does not fit fails while it is traced."""
+    """Check the arguments while tracing. Nothing is returned: the schema says what changes."""
     check_tensors(x, lower, sums)
 
 
@@ -226,7 +226,7 @@ def hessian_finish(lower: Tensor, sums: Tensor | None, count: int, scale: float 
 
 @hessian_finish.register_fake
 def _(lower: Tensor, sums: Tensor | None, count: int, scale: float = 1.0) -> None:
-    """Nothing is returned: the schema says what changes. What does not fit fails while it is traced."""
+    """Check the arguments while tracing. Nothing is returned: the schema says what changes."""
     check_state(lower, sums)
 
 

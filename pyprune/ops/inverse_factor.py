@@ -47,7 +47,7 @@ def inverse_factor(h: Tensor, damping: float = 0.01, where: str = "hessian") -> 
 
 
 def spd_inverse_factor_reference(h: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """As spd_inverse_factor, by the library's Cholesky factorisation and a triangular solve: 1⅓ d³ FLOP."""
+    """Reference of spd_inverse_factor: the library's Cholesky factorisation and a triangular solve, 1⅓ d³ FLOP."""
     factor, info = torch.linalg.cholesky_ex(shifted(h, shift).flip(0, 1))
     identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)

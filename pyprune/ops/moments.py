@@ -190,7 +190,7 @@ def channel_moments_update(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> N
 
 @channel_moments_update.register_fake
 def _(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None:
-    """Nothing is returned: the schema says what changes. What does not fit fails while it is traced."""
+    """Check the arguments while tracing. Nothing is returned: the schema says what changes."""
     check_tensors(x, mean, m2)
     check_strides(mean, m2)
 

@@ -45,7 +45,7 @@ class Requirement:
 
 @cache
 def import_optional(name: str) -> tuple[ModuleType | None, str]:
-    """The module, or None and the interpreter's own reason why it cannot be imported."""
+    """Import an optional module: the module, or None and the interpreter's reason."""
     try:
         return importlib.import_module(name), ""
     except ImportError as error:

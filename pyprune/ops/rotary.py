@@ -44,7 +44,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 @rotate_.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Nothing is returned: the schema says what changes. What does not fit fails while it is traced."""
+    """Check the arguments while tracing. Nothing is returned: the schema says what changes."""
     check_tensors(x, cos, sin)
 
 

@@ -158,7 +158,7 @@ def walk_blocks(
 def sparsify_reference(
     weight: Tensor, factor: Tensor, zeros: int, group: int, ratio: float = 0.0, parts: list[int] | None = None
 ) -> Tensor:
-    """As sparsify_, in plain PyTorch on any device; in float64 it is what the kernel is held to."""
+    """Reference of sparsify_ in plain PyTorch on any device; the kernel is tested against it in float64."""
     with exact_float32():
         return walk_blocks(weight, factor, zeros, group, ratio, parts or [], walk_reference)
 

@@ -94,7 +94,7 @@ def solve_damped(
 
 
 def spd_inverse_reference(h: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """As spd_inverse, by the library's Cholesky factorisation and the inverse from it: 2⅓ d³ FLOP."""
+    """Reference of spd_inverse: the library's Cholesky factorisation and the inverse from it, 2⅓ d³ FLOP."""
     factor, info = torch.linalg.cholesky_ex(shifted(h, shift))
     failed = info != 0
     # What is left of a failed factorisation may have a 0 on its diagonal, which LAPACK's inversion raises for.

@@ -40,7 +40,7 @@ def swiglu_(gate: Tensor, up: Tensor) -> None:
 
 @swiglu_.register_fake
 def _(gate: Tensor, up: Tensor) -> None:
-    """Nothing is returned: the schema says what changes. What does not fit fails while it is traced."""
+    """Check the arguments while tracing. Nothing is returned: the schema says what changes."""
     check_tensors(gate, up)
 
 

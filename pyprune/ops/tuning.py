@@ -104,7 +104,7 @@ def tuned_configuration(
 
 @cache
 def entries_in_use(gpu: Gpu, file: Path, named: bool) -> dict[tuple[str, int], Entry]:
-    """By operator and size of an element. `named`: PYPRUNE_TUNING names the file; what is wrong is then an error.
+    """Read the entries by operator and element size. `named` (by PYPRUNE_TUNING): a faulty table is an error.
 
     Read once: a table that changes while a process runs would change its results.
     """
@@ -140,7 +140,7 @@ def read_table(file: Path, gpu: Gpu) -> dict[tuple[str, int], Entry]:
 
 
 def key_of(entry: Any, file: Path) -> tuple[str, int]:
-    """Of an entry that was checked. InputError."""
+    """Check an entry and return its key. InputError: it does not hold."""
     if not isinstance(entry, dict) or entry.get("operator") not in OPERATORS:
         raise InputError(f"{file}: an entry is of no operator that is tuned ({', '.join(OPERATORS)})")
     operator = entry["operator"]
@@ -199,7 +199,7 @@ def in_use(device: torch.device | None) -> list[Entry]:
 
 
 def operator_fingerprint(operator: str, device: torch.device) -> str | None:
-    """What the bits of the operator's Triton results follow from beside its backend; None: the shipped table.
+    """Fingerprint of the tuned entries that the operator's Triton results depend on; None: the shipped table.
 
     InputError as tuned_configuration.
     """

@@ -48,7 +48,7 @@ def build_dense(job: Job, forward: LayerForward, stored: Mapping[str, Tensor], l
 
 
 def stored_layers(job: Job, what: str, meter: Meter, first: int = 0) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Layers in order, each with its tensors, which go when the next is asked for; shown and metered as pass `what`."""
+    """Yield layers in order with their tensors, which are freed at the next; shown and metered as pass `what`."""
     stored = job.loader().layers(first)
     for layer in range(first, job.reader.layers):
         job.progress(what, layer, job.reader.layers)
@@ -78,7 +78,7 @@ class Passes(ABC):
         self.history: History = []
 
     def execute(self) -> PruneResult:
-        """All passes. Returns what was decided. InputError before anything is written: not the model's own forward.
+        """Run all passes. InputError, before anything is written: our forward differs from the model's.
 
         Without windows no pass runs a layer: what is stored is measured and sliced.
         """
@@ -91,7 +91,7 @@ class Passes(ABC):
         """Run the passes, once the forward is known to be the model's."""
 
     def warn(self, message: str) -> None:
-        """On the log, and in the plan."""
+        """Log a warning, and put it in the plan."""
         logger.warning(message)
         self.warnings.append(message)
 

@@ -49,7 +49,7 @@ def observe_layer(
 
 
 def calibrate_model(job: Job, by_window: bool, meter: Meter, log: LayerLog) -> list[LayerStatistics]:
-    """Statistics of every layer on the dense model's own activations; one layer in memory at a time.
+    """Collect every layer's statistics on the dense model's activations; one layer in memory at a time.
 
     Layers that the log holds are only passed.
     """
@@ -124,7 +124,7 @@ def unpacked(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Laye
 
 
 def load_statistics(job: Job, path: Path, identity: dict[str, Any]) -> list[LayerStatistics] | None:
-    """Load what `save_statistics` wrote; None if it was of other weights. InputError if the file is damaged."""
+    """Load the file of `save_statistics`; None if it is of other weights. InputError if the file is damaged."""
     stored, metadata = load_cached(path, "calibration pass", identity)
     return statistics_of(path, stored, metadata, job.reader.shapes) if job.accepts(path, metadata) else None
 

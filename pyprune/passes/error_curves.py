@@ -99,7 +99,7 @@ def first_curves(job: Job, files: list[tuple[Path, dict[str, Any]]], tenths: int
 
 
 def load_curves(job: Job, path: Path, identity: dict[str, Any]) -> list[ErrorCurves] | None:
-    """Load what `cached_curves` saved; None if it was of other weights. InputError if the file is damaged."""
+    """Load the file of `cached_curves`; None if it is of other weights. InputError if the file is damaged."""
     tensors, metadata = load_cached(path, "error curves", identity)
     if not job.accepts(path, metadata):
         return None

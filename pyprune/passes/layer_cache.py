@@ -1,4 +1,4 @@
-"""Statistics of single layers, saved as the calibration pass goes: a killed run continues from them."""
+"""Statistics of single layers, saved during the calibration pass: a killed run continues from them."""
 
 import json
 import shutil

@@ -143,7 +143,7 @@ class ReconstructionPasses(Passes):
         return kept, scores
 
     def _next_norms(self, block: nn.Module, layer: int) -> dict[str, nn.Module]:
-        """With an input share, by sublayer, the norm that reads the stream after it: for the FFN the next layer's."""
+        """Norms that read the stream after each sublayer (after FFN the next layer's); none without input share."""
         if not self.method.effective_input_share:
             return {}
         family = self.reader.family
@@ -173,7 +173,7 @@ class ReconstructionPasses(Passes):
     def _repeat(
         self, forward: LayerForward, layer: int, stored: Mapping[str, Tensor], streams: Streams, advance: bool
     ) -> tuple[Kept, UnitScores]:
-        """Past a layer that a killed run wrote: both streams advance by what is stored, to the same bits."""
+        """Advance both streams past a layer that a killed run wrote: by the stored tensors, to the same bits."""
         kept, scores, tensors = self.restored(layer)
         if advance:
             if streams.dense is not None:

@@ -49,7 +49,7 @@ def _is_table(model: Any, parameter: nn.Parameter) -> bool:
 
 
 def train_masks(passes: Passes, learner: Learner, method: LearnedMethod) -> None:
-    """Train to the end, from where a killed run was; the history goes to `passes`."""
+    """Train to the end, from where a killed run stopped; `passes` gets the history."""
     job = passes.job
     file = training_file(passes.writer)
     passes.history = train(learner, method.steps, method.rows, job.options.seed, file, job.progress)
@@ -91,7 +91,7 @@ class SelectionPasses(Passes):
         return learner.logits()
 
     def _prior(self, masked: MaskedModel, windows: Tensor) -> list[dict[str, Tensor]] | None:
-        """Logits that the gates begin at; zeros where a killed run's state is about to bring its own."""
+        """Initial logits of the gates; zeros where a killed run's state replaces them."""
         shapes, kind = self.reader.shapes, self.method.warm_start
         if kind == "none":
             return None

@@ -75,7 +75,7 @@ def _run(job: Job) -> dict[str, Any]:
 
 
 def _worth_resuming(writer: CheckpointWriter) -> bool:
-    """Whether a layer is finished, or masks are trained in part; the statistics of layers are in the cache."""
+    """Return whether a layer is finished, or masks are trained in part; the statistics of layers are in the cache."""
     return any(1 <= shard < writer.shards - 1 for shard in writer.done) or (writer.partial / TRAINING).exists()
 
 

@@ -85,7 +85,7 @@ class _Group:
             return self.store.check([key])
 
     def fail(self, status: int) -> tuple[bool, int]:
-        """Whether this process was the first to fail, and the exit status that the first one named."""
+        """Return whether this process was the first to fail, and the exit status that the first one named."""
         try:
             word = self.store.compare_set(FAILED, "", f"{self.rank} {status}").decode()
         except dist.DistNetworkError:  # the store went with its process, which left no word
@@ -155,7 +155,7 @@ def process_group() -> Iterator[None]:
 
 
 def may_report(status: int) -> bool:
-    """Whether this process is to say what went wrong, before it exits with `status`: the first one that failed."""
+    """Return whether this process is the first that failed, which prints the error and exits with `status`."""
     return _group is None or _group.fail(status)[0]
 
 
@@ -168,7 +168,7 @@ def world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return rank() == 0
 
 
@@ -240,7 +240,7 @@ def all_reduce_min(number: int) -> int:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """The rows [own, ...] of every process below each other, in the order of ranks: [all, ...]."""
+    """All-gather rows [own, ...] of every process in the order of ranks: [all, ...]."""
     if _group is None:
         return rows
     sizes = torch.zeros(_group.size, dtype=torch.int64)

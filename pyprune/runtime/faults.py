@@ -98,7 +98,7 @@ def _is_path(text: str) -> bool:
 
 
 def _beyond(number: int) -> str:
-    """A refusal, and the process's own limit, if it has one."""
+    """Words for a refusal by a limit of the process, with its value if there is one."""
     words, kind, shown = _LIMITS[number]
     soft, _ = resource.getrlimit(kind)
     return words.format(limit="" if soft == resource.RLIM_INFINITY else f" ({shown} is {soft:,} here)")

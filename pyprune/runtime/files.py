@@ -57,7 +57,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def write_json(document: Any, path: Path) -> None:
-    """Whole or not at all: whoever reads the file, or kills this process, finds the old one or the new one."""
+    """Write a JSON file, whole or not at all: at any moment there is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -13,7 +13,7 @@ _NAME = "transformers"
 
 
 class _Loader(Loader):
-    """transformers' own loader, and then our registration."""
+    """transformers' loader, followed by our registration."""
 
     def __init__(self, own: Any) -> None:
         self._own = own

@@ -24,7 +24,7 @@ PATIENCE = 3.0
 
 
 class Stopped(BaseException):
-    """A signal arrived. No Exception, and no KeyboardInterrupt, so that no library takes it for something of its own.
+    """A signal arrived. Neither Exception nor KeyboardInterrupt: a library would handle those.
 
     Notes (`add_note`) become part of the line that the user reads.
     """
@@ -40,7 +40,7 @@ class Stopped(BaseException):
 
 
 def is_program() -> bool:
-    """Whether this process was started as `pyprune` or `python -m pyprune`; true while its modules are imported."""
+    """Return whether this process runs `pyprune` or `python -m pyprune`; true while its modules are imported."""
     if not getattr(sys, "argv", None):
         return False
     if sys.argv[0] != "-m":

@@ -43,7 +43,7 @@ codecs.register_error(_ERRORS, _spelled)
 
 
 class Stream:
-    """A text stream that takes everything. After the first fault what it is given goes nowhere.
+    """Text stream that takes everything; after the first fault it discards.
 
     `fault` is what went wrong, None while nothing did.
     """
@@ -114,7 +114,7 @@ def forgive() -> None:
 
 
 def is_lost() -> bool:
-    """Whether nobody will see what is printed, so that work done for that alone can end."""
+    """Return whether nobody will see what is printed, so that work done for that alone can end."""
     return _out is not None and _out.lost is not None
 
 

@@ -105,7 +105,7 @@ def cases(model: Model, scale: Scale) -> Iterator[Case]:
 
 
 def sweep(scale: Scale) -> Iterator[Case]:
-    """From less than a tile, of an odd width, to more rows than a run updates with."""
+    """Yield cases from less than a tile, of an odd width, to more rows than a run updates with."""
     large = ((2048, 4096), (65536, 4096), (262144, 4096), (65536, 11008))
     for rows, channels in ((37, 1000), *(large if scale is FULL else ((512, 4096),))):
         yield case_of(SWEEP, rows, channels)

@@ -155,7 +155,7 @@ def factor_cases(model: Model, scale: Scale) -> Iterator[Case]:
 
 
 def swept_sizes(scale: Scale) -> tuple[int, ...]:
-    """On a GPU on both sides of 1024 channels, from which on Gauss-Jordan elimination runs."""
+    """List sizes of a sweep; on a GPU both sides of 1024 channels, where Gauss-Jordan elimination begins."""
     return (512, 1024, 2048, 16384) if scale is FULL else (256, 512)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def inverse(hessian: Tensor) -> Tensor:
-    """By torch's Cholesky; contiguous or stored by columns, as the library likes."""
+    """Invert by torch's Cholesky; the result is contiguous or stored by columns, as the library has it."""
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
 
 

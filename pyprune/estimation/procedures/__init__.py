@@ -37,12 +37,12 @@ def sparsify_costs(sizes: Sizes[SemiStructuredMethod]) -> Costs:
 
 
 def selection_costs(sizes: Sizes[Method]) -> Costs:
-    """Beside the training, whose cost is a `TrainCost`."""
+    """Costs of the passes of selections; the training's is a `TrainCost`."""
     return {"calibration": UncountedCalibrationCost(sizes), "prune": SliceCost(sizes)}
 
 
 def unit_training_costs(sizes: Sizes[Method]) -> Costs:
-    """Beside the training, whose cost is a `TrainCost`."""
+    """Costs of the passes of trained units; the training's is a `TrainCost`."""
     return {"calibration": CalibrationCost(sizes), "prune": SliceCost(sizes)}
 
 

@@ -18,7 +18,7 @@ MethodT = TypeVar("MethodT", bound=Method, covariant=True)
 
 @dataclass(frozen=True)
 class CpuRun:
-    """Of a run on a CPU: windows in a micro-batch, bytes of the embeddings, and whether weights are converted."""
+    """A run on a CPU: windows in a micro-batch, bytes of the embeddings, and whether weights are converted."""
 
     batch: int
     embeddings: int
@@ -43,11 +43,11 @@ class PassCost(ABC, Generic[MethodT]):
         return self.sizes.method
 
     def flops(self) -> float:
-        """Of forwards over the text, and of second moments (one triangle); 0: the pass looks at no text."""
+        """FLOPs of forwards over the text and of second moments (one triangle); 0: the pass looks at no text."""
         return 0.0
 
     def seconds(self, rates: Rates) -> float:
-        """On a GPU, over all layers, weights being there and files not waited for."""
+        """Seconds on a GPU over all layers, with the weights there and no wait for files."""
         return 0.0
 
     @abstractmethod
@@ -56,21 +56,21 @@ class PassCost(ABC, Generic[MethodT]):
 
     @abstractmethod
     def cpu_bytes(self, run: CpuRun) -> int:
-        """The most alive at once on a CPU, beside the interpreter and libraries."""
+        """Peak bytes on a CPU, beside the interpreter and libraries."""
 
     def forward_flops(self) -> float:
         return sum(forward_flops(shape, self.sizes.samples, self.sizes.sequence_length) for shape in self.sizes.shapes)
 
     def forward_seconds(self, rates: Rates) -> float:
-        """Of one layer."""
+        """Seconds of one layer's forward."""
         return sum(sublayer_seconds(self.sizes, sublayer, self.sizes.tokens, rates) for sublayer in SUBLAYERS)
 
     def moments_seconds(self, rates: Rates) -> float:
-        """Of one layer's channel moments."""
+        """Seconds of one layer's channel moments."""
         return sum(2 * self.sizes.tokens * self.sizes.width(sublayer) for sublayer in SUBLAYERS) / rates.memory
 
     def in_all(self, seconds: float) -> float:
-        """From one layer's seconds to the pass's."""
+        """Scale one layer's seconds to the whole pass."""
         return OVERHEAD * len(self.sizes.shapes) * seconds
 
 

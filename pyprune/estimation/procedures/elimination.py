@@ -1,4 +1,4 @@
-"""Device bytes of inverting a Hessian and of choosing units by it, and how far a choice goes."""
+"""Device bytes of inverting a Hessian and of choosing units by it, and the largest share that is removed."""
 
 from ...allocation.common_size import common_sizes
 from ...allocation.residual import deepest_cut
@@ -7,7 +7,7 @@ from ..sizes import Sizes
 
 
 def deepest(sizes: Sizes[SecondOrderMethod]) -> float:
-    """Share of an FFN that goes at most."""
+    """Largest share of an FFN that is removed."""
     method = sizes.method
     share = deepest_cut(method.ratio_within(sizes.shapes, sizes.ratio)) / 10
     if method.uniform:  # layers of several sizes are cut to one
@@ -17,18 +17,18 @@ def deepest(sizes: Sizes[SecondOrderMethod]) -> float:
 
 
 def inverting(sizes: Sizes, sublayer: str) -> int:
-    """H, its inverse, and the panels of the sweep."""
+    """Bytes of H, its inverse, and the panels of the sweep."""
     d = sizes.width(sublayer)
     return 2 * d * d * 4 + 6 * 256 * d * 4
 
 
 def choosing(sizes: Sizes, sublayer: str, removed: float) -> int:
-    """The inverse, WᵀW, the panels of the elimination, the factor of what goes, and W in float32 before and after."""
+    """Bytes of the inverse, WᵀW, the elimination's panels, the factor of the removed, and W in float32 twice."""
     d = sizes.width(sublayer)
     return 2 * d * d * 4 + 20 * 128 * d * 4 + int(removed * d) * d * 4 + 2 * sizes.shape.hidden_size * d * 4
 
 
 def curve(sizes: Sizes, sublayer: str) -> int:
-    """As choosing for an error curve: no factor and no new W, but H is kept until the curve is known to be enough."""
+    """Bytes of an error curve: as `choosing` without factor and new W, but H stays until the curve is long enough."""
     d = sizes.width(sublayer)
     return 3 * d * d * 4 + 20 * 128 * d * 4 + sizes.shape.hidden_size * d * sizes.compute_bytes

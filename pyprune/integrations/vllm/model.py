@@ -1,4 +1,4 @@
-"""The model that vLLM builds of a pruned checkpoint: its own Llama, in which each layer has its own sizes.
+"""Model that vLLM builds from a pruned checkpoint: vLLM's Llama with layers of different sizes.
 
 The layers of Llama, Mistral, Qwen2 and Qwen3 are the same computation but for biases and the norms over queries and
 keys, so vLLM's Llama layers serve all four; those of Granite and SmolLM3, as pyprune writes them, should be no others,
@@ -24,7 +24,7 @@ from .tensor_parallel import check_tensor_parallel
 
 
 class PrunedAttention(LlamaAttention):
-    """Attention of one layer with its own heads: with Qwen2's biases on q, k, v, and with `o_proj_bias`."""
+    """Attention with the layer's number of heads, Qwen2's biases on q, k, v, and `o_proj_bias`."""
 
     def __init__(self, config: Any, *, bias: bool, bias_o_proj: bool, **arguments: Any) -> None:
         super().__init__(
@@ -55,7 +55,7 @@ class PrunedQwen3Attention(PrunedAttention):
 
 
 class PrunedDecoderLayer(LlamaDecoderLayer):
-    """One layer, built from its own entry of `per_layer_config`, with a bias on down_proj if `down_proj_bias`."""
+    """A layer built from its entry of `per_layer_config`, with a bias on down_proj if `down_proj_bias`."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
         own = vllm_config.model_config.hf_config.per_layer_config[extract_layer_index(prefix)]
