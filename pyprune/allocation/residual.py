@@ -20,8 +20,8 @@ from .rounding import rounded_counts, worth_by_errors
 ErrorCurves = dict[str, Tensor]  # sublayer -> [units] float64: entry n is the error after n removals; entry 0 is 0
 
 
-# An FFN's curve ends where it lost so many times the ratio: to eliminate all of 28672 channels takes longer than the
-# layer's forward.
+# An FFN's curve ends at this multiple of the ratio: eliminating all of 28672 channels takes longer than the layer's
+# forward.
 CUT_RATIOS = 2
 
 

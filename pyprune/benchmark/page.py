@@ -40,7 +40,7 @@ HEAD = (
 )
 INTRODUCTION = (
     "Every result is compared with float64 first; one whose error is above the limit is not timed. Caches are cold: a "
-    "large buffer is read before each repetition. Times are medians. The floor is the least work, whoever does it, at "
+    "large buffer is read before each repetition. Times are medians. The floor is the least possible work, at "
     "the rates at which this device copied and multiplied in the same run; products that are split over tensor cores "
     "count as float32. The baseline is the fastest of several ways in PyTorch, whatever its error; other tools' "
     "formulations are in our own words, sources beside them."

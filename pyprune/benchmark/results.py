@@ -9,7 +9,7 @@ rates           copy: bytes a second, read and written; bfloat16, float32, tf32:
 rows            one for each case:
     id              operator/where/size/dtype, what `--row` takes
     operator, where, size, dtype, date
-    bytes, flops, products      the least work, whoever does it (rates.Work)
+    bytes, flops, products      the least work of any implementation (rates.Work)
     floor_microseconds, bound   no call is shorter, by the rates above; memory or arithmetic
     allowed         the largest errors of a correct result, by name
     reason          why nobody competed; else ""

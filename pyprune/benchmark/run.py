@@ -86,7 +86,7 @@ class Run:
             self.document = new_document(self.machine, self.device.type, rates.document(), self.tuned)
         rates = Rates(**self.document["rates"])
         runner = Runner(self.device, timer, rates, split_names(self.options["backend_names"]), self.options["compiled"])
-        # What was not correct is tried again.
+        # Rows that were not correct are tried again.
         held = {row["id"]: row for row in self.document["rows"] if not row["faults"]}
         self.document["rows"] = list(held.values())
         faults = []

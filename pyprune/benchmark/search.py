@@ -23,8 +23,8 @@ FINALISTS = 3
 HOPELESS = 1.3
 LEAST_GAIN = math.log(1.01)  # other bits are not worth less
 THRESHOLD = 3.0
-# Of a normal distribution: the standard deviation over the median deviation; the standard error of a median over that
-# of a mean.
+# Ratios of a normal distribution: standard deviation to median deviation; standard error of a median to that of a
+# mean.
 DEVIATIONS, MEDIANS = 1.4826, math.sqrt(math.pi / 2)
 
 

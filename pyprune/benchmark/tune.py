@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ELEMENTS = {2: torch.bfloat16, 4: torch.float32}
 REPEAT, ROUNDS = 7, 25
-# The same bits so many times: a race between copies and products shows as a difference.
+# Calls whose bits must be equal: a race between copies and products shows as a difference.
 CALLS = 3
 
 
@@ -83,7 +83,7 @@ class GpuMeasure:
             raise VerificationError(f"{configuration}: the device no longer answers ({first_line(error)})") from error
         except Exception as error:  # of Triton's compiler and launcher, of many kinds
             raise Unusable(f"{type(error).__name__}: {first_line(error)}") from error
-        # Of a Hessian what lies above the diagonal is unspecified, but follows from the same products.
+        # The part of a Hessian above the diagonal is unspecified, but follows from the same products.
         if not all(torch.equal(results[0], other) for other in results[1:]):
             raise Unusable("not the same bits from call to call")
         fault = own.fault(results[0])

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import InputError
 from .headers import StoredTensor
 
-# What torch.compile, data parallelism, FSDP and activation checkpointing put into the path of a module.
+# Names that torch.compile, data parallelism, FSDP and activation checkpointing put into the path of a module.
 WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 # Tensors that no decoder reads: caches of rotary embeddings, masks and positions that old classes saved, heads of
 # reward models, scales of key-value caches.

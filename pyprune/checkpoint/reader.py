@@ -143,8 +143,8 @@ class CheckpointReader:
     def fingerprint(self) -> str:
         """sha256 over the configuration, every header, and samples of every tensor: 16 of 4 KiB spread over it.
 
-        So that a run's caches have names of their own for models that were trained differently: 70 B parameters cost
-        50 MB of reads. What tells one checkpoint from another for good are the digests of `content`.
+        It names a run's caches, so that models which were trained differently have different ones. 70 B parameters cost
+        50 MB of reads. The digests of `content` tell checkpoints apart for certain.
         """
         result = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in sorted({t.file for t in self.tensors.values()}):

@@ -14,7 +14,7 @@ from ..architectures import ATTENTION, FFN
 from .sizes import Sizes
 
 OVERHEAD = 1.1
-# Of the rate of matrix products: H (one triangle, 2·T·d²/2 FLOP at 0.9), split products in TF32 (per d³ or n·d²).
+# Shares of the rate of matrix products: H (one triangle, 2·T·d²/2 FLOP), split products in TF32 (per d³ or n·d²).
 # Elimination is thrice as fast in one TF32 product, as for curves.
 HESSIAN_SHARE, INVERSE_SHARE, ELIMINATE_SHARE, SPLIT_SHARE = 0.9, 1 / 11, 1 / 30, 1 / 5
 CURVE_SHARE = 3 * ELIMINATE_SHARE
@@ -114,7 +114,7 @@ def sparsifying_seconds(sizes: Sizes, tokens: int, rates: Rates) -> float:
     keys = 2 * shape.kv_groups * shape.head_dim
     outputs = (sizes.width(ATTENTION) + keys, shape.hidden_size, 2 * shape.intermediate_channels, shape.hidden_size)
     for d, out in zip(shape.input_widths, outputs, strict=True):
-        seconds += out * d * d / (SPLIT_SHARE * rates.matmul)  # what the columns behind hear of each block
+        seconds += out * d * d / (SPLIT_SHARE * rates.matmul)  # each block's error, propagated to later columns
         seconds += 2 * out * d * d / rates.float32  # the energy that losses are shares of
         seconds += tokens * d * d / (HESSIAN_SHARE * rates.matmul)
         seconds += 2 / 3 * d**3 / (INVERSE_SHARE * rates.matmul * d / (d + 6000)) + d * WALK_SECONDS

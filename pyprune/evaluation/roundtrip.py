@@ -120,8 +120,8 @@ def layered_logits(
 ) -> Tensor:
     """Logits of a checkpoint in float32 on the CPU, one layer in memory at a time: [1, tokens] -> [tokens, vocabulary].
 
-    `rounding` is applied to every matrix (not to norms and biases) and to what it is multiplied by; `change`: as of
-    `verify_roundtrip`.
+    `rounding` is applied to every matrix (not to norms and biases) and to the inputs that it multiplies; `change`: as
+    in `verify_roundtrip`.
     """
 
     def stored(tensor: Tensor) -> Tensor:

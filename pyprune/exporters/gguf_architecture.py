@@ -59,7 +59,7 @@ class RopeScaling:
     """A rotary embedding stretched beyond its pretraining length, as llama.cpp describes it.
 
     kind: `linear`, `yarn`, or `llama3`. `factors` float32 [head_dim / 2] divide the frequencies (`llama3` only);
-    `attention_factor` multiplies what YaRN makes of queries and keys by itself.
+    `attention_factor` is multiplied into YaRN's scaling of queries and keys.
     """
 
     kind: str

@@ -18,9 +18,9 @@ from .layer_forward import LayerForward
 
 TOKENS = 128
 
-# Largest norm of the difference of a token's hidden states, averaged over the tokens, in roundings of what was added
-# up: the layer's output, and what the layer changed its input by. One rounding is the unit roundoff u of the compute
-# type, at least u(float32)·√(widest sum): by that much float32 sums of so many products differ where their order does.
+# Largest norm of the difference of a token's hidden states, averaged over the tokens, in roundings of the summands: the
+# layer's output, and its change of the input. One rounding is the unit roundoff u of the compute type, at least
+# u(float32)·√(widest sum): by that much float32 sums differ where their order does.
 #
 # Unfused, both sides run the same sublayers on the same numbers: their bits are equal, and one rounding is left for a
 # backend of attention that is chosen by how the mask is given. Fused, a dozen results in a row are rounded (norm,
@@ -89,7 +89,7 @@ def _narrow_windows(config: Any, tokens: int) -> Any:
 
 def _stored_layer(forward: LayerForward, layer: int) -> nn.Module:
     reader, mapped = forward.reader, forward.device.type == "cpu"
-    # The loader has read what it hands over: a file that fails is an error of its own, also where it is mapped then.
+    # The loader has read the tensors that it yields: a file that cannot be read fails there, also if it is mapped here.
     [block] = [
         forward.build(reader.stream_layer(layer) if mapped else stored.items(), layer, forward.config)
         for stored in LayerPrefetcher(reader, forward.device).layers(layer, layer + 1)

@@ -20,8 +20,8 @@ class HiddenStates:
     """[windows, tokens, hidden_size] in one type, on `device` or in host memory, read and replaced part by part.
 
     In host memory (pinned where `device` is a GPU) the next part is copied to the device while the present one is
-    worked on, and results are copied back beside the work that follows: two streams of their own, two buffers of a
-    part's size. Whoever reads `data` itself then has to wait for the device first.
+    worked on, and results are copied back beside the work that follows: two streams, two buffers of a
+    part's size. A reader of `data` itself has to wait for the device first.
     """
 
     def __init__(self, data: Tensor, device: torch.device, batch: int) -> None:

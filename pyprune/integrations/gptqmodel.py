@@ -93,7 +93,7 @@ class Kernels:
         self.original_hessian_inverse, self._process_batch = hessian_inverse, process_batch
         self.hessian_inverse = with_names(hessian_inverse, torch=FactorisingTorch(calls))
         # The GPTQ objects with partial sums that lack their upper triangle. GPTQModel works on several at once, in
-        # threads, and each has a lock of its own only.
+        # threads, and its locks are one for each object.
         self._open: WeakSet[Any] = WeakSet()
         self._open_lock = threading.Lock()
 

@@ -34,7 +34,7 @@ from .patching import Acceleration, Calls, PatchPoint, installed_release, origin
 
 TOOL = "llm-compressor"
 
-# From so many matrices on, llm-compressor factorises all of them in one batched call, which small ones are faster in.
+# Number of matrices from which llm-compressor factorises all in one batched call: faster for small ones.
 BATCHED_FROM = 16
 
 

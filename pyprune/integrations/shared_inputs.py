@@ -196,7 +196,7 @@ class Accumulator:
 class Accumulators:
     """The accumulator of each layer. channels: of each layer's inputs; the rest as in Accumulator.
 
-    lock: held by whoever reads or changes them. Products of one thread keep all cores or the GPU busy as it is.
+    lock: held to read or change them. Products of one thread keep all cores or the GPU busy anyway.
     """
 
     def __init__(self, channels: Mapping[str, int], hessian: bool, moments: bool) -> None:

@@ -11,7 +11,7 @@ from ..errors import InputError
 
 Count = TypeVar("Count", float, Tensor)
 
-# How far from the ratio asked the selections may be: each index is a small share of any real model.
+# Largest deviation of the selections from the ratio: each index is a small share of any real model.
 TOLERANCE = 0.005
 
 

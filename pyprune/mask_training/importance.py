@@ -55,7 +55,7 @@ def moment_importance(
     """Second moments of the gated values; where matrices read them, times their columns' squares (as WIFV, Wanda).
 
     E[v_c²] Σ_o W_oc² for attention_in, ffn_in and ffn_middle, E[v_c²] for the two outputs, over all tokens: scales
-    differ between selections. Arguments and result as of `gradient_importance`.
+    differ between selections. Arguments and result: as in `gradient_importance`.
     """
     squares = [
         {name: torch.zeros(width(shape, name), dtype=torch.float64, device=windows.device) for name in SELECTIONS}

@@ -53,7 +53,7 @@ class CheckedLayer:
         present = tuple(self._buffers[name] for name in INDEXED)
         if len(self.checked) == len(present) and all(a is b for a, b in zip(self.checked, present, strict=True)):
             return
-        # Of a tensor without values, on the meta device or traced, nothing can be told, and nothing is read with it.
+        # Tensors without values (on the meta device, or traced) cannot be checked, and nothing is indexed with them.
         if any(index.is_meta or type(index) is not Tensor for index in present):
             return
         for name, index in zip(INDEXED, present, strict=True):

@@ -89,7 +89,7 @@ def selected_classes(family: Family) -> tuple[Any, Any, Any]:
         """The family's body over layers with selections."""
 
         config: Config
-        # What a device map must keep on one device: the layer reads its norms' weights itself.
+        # A device map must keep the layer on one device: it reads its norms' weights itself.
         _no_split_modules = (f"PyPruneSelected{family.prefix}Layer",)
 
         def __init__(self, config: Any) -> None:

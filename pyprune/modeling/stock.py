@@ -11,7 +11,7 @@ from ..errors import InputError
 # SeedOss has flags for all biases in transformers, but vLLM (055e47c) builds its o_proj and its FFN without.
 OTHERS = (MISTRAL, GRANITE, SMOLLM3)
 SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-# What transformers writes by itself, or what described the layers of the model before this pruning.
+# Fields that transformers writes by itself, or that described the layers of the model before this pruning.
 DERIVED = (
     "model_type",
     "architectures",

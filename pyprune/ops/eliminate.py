@@ -41,8 +41,8 @@ OPERATOR = "eliminate"
 # Removals between two updates of the whole of A and G, on a CPU and for the reference; on CUDA the core says.
 # Larger ones save memory traffic, smaller ones keep the panels in the caches: 64 columns of 11008 rows are 2.8 MB.
 PANEL = 64
-UNIT_BLOCKS = 4  # where every unit is an update of its own: 62 % of the square, in few launches
-# From so many channels on the updates run as split products on tensor cores, where these are fast.
+UNIT_BLOCKS = 4  # where every unit is a separate update: 62 % of the square, in few launches
+# Channels from which the updates run as split products on tensor cores, where these are fast.
 SPLIT_FROM = 4096
 
 

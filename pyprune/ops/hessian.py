@@ -35,15 +35,15 @@ from .split_tf32 import has_fast_tf32, split_gram
 
 OPERATOR = "hessian"
 
-# The reference converts and adds so many rows at a time: 90 MB in float32 at 11008 channels, no copy of a large input.
+# Rows that the reference converts and adds at a time: 90 MB in float32 at 11008 channels, no copy of a large input.
 REFERENCE_CHUNK_ROWS = 2048
 # Columns of the lower triangle that one product of the reference covers. A block computes half a square too much,
 # REFERENCE_BLOCK / channels of the whole; narrower ones run slower in BLAS.
 REFERENCE_BLOCK = 512
 # Columns that are mirrored at a time: 4 MiB of temporary memory, and 28 steps at 28672 channels.
 MIRROR_BLOCK = 1024
-# From so many channels on WᵀW of float32 weights is summed from split products on tensor cores, where these are fast,
-# by so many columns at a time.
+# Channels from which WᵀW of float32 weights is summed from split products on tensor cores, where these are fast, and
+# columns at a time.
 SPLIT_FROM, SPLIT_WIDTH = 4096, 2048
 
 

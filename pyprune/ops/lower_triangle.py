@@ -33,7 +33,7 @@ class SplitUpdates:
     """Both updates after a whole panel as split products on tensor cores. The parts keep their place, and so do all
     views of them: the host makes these once."""
 
-    # Of [Uh Rh Ul Rl], h and l the high and low parts: the factors of U Rᵀ + R Uᵀ but for products of two low parts,
+    # Places in [Uh Rh Ul Rl], h and l the high and low parts, of the factors of U Rᵀ + R Uᵀ without low times low,
     # the small terms first (`split_panel` says why): Uh·Rlᵀ + Ul·Rhᵀ + Rh·Ulᵀ + Rl·Uhᵀ + Uh·Rhᵀ + Rh·Uhᵀ.
     LEFT, RIGHT = (0, 2, 1, 3, 0, 1), (3, 1, 2, 0, 1, 0)
 

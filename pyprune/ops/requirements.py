@@ -217,6 +217,6 @@ WIDTH_256 = Requirement(
     lambda problem: f"a unit has {(problem.shape or (0,))[-1]} channels; the kernel holds at most 256",
 )
 
-# What most kernels of a backend end with.
+# Requirements that most kernels of a backend end with.
 CUDA_CORE = (CORE_BUILT, CORE_WITH_CUDA, CORE_FOR_THIS_GPU)
 TRITON = (TRITON_INSTALLED, C_COMPILER)

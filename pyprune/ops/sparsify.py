@@ -21,8 +21,8 @@ from .split_tf32 import add_product
 
 OPERATOR = "sparsify"
 
-# Columns that are walked before the others hear of it, as in the paper's code; the ratio of an unstructured mask is
-# met in every block of so many.
+# Columns whose error is propagated to later ones at once, as in the paper's code; each block meets the ratio of an
+# unstructured mask.
 BLOCK = 128
 
 # (block [out, b], U's own block, mask or None, zeros, group) -> (E [out, b], losses [out]); the block is changed.
@@ -55,9 +55,9 @@ def block_mask(block: Tensor, diagonal: Tensor, ratio: float, parts: list[int]) 
 
 
 def walk_reference(block: Tensor, factor: Tensor, mask: Tensor | None, zeros: int, group: int) -> tuple[Tensor, Tensor]:
-    """Walk the columns of a block [out, b], in place. Returns (E [out, b], what the columns behind hear of; losses).
+    """Walk the columns of a block [out, b], in place. Returns (E [out, b], the error for later columns; losses).
 
-    factor: U's own block [b, b]. mask: what goes, or None where it is chosen group by group, as the walk comes to it.
+    factor: U's own block [b, b]. mask: the weights to zero, or None: chosen group by group during the walk.
     """
     diagonal = factor.diagonal()
     errors = torch.zeros_like(block)

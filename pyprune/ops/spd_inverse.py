@@ -22,7 +22,7 @@ from .precision import exact_float32
 
 logger = logging.getLogger(__name__)
 
-# Damping that fails is raised tenfold so many times; 0 is raised to FIRST_DAMPING.
+# Number of tenfold raises of a damping that fails; 0 is raised to FIRST_DAMPING.
 RAISES = 3
 FIRST_DAMPING = 1e-3
 
@@ -97,7 +97,7 @@ def spd_inverse_reference(h: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """Reference of spd_inverse: the library's Cholesky factorisation and the inverse from it, 2⅓ d³ FLOP."""
     factor, info = torch.linalg.cholesky_ex(shifted(h, shift))
     failed = info != 0
-    # What is left of a failed factorisation may have a 0 on its diagonal, which LAPACK's inversion raises for.
+    # A failed factorisation may leave a 0 on the diagonal, for which LAPACK's inversion raises.
     factor.diagonal().masked_fill_(failed, 1)
     return torch.cholesky_inverse(factor).contiguous(), failed.to(torch.int32)
 

@@ -13,7 +13,7 @@ from .precision import exact_float32, tf32_products
 # in place of one do not pay.
 FAST_TF32 = {(8, 0), (9, 0), (10, 0), (10, 3)}
 
-# Of a long inner dimension, so many columns are summed on tensor cores before float32 units add them up.
+# Columns of a long inner dimension that tensor cores sum before float32 units add the sums up.
 COLUMNS = 256
 
 

@@ -24,9 +24,9 @@ from ..mask_training.training import History
 from ..runtime.device import Meter
 from .rewrite import pad_channels
 
-# On a GPU a pruned layer's forward has its FFN in multiples of so many channels: a whole tile of every type.
+# On a GPU a pruned layer's forward has an FFN in multiples of this: a whole tile of every type.
 ROUND_CHANNELS = 64
-# Below so many tokens for each channel of an input a refit fits the text's noise rather than its moments.
+# Tokens for each channel of an input below which a refit fits the text's noise rather than its moments.
 TOKENS_A_CHANNEL = 4
 
 logger = logging.getLogger(__name__)

@@ -195,10 +195,10 @@ class ReconstructionPasses(Passes):
         streams: Streams,
         norm: nn.Module | None = None,
     ) -> None:
-        """The pruned stream advances past a sublayer; the dense one is past it.
+        """Advance the pruned stream past a sublayer; the dense one is past it already.
 
-        `norm`: the one that reads the streams next. From what it makes of both follows the change, D A
-        (`alignment_of`), of the matrices behind it; it is left in `change`.
+        `norm`: the next norm. Sets `self.change` to D A (`alignment_of`) from its outputs on the dense and pruned
+        streams.
         """
         if norm is None:
             for part in streams.pruned.micro_batches():

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import InputError
 
-# Of the memory that is free on a GPU, what a run takes unless it is told.
+# Share of a GPU's free memory that a run takes by default.
 FREE_SHARE = 0.9
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -33,9 +33,9 @@ T = TypeVar("T")
 
 # All do the same work between two meetings; the longest difference is a slow disk's over one layer.
 TIMEOUT = timedelta(minutes=30)
-# How long a process that is through waits for the others, which may have to remove what they wrote.
+# Wait of a process that ended for the others, which may have to remove their files.
 FAREWELL_SECONDS = 60.0
-# Waiting processes look at the store after so many seconds, and then less and less often.
+# Pauses, in seconds, between a waiting process's looks at the store: longer and longer.
 SHORTEST_PAUSE, LONGEST_PAUSE = 1e-4, 5e-3
 FAILED = "failed"
 

@@ -13,14 +13,14 @@ from .device import oom_summary
 from .files import reason_of
 
 _MEMORY = "out of memory{limit}: free some, or ask for less (fewer --samples, a shorter --sequence-length)"
-# What the system refuses because of a limit: its words, the limit that may be meant, how a shell shows it.
+# Refusals by a limit of the system: words, the limit that may be meant, the shell's name of it.
 _LIMITS: dict[int, tuple[str, int, str]] = {
     errno.EFBIG: ("larger than a file may be{limit}: raise the limit", resource.RLIMIT_FSIZE, "ulimit -f"),
     errno.EMFILE: ("too many open files{limit}: raise the limit", resource.RLIMIT_NOFILE, "ulimit -n"),
     errno.ENOMEM: (_MEMORY, resource.RLIMIT_AS, "ulimit -v"),
     errno.EAGAIN: ("no further thread or process{limit}: raise the limit", resource.RLIMIT_NPROC, "ulimit -u"),
 }
-# Of a file or folder that was named, or that a named one holds: the user can mend them.
+# Errors of a file or folder that the user named, or of one in it: the user can mend them.
 _PLACES = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EXDEV, errno.EBUSY, errno.ETXTBSY, errno.ENXIO),

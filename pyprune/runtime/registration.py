@@ -24,7 +24,7 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._own.exec_module(module)
         if module.__spec__ is not None:
-            module.__spec__.loader = self._own  # whoever asks for its files or source finds them
+            module.__spec__.loader = self._own  # for callers that ask for its files or source
         _register()
 
     def __getattr__(self, name: str) -> Any:

@@ -18,8 +18,8 @@ REASONS = {
     signal.SIGTERM: "terminated (SIGTERM)",
     signal.SIGHUP: "ended with its terminal (SIGHUP)",
 }
-# Later signals within so many seconds of the first are the same wish (an impatient user, a terminal and torchrun both);
-# after that they mean that tidying takes too long.
+# Seconds after the first signal in which later ones are the same wish (an impatient user, a terminal and torchrun
+# both). After that they mean that tidying takes too long.
 PATIENCE = 3.0
 
 

@@ -1,7 +1,7 @@
 """stdout and stderr of every kind: closed, full, without a reader, or in an encoding that lacks characters.
 
-Nothing that is printed raises. stderr only accompanies the work: what it does not take is dropped. What stdout does not
-take is remembered, and whoever ran the command decides whether that is a failure.
+Printing never raises. stderr only accompanies the work: text that it does not take is dropped. A loss on stdout is
+remembered, and the program decides whether it is a failure.
 """
 
 import codecs
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TextIO
 
-# How characters that we print are spelled where the encoding has none of them.
+# Spellings of the characters that we print, for encodings without them.
 _SPELLINGS = {
     "→": "->",
     "×": "x",

@@ -13,7 +13,7 @@ from ..case import FULL, OTHER, SWEEP, Candidate, Case, Errors, Problem, Scale, 
 from ..models import Model
 from ..rates import Work
 
-CHECKED_CHANNELS = 512  # float64 copies are made of so many channels at a time
+CHECKED_CHANNELS = 512  # channels that are copied to float64 at a time
 # An error may be twice torch.var_mean's in float32 and 9 roundings more: eight for the merges of chunks and state, one
 # of a mean that is as large as a deviation (x is centred).
 ROUNDINGS = 9 * 2.0**-24
@@ -81,7 +81,7 @@ def problem(rows: int, channels: int, device: torch.device) -> Problem:
             Candidate(ACCURACY_REFERENCE, lambda: var_mean(x.float()), compilable=True),
             Candidate("var_mean(bfloat16), which rounds its result", lambda: var_mean(x)),
             *(
-                # What it keeps is another quantity, so that its error would say nothing.
+                # It keeps another quantity, whose error cannot be compared.
                 Candidate(name, partial(Flap(x, way).update, x), kind=OTHER, source="FLAP, arXiv 2312.11983")
                 for name, way in (("running update of x transposed", True), ("running update of x", False))
             ),

@@ -94,7 +94,7 @@ def problem(units: int, width: int, outputs: int, device: torch.device) -> Probl
 
 
 def case_of(where: str, units: int, width: int, outputs: int) -> Case:
-    # Of a unit's blocks of A and G a triangle; a third of w³ each for factor, its inverse, and the product with G.
+    # Bytes: a triangle of a unit's blocks of A and G. FLOPs: w³/3 each for factor, its inverse and the product with G.
     work = Work(units * (4 * width * (width + 1) + 4), units * width**3)
     name, size = "grouped_cholesky_errors", (units, width)
     make = partial(problem, units, width, outputs)

@@ -18,10 +18,10 @@ from ..models import Model
 from ..rates import Work
 
 CHECKED_COLUMNS = 64  # at the start, in the middle and at the end
-FLOAT64_COLUMNS = 4096  # float64 copies are made of so many channels at a time
+FLOAT64_COLUMNS = 4096  # channels that are copied to float64 at a time
 CHECKED_ROWS = 2048  # of a completed matrix that are compared at a time
 
-# What a result may be off by beside twice the error of float32, relative to ‖x_i‖·‖x_j‖: tensor cores cut off
+# Allowed error beside twice that of float32, relative to ‖x_i‖·‖x_j‖: tensor cores cut off
 # 3.3e-9 a row on the average, up to twice that, until the accumulator is flushed, after at most 3072 rows in CUDA,
 # 1536 in Triton; the rest is rounding of the state.
 TRUNCATION, MOST_FLUSH_ROWS, ROUNDINGS = 6e-9, 3072, 2.0**-22

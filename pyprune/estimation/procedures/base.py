@@ -108,6 +108,6 @@ def forward_cpu_bytes(sizes: Sizes, run: CpuRun) -> int:
     """Hidden states, one layer, and a micro-batch of its temporaries."""
     shape = widest_ffn(sizes)
     tokens = run.batch * sizes.sequence_length
-    # Of the FFN, gate, up, their activation and the product are alive at once; of the residual stream four copies.
+    # Alive at once: the FFN's gate, up, activation and product, and four copies of the residual stream.
     temporaries = tokens * (4 * shape.intermediate_channels + 4 * shape.hidden_size) * sizes.compute_bytes
     return sizes.hidden(sizes.windows) + layer_cpu_bytes(sizes, run) + temporaries

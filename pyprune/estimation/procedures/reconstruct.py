@@ -27,7 +27,7 @@ class ReconstructCost(PassCost[SecondOrderMethod]):
         flops += hessian_flops(sizes)
         if method.effective_target_share:  # the dense stream, and the stream error's moments with the inputs
             flops += forward + sum(2 * tokens * hidden * d for d in output_proj_widths(sizes))
-        if method.effective_input_share:  # second moments of what both norms put out, and of its change
+        if method.effective_input_share:  # second moments of both norms' outputs, and of their change
             flops += 2 * len(sizes.shapes) * 3 * tokens * hidden**2
         return flops
 
