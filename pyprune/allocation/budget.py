@@ -149,7 +149,7 @@ def choose_above(scores: list[UnitScores], shapes: list[LayerShape], threshold: 
 
 
 class _Units:
-    """Every unit of the named sublayers in one row: score, cost, and whether it is among the best, which stay."""
+    """Rank every unit of the named sublayers in one row: score, cost, and whether it stays."""
 
     def __init__(
         self, scores: list[UnitScores], shapes: list[LayerShape], modules: tuple[str, ...], least: int

@@ -1,4 +1,4 @@
-"""Layers of one size: every layer keeps the same number of KV groups and of FFN channels, which stock classes can say.
+"""Layers of one size, as stock classes have them: the same number of KV groups and of FFN channels everywhere.
 
 The budget leaves one choice: more KV groups and fewer channels, or the other way round.
 """
@@ -75,7 +75,7 @@ def common_counts(
 def cheapest_counts(
     curves: list[ErrorCurves], shapes: list[LayerShape], ratio: float, multiple: int = 1
 ) -> RemovedCounts:
-    """Units that each layer loses, so that all keep the same: the size whose errors, over all layers, are smallest.
+    """Units that each layer loses for one common size: the size with the smallest sum of errors over all layers.
 
     Errors are those of the channels that meet the budget exactly, so that of two sizes the one that rounding makes
     smaller is at no disadvantage. A size that some FFN's curve does not reach comes after all that are reached.

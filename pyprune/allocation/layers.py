@@ -47,7 +47,7 @@ class LayerSubset:
         return [items[layer] for layer in self.layers]
 
     def ratio(self, shapes: list[LayerShape], ratio: float) -> float:
-        """The subset's own ratio, which makes up `ratio` of all the model's decoder linears; it may be 1 or more."""
+        """Ratio within the subset that amounts to `ratio` of all decoder linears of the model; it may be 1 or more."""
         return ratio if self.whole else ratio * total_cost(shapes) / total_cost(self.select(shapes))
 
     def spread(self, counts: RemovedCounts) -> RemovedCounts:

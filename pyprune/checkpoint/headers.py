@@ -100,7 +100,7 @@ def _inside(folder: Path, name: str, source: str) -> Path:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Every tensor of the files, by the name that it has there; of a name in two files the last one's, as transformers.
+    """Read every tensor's header by name; of a name in two files the last one counts, as in transformers.
 
     Raises:
         InputError: naming the file, which is no safetensors file, or is cut short.

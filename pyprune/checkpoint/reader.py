@@ -131,7 +131,7 @@ class CheckpointReader:
         return file_states(tensor.file for tensor in self.tensors.values())
 
     def differing(self, digests: Digests) -> str | None:
-        """The first tensor whose stored bytes have not this digest, or None. Reads them all."""
+        """Find the first tensor whose stored bytes have another digest, or None. Reads them all."""
         known = {name: self.tensors[name] for name in digests if name in self.tensors}
         found = digests_of_files(known)
         return next((name for name in digests if found.get(name) != digests[name]), None)
@@ -286,7 +286,7 @@ def _checked_config(folder: Path, family: Family) -> Any:
 
 
 def _check_numbers(config: Any) -> None:
-    """ValueError: a number that transformers takes and with which no model computes anything."""
+    """ValueError for a number that transformers accepts and no model can compute with."""
     if not 0 < float(config.rms_norm_eps) < math.inf:
         raise ValueError(f"rms_norm_eps is {config.rms_norm_eps}")
     dtype = getattr(config, "dtype", None)

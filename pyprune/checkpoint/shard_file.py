@@ -96,7 +96,7 @@ def _arrived(part: tuple[memoryview, HostBuffer | None, Tensor]) -> memoryview:
 def _staged(
     piece: Tensor, buffers: list[HostBuffer], stream: torch.cuda.Stream | None
 ) -> tuple[memoryview, HostBuffer, Tensor]:
-    """The piece on its way into the buffer that was used before the last one, which is written by now."""
+    """Copy a piece into the buffer that was used before the last one and is written by now."""
     buffer = buffers.pop(0) if len(buffers) == 2 else HostBuffer(PIECE_BYTES, stream)
     buffers.append(buffer)
     buffer.copy(buffer.bytes[: piece.nbytes].view(piece.dtype).view(piece.shape), piece)
@@ -104,7 +104,7 @@ def _staged(
 
 
 def _pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
-    """Views of the tensor, of at most `limit` bytes each, which are it when laid end to end in row-major order."""
+    """Split a tensor into views of at most `limit` bytes each; end to end they are it in row-major order."""
     if tensor.is_contiguous():
         tensor = tensor.view(-1)
     if tensor.nbytes <= limit:

@@ -45,9 +45,9 @@ def generation_fields(folder: Path) -> dict[str, Any] | None:
 
 
 def check_generation_config(folder: Path) -> None:
-    """The generation settings are such that transformers loads them, with which it refuses the whole model otherwise.
+    """Check that transformers loads the generation settings: if not, it refuses the whole model.
 
-    InputError: they are not. Settings that it only warns of (a temperature where nothing is sampled) are taken: many
+    InputError: it does not. Settings that it only warns of (a temperature where nothing is sampled) are taken: many
     published models have them.
     """
     fields = generation_fields(folder)

@@ -97,7 +97,7 @@ def verify_roundtrip(
 
 
 def usable_ids(reader: CheckpointReader, length: int) -> Tensor:
-    """Random token ids, int64 [1, length], of those whose embeddings are finite: padding of a vocabulary may be NaN."""
+    """Random ids of tokens with finite embeddings, int64 [1, length]: padding of a vocabulary may be NaN."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(reader.config.vocab_size, (1, length), generator=generator)
     usable = torch.isfinite(reader.embed(drawn)).all(-1)

@@ -39,7 +39,7 @@ def exclusive_file(output: Path) -> Iterator[Path]:
 
 
 def refuse_existing(output: Path) -> None:
-    """InputError if there is anything of that name, be it a link that leads nowhere."""
+    """InputError if the name is taken, even by a link that leads nowhere."""
     if os.path.lexists(output):
         raise InputError(f"{output}: exists; name another output")
 

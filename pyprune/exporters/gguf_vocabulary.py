@@ -307,7 +307,7 @@ def _fit(vocabulary: Vocabulary, size: int, folder: Path) -> None:
 
 
 def _add_special(vocabulary: Vocabulary, tokenizer: Any, config: Any) -> None:
-    """Ids of the special tokens, and which of them go before and after a text: seen in what the tokenizer does."""
+    """Ids of the special tokens, and which of them the tokenizer puts before and after a text."""
     for kind in SPECIAL:
         token = getattr(tokenizer, f"{kind}_token_id", None)
         if token is None:

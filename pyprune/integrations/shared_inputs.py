@@ -221,7 +221,7 @@ class Accumulators:
             own.add(kept_rows(x, kept))
 
     def read_shared(self, name: str, x: Tensor, kept: Tensor | None) -> None:
-        """The layer reads x, which is added once for all that read it."""
+        """Take x as a layer's input; it is added once for all layers that read it."""
         reading = Reading.of(x, kept)
         with self.lock:
             own = self._of[name]

@@ -1,4 +1,4 @@
-"""A frozen language model whose layers are multiplied by masks, without a change of its weights or its code."""
+"""A frozen language model with masks on its layers; weights and code stay as they are."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ See = Callable[[int, str, Tensor], None]
 
 
 class MaskedModel:
-    """`model` with hooks that multiply by `masks`, which a caller sets before a forward; places left out stay whole.
+    """A model with hooks that multiply by `masks`. A caller sets them before a forward; other hook points stay whole.
 
     model: a causal language model of the family, frozen. With `checkpointing` a layer's activations are computed again
     in the backward pass. Masks are multiplied in the type of the activations.

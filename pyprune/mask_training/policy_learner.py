@@ -85,7 +85,7 @@ class UnitLearner(Learner):
         ]
 
     def _shift(self) -> None:
-        """Add to all logits what makes the expected parameters those of the ratio; by bisection, without a wait."""
+        """Shift all logits so that the expected parameters are those of the ratio; by bisection, without a wait."""
         target = (1 - self.ratio) * self.costs.sum()
         wide = self.values.double()
         low, high = torch.full_like(target, -60.0), torch.full_like(target, 60.0)

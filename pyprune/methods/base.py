@@ -100,7 +100,7 @@ class Method(ABC):
         check_ratio(shapes, ratio)
 
     def check_layers(self, family: Family, config: Any) -> None:  # noqa: B027 (most methods ask nothing more)
-        """InputError for layers of which the method can make nothing, whatever the ratio."""
+        """InputError for layers that the method cannot prune at any ratio."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class UnitMethod(Method):
         return layer_subset(self.layers, len(shapes))
 
     def ratio_within(self, shapes: list[LayerShape], ratio: float) -> float:
-        """The ratio of the layers that may lose units, of which all layers' is `ratio`."""
+        """Ratio within the layers that may lose units, for `ratio` over all layers."""
         return self.subset(shapes).ratio(shapes, ratio)
 
     def removed_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:

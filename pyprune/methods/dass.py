@@ -13,7 +13,7 @@ POWER = 0.5
 @register
 @dataclass(frozen=True)
 class Dass(InputNormMethod):
-    """DaSS: Wanda whose gate and up go by the norm of the FFN channel they make (arXiv 2405.01943).
+    """DaSS: Wanda whose gate and up also count the norm of their FFN channel (arXiv 2405.01943).
 
     Of gate and up |W_ij| n_i^0.5, compared along the output axis: weights of an input channel, n_i the norm of the FFN
     channel i. Of the other linears |W_ij| ‖x_j‖₂ within a row, as Wanda's.

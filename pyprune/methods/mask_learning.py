@@ -1,4 +1,4 @@
-"""Methods that train masks on the whole frozen model, which must fit the device."""
+"""Methods that train masks on the whole frozen model; it must fit the device."""
 
 from abc import abstractmethod
 from dataclasses import dataclass

@@ -40,5 +40,5 @@ class Policy(LearnedMethod):
 
     @property
     def scoring(self) -> ScoringMethod:
-        """The method whose scores the probabilities begin at."""
+        """Scoring method that gives the initial probabilities."""
         return Flap(compensation="none") if self.start == "flap" else WandaSp()

@@ -1,4 +1,4 @@
-"""The methods by name, and what they say of themselves."""
+"""Registry of the methods: by name, with their options and descriptions."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,7 +44,7 @@ def option_names() -> list[str]:
 
 
 def methods_of_choice(option: str, value: Any) -> list[str]:
-    """The methods whose option of this name takes this value, one of several."""
+    """Methods with an option of this name that has this value among its choices."""
     return [name for name, own in methods_with(option) if own.choices is not None and value in own.choices]
 
 

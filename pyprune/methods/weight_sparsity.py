@@ -81,7 +81,7 @@ class SemiStructuredMethod(Method):
                 self.zeroed.check_length(length, f"the weights of layer {layer} ({name}) that are compared")
 
     def compared_axis(self, family: Family, name: str) -> int:
-        """Along which dimension of a linear's weight [out, in] its weights are compared."""
+        """Dimension of a linear's weight [out, in] along which its weights are compared."""
         return 1
 
     @abstractmethod

@@ -62,7 +62,7 @@ class CheckedLayer:
 
 
 def check_again(layer: Any, _: object) -> None:
-    """After `load_state_dict`, which changes what is in a tensor."""
+    """Check again after `load_state_dict`, which changes a tensor's values."""
     layer.checked = ()
     layer.check_indices()
 

@@ -164,7 +164,7 @@ def empty_selection(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
 
 
 def check_index(x: Tensor, index: Tensor, name: str = "index", of: str = "x") -> None:
-    """Against x, which has a last dimension. `name`, `of`: what the operator calls index and x."""
+    """Check an index against x's last dimension. `name`, `of`: the operator's names of index and x."""
     check_kind(NAME, f"the {name}", index, INDICES)
     if index.dim() != 1 or not 1 <= index.shape[0] <= x.shape[-1]:
         raise ValueError(

@@ -216,7 +216,7 @@ def describe_table(device: torch.device | None) -> dict[str, str] | None:
 
 
 def describe_tables() -> dict[str, str]:
-    """For `pyprune backends`: by GPU, what is tuned and by how much it gained. Nothing where there is no GPU."""
+    """Describe for `pyprune backends`, by GPU, the tuned operators and their gains. Empty without a GPU."""
     facts = {}
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)

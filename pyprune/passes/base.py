@@ -61,7 +61,7 @@ def stored_layers(job: Job, what: str, meter: Meter, first: int = 0) -> Iterator
 
 
 class Passes(ABC):
-    """The passes of one job, which write every shard: embeddings, one shard a layer, final norm and head.
+    """Passes of one job. They write every shard: embeddings, one shard a layer, final norm and head.
 
     After `execute`: `meters` by pass; `cached`, whether the calibration pass came from the cache; `nonfinite`, by
     output projection, the NaN and Inf counted as zero; `warnings`, what the user should know of the result; `history`,

@@ -132,7 +132,7 @@ def load_statistics(job: Job, path: Path, identity: dict[str, Any]) -> list[Laye
 def statistics_of(
     path: Path, stored: dict[str, torch.Tensor], metadata: dict[str, str], shapes: list[LayerShape]
 ) -> list[LayerStatistics]:
-    """The calibration pass from what a file holds. InputError: it is not one of layers of these shapes."""
+    """Restore the calibration pass from a file. InputError: it is not one of layers of these shapes."""
     counts, statistics_by_layer = metadata_of(metadata, "counts", path), []
     try:
         for layer, shape in enumerate(shapes):

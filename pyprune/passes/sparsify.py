@@ -77,7 +77,7 @@ class SparsifyingPasses(Passes):
         )
 
     def _observe(self, forward: LayerForward, block: nn.Module, layer: int, hidden: HiddenStates) -> list[LinearInputs]:
-        """Statistics of all inputs of a layer from one forward, which does not advance the hidden states."""
+        """Collect statistics of all inputs of a layer in one forward; the hidden states do not advance."""
         observers = {}
         for names in inputs_of(self.reader.family):
             weight, where = block.get_parameter(names[0] + ".weight").data, f"layer {layer} ({names[0]})"

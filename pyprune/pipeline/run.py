@@ -104,7 +104,7 @@ def _explained(job: Job, writer: CheckpointWriter) -> Iterator[None]:
 
 
 def _raise_limit(error: BaseException, writer: CheckpointWriter) -> None:
-    """InputError: the error is a limit of the system's, which can be raised."""
+    """InputError if the error is a limit of the system that can be raised."""
     found = explain(error)
     if found is not None and found[1] == 2:
         raise InputError(f"{found[0]}; {_kept(writer)}repeat{_resuming(writer)}") from error
@@ -121,7 +121,7 @@ def _resuming(writer: CheckpointWriter) -> str:
 
 
 def _finished(job: Job) -> dict[str, Any]:
-    """The plan of an output that is already there, if it is whole and what the job would make."""
+    """Return the plan of an output that is whole and equal to the job's."""
     output = job.options.output
     plan = whole_plan(output)
     try:
@@ -150,7 +150,7 @@ def _finished(job: Job) -> dict[str, Any]:
 
 
 def _writer(job: Job) -> CheckpointWriter:
-    """The writer of this process: of several the first one's writes, and the others know what was there before."""
+    """Make this process's writer: the first process writes, the others know the shards that were there before."""
     output, reader = job.options.output, job.reader
     # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
     shards = reader.layers + 2

@@ -62,7 +62,7 @@ def _system(error: BaseException) -> tuple[str, int]:
 
 
 def _library(error: BaseException) -> tuple[str, int] | None:
-    """Errors of libraries, which have one class for everything: by their words."""
+    """Tell errors of libraries by their words: they have one class for everything."""
     said = str(error).lower()
     if "symlink loop" in said:  # pathlib's, with the path
         return reason_of(error), 2

@@ -44,7 +44,7 @@ class CalibrationCost(PassCost[MethodT]):
 
 @dataclass(frozen=True)
 class UncountedCalibrationCost(CalibrationCost[Method]):
-    """A forward that takes memory, and whose work is little beside that of training masks: the refit's."""
+    """Forward of the refit, counted for memory only: its work is little beside the training of masks."""
 
     def flops(self) -> float:
         return 0.0

@@ -1,4 +1,4 @@
-"""Over how many devices vLLM can split a pruned model whose layers have different numbers of units."""
+"""Numbers of devices over which vLLM can split a pruned model with different numbers of units by layer."""
 
 from collections.abc import Sequence
 
