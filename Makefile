@@ -32,10 +32,10 @@ demo: $(VENV)/installed
 		--evaluate self --evaluation-length 256 --max-windows 64
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=40
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=40
 
 test-fast: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=40 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=40 -m "not slow"
 
 torture: $(VENV)/installed
 	PYPRUNE_HOSTILE=all $(BIN)/python -m pytest tests/hostile

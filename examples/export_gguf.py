@@ -15,7 +15,7 @@ if importlib.util.find_spec("gguf") is None:
 
 with TemporaryDirectory() as folder:
     smaller = Path(folder, "smaller")
-    pyprune.prune(MODEL, smaller, "obs", 0.3, calibration="self", samples=32, sequence_length=128)
+    pyprune.prune(MODEL, smaller, "obs", 0.3, calibration="self", samples=32, sequence_length=64)
     result = pyprune.export(smaller, "smaller.gguf", "gguf", dtype="q8_0")
 
 before, after = result["bytes"]

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.paths import ROOT
+from support.texts import harvest
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from matplotlib.figure import Figure
-from support.figures import leave_blank
-
-from pyprune.testing.random_checkpoint import make_checkpoint
+# The large libraries are imported where they are used: pytest-xdist's controller reads this file and runs no test.
 
 # A fresh process after each of hundreds of prunings would take minutes; tests of just that say --verify.
 os.environ["PYPRUNE_VERIFY"] = "0"
 
 
 def lacks_gpu(item: pytest.Item) -> bool:
-    return item.get_closest_marker("gpu") is not None and not torch.cuda.is_available()
+    if item.get_closest_marker("gpu") is None:
+        return False
+    import torch
+
+    return not torch.cuda.is_available()
 
 
 def lacks_llama_cpp(item: pytest.Item) -> bool:
@@ -52,6 +52,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A report's figures are drawn for the tests that say so (marker `figures`), not after each of hundreds of runs."""
     if request.node.get_closest_marker("figures") is None:
+        from matplotlib.figure import Figure
+        from support.figures import leave_blank
+
         monkeypatch.setattr(Figure, "savefig", Figure.savefig)  # put back after the test
         leave_blank()
 
@@ -72,12 +75,22 @@ def demo_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four hundred sentences to calibrate on: read it only."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(harvest())
+    return file
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a random checkpoint: `tiny_checkpoint(family="qwen2", layers=4, ...) -> folder`.
 
     The arguments and their small default sizes are those of pyprune/testing/random_checkpoint.py. A folder is made
     once a session for each set of arguments: read it only, or copy it.
     """
+    from pyprune.testing.random_checkpoint import make_checkpoint
+
     made: dict[str, Path] = {}
 
     def factory(**arguments: Any) -> Path:

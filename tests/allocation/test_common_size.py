@@ -269,13 +269,6 @@ def test_compensations() -> None:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(400)))
-    return path
-
-
-@pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
@@ -321,9 +314,9 @@ def sizes(plan: dict[str, Any]) -> set[tuple[int, int]]:
     ],
 )
 def test_a_uniform_model_is_a_stock_one(
-    pruned: Pruned, tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_model: Path, method: str, options: Any
+    pruned: Pruned, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny: Path, method: str, options: Any
 ) -> None:
-    plan = pruned(method, 0.5, model=demo_model, uniform=True, **options)
+    plan = pruned(method, 0.5, uniform=True, **options)
     ((groups, channels),) = sizes(plan)
     assert channels % options.get("round_to", 1) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -335,11 +328,11 @@ def test_a_uniform_model_is_a_stock_one(
         assert model(torch.arange(2, 14)[None]).logits.isfinite().all()
     # What `pyprune plan` says beforehand.
     flags = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)]
-    said = run(capsys, "plan", demo_model, "--method", method, "--ratio", 0.5, "--uniform", "--json", *flags).json
+    said = run(capsys, "plan", tiny, "--method", method, "--ratio", 0.5, "--uniform", "--json", *flags).json
     if method == "obs" and not options:
         assert said["layers"] is None
     else:
-        assert said["layers"] == [{"kv_groups": groups, "intermediate_channels": channels}] * 6
+        assert said["layers"] == [{"kv_groups": groups, "intermediate_channels": channels}] * 4
         assert said["parameters"]["decoder_linears"] == plan["parameters"]["decoder_linears"]
 
 

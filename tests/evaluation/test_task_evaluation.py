@@ -72,7 +72,7 @@ aggregate_metric_list:
 def pruned(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model without 30 % of its decoder linears: layers that differ, with biases."""
     output = tmp_path_factory.mktemp("model") / "pruned"
-    sizes = {"samples": 24, "sequence_length": 64, "device": "cpu"}
+    sizes = {"samples": 8, "sequence_length": 32, "device": "cpu"}
     prune(PruneConfig(str(demo_model), output, "flap", 0.3, calibration="self", **sizes), silent)
     assert json.loads((output / "config.json").read_text())["model_type"] == "pyprune_llama"
     return output

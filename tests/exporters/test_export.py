@@ -187,8 +187,17 @@ def model(tiny_checkpoint: Callable[..., Path], demo_model: Path) -> Path:
     return tiny_checkpoint(family="llama", dtype="bfloat16", tokenizer=demo_model)
 
 
-def test_command(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
-    """`pyprune export` proves its result in a process of its own, and the tokenizer goes along."""
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_command(
+    fresh: bool,
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`pyprune export` proves its result in a process of its own, which takes seconds; the tokenizer goes along."""
+    if not fresh:
+        monkeypatch.setattr(verify, "fresh_logits", lambda folder, ids, loader: logits(folder, ids))
     small, output = tmp_path / "small", tmp_path / "out"
     assert run(capsys, "prune", model, small, "--method", "magnitude", "--ratio", 0.3).status == 0
     outcome = run(capsys, "export", small, output, "--format", "padded", "--json")

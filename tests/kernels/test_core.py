@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from support.moments_oracle import assert_moments_match, exact_moments, tolerances
+from support.random_rows import normal
 from torch import Tensor
 
 core = pytest.importorskip("pyprune._core", reason="pyprune was installed without its compiled core")
@@ -58,11 +59,6 @@ def moments_of(*parts: Tensor, threads: int = 2) -> State:
         state.update(part, threads)
     assert state.guards_are_untouched()
     return state
-
-
-def normal(rows: int, channels: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
-    generator = torch.Generator().manual_seed(rows * 1_000_003 + channels)
-    return (torch.randn(rows, channels, generator=generator) + mean).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,8 +3,11 @@
 Dtypes, strides, non-finite values and repeatability of the operator are test_ops_moments.py's.
 """
 
+from functools import partial
+
 import pytest
 import torch
+from support import random_rows
 from support.moments_oracle import assert_moments_match
 from torch import Tensor
 
@@ -17,6 +20,7 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+normal = partial(random_rows.normal, device="cuda")
 GUARD = 5  # NaN elements on either side of a state buffer
 WORKSPACE_GUARD = 64  # NaN elements after the workspace
 
@@ -62,11 +66,6 @@ def moments_of(*parts: Tensor, multiprocessors: int | None = None) -> State:
         state.update(part, multiprocessors)
     assert state.guards_are_untouched()
     return state
-
-
-def normal(rows: int, channels: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(rows * 1_000_003 + channels)
-    return (torch.randn(rows, channels, generator=generator, device="cuda") + mean).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.command_line import run
+from support.written import checkpoint_bytes
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -41,13 +42,6 @@ def model(tiny_checkpoint: Callable[..., Path], demo_model: Path) -> Path:
     )
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(400)))
-    return file
-
-
 def options(model: Path, text: Path, output: Path, method: str, ratio: float = 0.4, **changes: Any) -> PruneConfig:
     own = {"steps": 6, **changes.pop("method_options", {})}
     return PruneConfig(
@@ -56,19 +50,8 @@ def options(model: Path, text: Path, output: Path, method: str, ratio: float = 0
     )  # fmt: skip
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (*folder.glob("*.safetensors"), folder / "config.json")}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        pytest.param({"round_to": 16}, marks=pytest.mark.slow),
-        pytest.param({"gate": "gumbel", "warm_start": "moments"}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"round_to": 16}, {"gate": "gumbel", "warm_start": "moments"}], ids=str)
 def test_disp_writes_a_model_that_is_the_masked_one(
     changes: dict[str, Any], model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -141,7 +124,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         prune(options(model, text, tmp_path / "out", method, method_options={"steps": 7}, resume=True))
     resumed = prune(options(model, text, tmp_path / "out", method, resume=True), count)
     assert steps == ([3, 4, 5, 6] if moment == "train" else [])
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert checkpoint_bytes(tmp_path / "out") == checkpoint_bytes(tmp_path / "whole")
     assert resumed["layers"] == whole["layers"]
     assert resumed["training"] == whole["training"]
 
@@ -152,7 +135,7 @@ def test_the_seed_decides(method: str, model: Path, text: Path, tmp_path: Path) 
         prune(options(model, text, tmp_path / name, method, seed=seed))
         for name, seed in (("first", 0), ("again", 0), ("other", 1))
     ]
-    assert weights(tmp_path / "first") == weights(tmp_path / "again")
+    assert checkpoint_bytes(tmp_path / "first") == checkpoint_bytes(tmp_path / "again")
     assert plans[0]["layers"] != plans[2]["layers"]
 
 
@@ -214,7 +197,7 @@ def test_refitted_model_is_the_masked_one_with_new_drivers(model: Path, text: Pa
     assert plan["verification"]["verified"]
     plain = prune(options(model, text, tmp_path / "plain", "disp"))
     assert plan["layers"] == plain["layers"]
-    assert weights(tmp_path / "out") != weights(tmp_path / "plain")
+    assert checkpoint_bytes(tmp_path / "out") != checkpoint_bytes(tmp_path / "plain")
 
 
 def test_plan_says_what_training_takes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,7 +270,7 @@ def test_activations_are_computed_twice_where_memory_is_short(
     job = jobs.Job(options(model, text, tmp_path / "out", "disp"), silent)
     assert job.recompute
     prune(options(model, text, tmp_path / "out", "disp"))
-    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    assert checkpoint_bytes(tmp_path / "out") == checkpoint_bytes(tmp_path / "plain")
     assert devices.usable_memory(CPU) > between
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.bad_models import overflowing
 from support.command_line import run
+from support.texts import harvest
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -131,7 +132,7 @@ def test_options_are_checked(name: str, value: str) -> None:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(800)))
+    path.write_text(harvest(800))
     return path
 
 

@@ -39,13 +39,6 @@ def model(tiny_checkpoint: Callable[..., Path], demo_model: Path) -> Path:
     )  # fmt: skip
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(400)))
-    return file
-
-
 def options(
     model: Path, text: Path, output: Path, method: str, pattern: str = "2:4", ratio: float | None = None, **changes: Any
 ) -> PruneConfig:

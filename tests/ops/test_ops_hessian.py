@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.forced_backend import each_backend_of, each_device, forced_backend
+from support.random_rows import with_offsets
 from torch import Tensor
 
 from pyprune.errors import InputError
@@ -26,6 +27,7 @@ OPERATOR = "hessian"
 each_backend = each_backend_of("cuda", "triton")
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 forced = partial(forced_backend, OPERATOR)
+normal = partial(with_offsets, largest=2)  # so that many sums only grow
 
 # What an element may be off by beside twice torch's own error, relative to ‖x_i‖·‖x_j‖.
 ROUNDINGS = 2.0**-22  # the state's own and the flushes'
@@ -45,13 +47,6 @@ def hessian_of(*batches: Tensor) -> Hessian:
     for x in batches:
         hessian.update(x)
     return hessian
-
-
-def normal(rows: int, channels: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Random rows whose channels have offsets of 0 to 2 standard deviations, so that many sums only grow."""
-    generator = torch.Generator().manual_seed(rows * 100_003 + channels)
-    offsets = torch.linspace(0, 2, channels)
-    return (torch.randn(rows, channels, generator=generator) + offsets).to(device, dtype)
 
 
 def integers(rows: int, channels: int, dtype: torch.dtype, device: str) -> Tensor:

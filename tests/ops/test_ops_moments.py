@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.forced_backend import each_backend_of, each_device, forced_backend
 from support.moments_bounds import assert_as_good_as_torch, assert_within_analysed_bound
 from support.moments_oracle import exact_moments
+from support.random_rows import with_offsets
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -21,6 +22,7 @@ OPERATOR = "channel_moments"
 each_backend = each_backend_of("cpu", "cuda", "triton")
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 forced = partial(forced_backend, OPERATOR)
+normal = partial(with_offsets, largest=10)
 
 
 def moments_of(*batches: Tensor) -> ChannelMoments:
@@ -28,13 +30,6 @@ def moments_of(*batches: Tensor) -> ChannelMoments:
     for x in batches:
         moments.update(x)
     return moments
-
-
-def normal(rows: int, channels: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Random rows whose channels have offsets of 0 to 10 standard deviations."""
-    generator = torch.Generator().manual_seed(rows * 100_003 + channels)
-    offsets = torch.linspace(0, 10, channels)
-    return (torch.randn(rows, channels, generator=generator) + offsets).to(device, dtype)
 
 
 @each_backend

@@ -4,7 +4,6 @@ import ast
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import click
 import page as generator
 import pytest
+from support.forked import run_script
 from support.paths import ROOT
 from test_style import FLOORS
 
@@ -124,14 +124,16 @@ def test_code_compiles(page: Path) -> None:
 
 
 @pytest.mark.slow
-def test_code_of_the_backend_page_runs() -> None:
-    for code in blocks(ROOT / "docs" / "backend.md", "python"):
-        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert shown.returncode == 0, shown.stderr
+def test_code_of_the_backend_page_runs(tmp_path: Path) -> None:
+    for number, code in enumerate(blocks(ROOT / "docs" / "backend.md", "python")):
+        script = tmp_path / f"{number}.py"
+        script.write_text(code)
+        ended = run_script(tmp_path, script)
+        assert ended.status == 0, ended.err.read_text()
 
 
 @pytest.mark.slow
-def test_scripts_of_benchmarks_explain_themselves() -> None:
+def test_scripts_of_benchmarks_explain_themselves(tmp_path: Path) -> None:
     """Each script that a page's shell block runs has --help; argparse knows the options that the page gives it."""
     named: dict[str, set[str]] = {}
     for page in PAGES:
@@ -140,9 +142,10 @@ def test_scripts_of_benchmarks_explain_themselves() -> None:
                 named.setdefault(words[1], set()).update(word for word in words if word.startswith("--"))
     assert named
     for script, options in named.items():
-        shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
-        assert shown.returncode == 0, shown.stderr
-        assert {option for option in options if option not in shown.stdout} == set(), script
+        ended = run_script(tmp_path, ROOT / script, "--help")
+        assert ended.status == 0, ended.err.read_text()
+        shown = ended.out.read_text()
+        assert {option for option in options if option not in shown} == set(), script
 
 
 def test_architecture_names_the_floors() -> None:
@@ -151,15 +154,16 @@ def test_architecture_names_the_floors() -> None:
 
 
 @pytest.mark.slow
-def test_tables_are_found_and_made(tmp_path: Path) -> None:
+@pytest.mark.figures
+def test_tables_are_found_and_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The generator fills every region of a copy, and a second run changes nothing."""
     for name in ("README.md", "docs", "benchmarks/README.md", "benchmarks/results", "benchmarks/plots"):
         source = ROOT / name
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    generate(tmp_path)
+    generate(tmp_path, monkeypatch)
     made = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    generate(tmp_path)
+    generate(tmp_path, monkeypatch)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == made
     texts = [page.read_text() for page in generator.pages(tmp_path)]
     found = dict(region for text in texts for region in generator.regions(text))
@@ -171,7 +175,6 @@ def test_tables_are_found_and_made(tmp_path: Path) -> None:
     assert (tmp_path / "benchmarks" / "plots" / "quality.svg").stat().st_size < 150_000
 
 
-def generate(root: Path) -> None:
-    script = ROOT / "benchmarks" / "page.py"
-    made = subprocess.run([sys.executable, script, "--root", root], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+def generate(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["page.py", "--root", str(root)])
+    generator.main()

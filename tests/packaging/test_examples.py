@@ -1,4 +1,7 @@
-"""Every script of examples/ runs as it is, in a folder of its own."""
+"""Every script of examples/ runs as it is, in a folder of its own.
+
+One has a Python of its own, as a user's; the others are run in processes that have the libraries loaded.
+"""
 
 import ast
 import importlib.util
@@ -8,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.forked import run_script
 from support.paths import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -18,12 +22,8 @@ PRINTED = {  # what the last line begins with
     "hessian_of_any_model": "model.layers.",
     "gptq_with_our_kernels": "gptq: error ",
 }
-SLOW = set(PRINTED) - {"gptq_with_our_kernels"}  # they import transformers or prune: up to a minute on two cores
-
-
-def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+SLOW = set(PRINTED) - {"gptq_with_our_kernels"}
+FRESH = "hessian_of_any_model"  # imports most
 
 
 def test_all_are_known() -> None:
@@ -32,27 +32,36 @@ def test_all_are_known() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(e, marks=pytest.mark.slow if e.stem in SLOW else ()) for e in EXAMPLES],
+    [pytest.param(e, marks=pytest.mark.slow if e.stem in SLOW else ()) for e in EXAMPLES if e.stem != FRESH],
     ids=lambda script: script.stem,
 )
 def test_example(script: Path, tmp_path: Path) -> None:
     if script.stem == "export_gguf" and importlib.util.find_spec("gguf") is None:
         pytest.skip("the package gguf is not installed")
-    shown = run_python(tmp_path, str(script))
+    ended = run_script(tmp_path, script)
+    assert ended.status == 0, ended.err.read_text()
+    assert_printed(script, ended.out.read_text())
+
+
+@pytest.mark.slow
+def test_example_in_a_python_of_its_own(tmp_path: Path) -> None:
+    script, environment = ROOT / "examples" / f"{FRESH}.py", os.environ | {"PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.splitlines()[-1].startswith(PRINTED[script.stem]), shown.stdout
+    assert_printed(script, shown.stdout)
 
 
-def test_gguf_says_what_is_missing(tmp_path: Path) -> None:
-    code = f"""
-import importlib.util, runpy
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "gguf" else find(name, package)
-runpy.run_path({str(ROOT / "examples" / "export_gguf.py")!r})
-"""
-    shown = run_python(tmp_path, "-c", code)
-    assert shown.returncode == 1
-    assert shown.stderr.splitlines()[-1] == "this example needs the package gguf: pip install 'pyprune[gguf]'"
+def assert_printed(script: Path, out: str) -> None:
+    assert out.splitlines()[-1].startswith(PRINTED[script.stem]), out
+
+
+def test_gguf_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
+    ended = run_script(tmp_path, ROOT / "examples" / "export_gguf.py")
+    assert ended.status == 1
+    said = ended.err.read_text().splitlines()[-1]
+    assert said == "this example needs the package gguf: pip install 'pyprune[gguf]'"
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)

@@ -3,11 +3,11 @@
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.command_line import run
+from support.forked import run_script
 from support.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -32,7 +32,6 @@ def test_make_targets() -> None:
 @pytest.mark.slow
 def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "models").symlink_to(ROOT / "models")
     typed = [words for words in commands() if words[0] == "pyprune"]
     assert [words[1] for words in typed] == ["estimate", "prune", "evaluate"]
@@ -40,9 +39,11 @@ def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         outcome = run(capsys, *words[1:])
         assert outcome.status == 0, f"{shlex.join(words)}: {outcome.err}"
     assert blocks("python")
-    for code in blocks("python"):
-        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert shown.returncode == 0, shown.stderr
+    for number, code in enumerate(blocks("python")):
+        script = tmp_path / f"{number}.py"
+        script.write_text(code)
+        ended = run_script(tmp_path, script)
+        assert ended.status == 0, ended.err.read_text()
 
 
 def test_length() -> None:

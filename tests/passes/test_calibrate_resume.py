@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.texts import harvest
 
 from pyprune.allocation.residual import deepest_cut
 from pyprune.architectures import ATTENTION, FFN, LayerShape
@@ -93,7 +94,7 @@ def test_a_killed_survey_goes_on(
 ) -> None:  # fmt: skip
     model = tiny_checkpoint(family="llama", layers=4, dtype="bfloat16", tokenizer=demo_model)
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(400)))
+    text.write_text(harvest())
 
     def options(name: str) -> PruneConfig:
         folder = tmp_path / name

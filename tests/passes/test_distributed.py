@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.bad_models import overflowing
 from support.command_line import varied
 from support.processes import Ended, ended, run_together, start
+from support.written import checkpoint_tensors
 
 from pyprune.cli.main import main
 from pyprune.errors import InputError
@@ -63,20 +63,9 @@ def failure(processes: list[Ended]) -> str:
     return line
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
 @pytest.fixture
 def model(tiny_checkpoint: Callable[..., Path], demo_model: Path) -> Path:
     return tiny_checkpoint(family="llama", layers=4, dtype="float32", tokenizer=demo_model)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"In the year {n} the harvest was {n % 7} times as good. " for n in range(400)))
-    return text
 
 
 @pytest.mark.parametrize(
@@ -105,8 +94,8 @@ def test_two_processes_prune_as_one_does(model: Path, text: Path, tmp_path: Path
         assert own["intermediate_channels"] == single["intermediate_channels"]
     refits = method.startswith(("slimgpt", "obs"))
     tolerance = 2**-24 * (1 + 160 / DAMPING) if refits else 2**-24 * (7 * 32) ** 0.5
-    tensors = weights(two)
-    for name, single in weights(one).items():
+    tensors = checkpoint_tensors(two)
+    for name, single in checkpoint_tensors(one).items():
         if refits or name.endswith("bias"):
             assert (tensors[name] - single).norm() <= tolerance * single.norm(), name
         else:
@@ -243,7 +232,7 @@ def test_resume_after_a_kill(model: Path, text: Path, tmp_path: Path, method: st
         resumed = run_together(tmp_path / "logs", *[pruning(model, text, output, *more, "--resume")] * 2)
         assert statuses(resumed) == [0, 0], resumed
         assert resumed[1].out == ""
-        expected, found = weights(tmp_path / "whole"), weights(output)
+        expected, found = checkpoint_tensors(tmp_path / "whole"), checkpoint_tensors(output)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not list(tmp_path.glob("*.partial"))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.command_line import run
+from support.written import checkpoint_tensors
 
 from pyprune.checkpoint import CheckpointReader, CheckpointWriter
 from pyprune.job.config import PruneConfig
@@ -51,10 +51,6 @@ def edit_unsampled(model: Path, keep_time: bool = False) -> None:
     assert CheckpointReader(model).fingerprint() == before
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
 @pytest.mark.parametrize("method", ["flap", "obs"])
 def test_statistics_of_other_weights_are_not_used(
     model: Path, arguments: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
@@ -67,7 +63,7 @@ def test_statistics_of_other_weights_are_not_used(
     assert any("other weights" in warning for warning in outcome.json["warnings"])
     fresh = run(capsys, *arguments("fourth", method), "--cache", tmp_path / "fresh")
     assert not fresh.json["calibration_cached"]
-    third, fourth = weights(tmp_path / "third"), weights(tmp_path / "fourth")
+    third, fourth = checkpoint_tensors(tmp_path / "third"), checkpoint_tensors(tmp_path / "fourth")
     assert all(torch.equal(third[name], tensor) for name, tensor in fourth.items())
     outcome = run(capsys, *arguments("first", method), "--resume")
     assert outcome.status == 2
@@ -147,7 +143,7 @@ def test_a_resume_takes_the_threads_that_the_run_began_with(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    expected, found = checkpoint_tensors(tmp_path / "whole"), checkpoint_tensors(tmp_path / "out")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.command_line import run
+from support.written import checkpoint_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune import modeling
@@ -126,12 +127,7 @@ def test_seed_makes_the_result_repeatable(demo_model: Path, tmp_path: Path, caps
             "--cache",
             tmp_path / f"cache-{name}",
         )
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    files = [*folder.glob("*.safetensors"), folder / "config.json", folder / "model.safetensors.index.json"]
-    return {file.name: file.read_bytes() for file in files}
+    assert checkpoint_bytes(tmp_path / "a") == checkpoint_bytes(tmp_path / "b")
 
 
 @pytest.mark.parametrize("method", ["magnitude", pytest.param("wanda-sp", marks=pytest.mark.slow)])

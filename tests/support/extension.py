@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.forked import Running
+from support.forked import run as run_forked
 from support.paths import ROOT
 
 
@@ -33,3 +35,13 @@ class Extension:
 
     def pyprune(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         return self.python("-m", "pyprune", *arguments)
+
+    def forked(self, *arguments: object) -> Running:
+        """Run pyprune in a forked process that finds the package as it imports the command line: methods only."""
+
+        def install() -> None:
+            sys.path.insert(0, str(self.folder))
+            for name in [name for name in sys.modules if name.startswith("pyprune.cli.")]:
+                del sys.modules[name]
+
+        return run_forked(self.folder.parent, *arguments, first=install)

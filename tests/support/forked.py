@@ -1,7 +1,8 @@
-"""Runs the command line in a process forked from one that has the libraries loaded: with its own descriptors, signals
-and limits, and without the seconds that importing takes."""
+"""Runs the command line, or a script, in a process forked from one that has the libraries loaded: with its own
+descriptors, signals and limits, and without the seconds that importing takes."""
 
 import os
+import runpy
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot  # noqa: F401 (as the next ones: once, not in every process)
 import torch
@@ -51,15 +53,25 @@ class Running:
         return [line for line in said.splitlines() if line.startswith("pyprune: ")]
 
 
-def start(
+def start(folder: Path, *arguments: object, first: Callable[[], object] = lambda: None, **how: Any) -> Running:
+    """`pyprune ARGUMENTS` after `first()`; `how`: as of `start_function`."""
+
+    def command() -> None:
+        first()
+        main([str(argument) for argument in arguments])
+
+    return start_function(folder, command, **how)
+
+
+def start_function(
     folder: Path,
-    *arguments: object,
-    first: Callable[[], object] = lambda: None,
+    what: Callable[[], object],
+    *,
     out: int | None = None,
     err: int | None = None,
     encoding: str = "utf-8",
 ) -> Running:
-    """`pyprune ARGUMENTS` after `first()`. out, err: descriptors instead of files in `folder`, -1: closed."""
+    """`what()` as a program. out, err: descriptors instead of files in `folder`, -1: closed."""
     number = len(list(folder.glob("*.out")))
     running = Running(0, folder / f"{number}.out", folder / f"{number}.err")
     files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644) for path in (running.out, running.err)]
@@ -70,13 +82,15 @@ def start(
         for file in files:
             os.close(file)
         return running
+    code = 0
     try:
         given = [own if asked is None else asked for own, asked in zip(files, (out, err), strict=True)]
         _enter(given, encoding)
-        first()
-        main([str(argument) for argument in arguments])
+        what()
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 97
@@ -90,9 +104,23 @@ def start(
         os._exit(code)
 
 
-def run(folder: Path, *arguments: object, **how: object) -> Running:
-    running = start(folder, *arguments, **how)  # type: ignore[arg-type]
+def run(folder: Path, *arguments: object, **how: Any) -> Running:
+    running = start(folder, *arguments, **how)
     running.wait()
+    return running
+
+
+def run_script(folder: Path, script: Path, *arguments: object, first: Callable[[], object] = lambda: None) -> Running:
+    """`python SCRIPT ARGUMENTS` in the folder, after `first()`."""
+
+    def program() -> None:
+        os.chdir(folder)
+        sys.argv = [str(script), *map(str, arguments)]
+        first()
+        runpy.run_path(str(script), run_name="__main__")
+
+    running = start_function(folder, program)
+    running.wait(300)
     return running
 
 
