@@ -75,7 +75,7 @@ def test_no_room_takes_a_functions_name(demo_model: Path) -> None:
     for _ in range(2):
         assert "obs" in pyprune.list_methods()
         estimate = pyprune.estimate(demo_model, "magnitude", 0.3, device="cpu")
-        assert estimate["parameters"]["decoder_linears"][1] < estimate["parameters"]["decoder_linears"][0]
+        assert estimate.parameters["decoder_linears"][1] < estimate.parameters["decoder_linears"][0]
         with pytest.raises(InputError):
             pyprune.prune(demo_model, ratio=0.3)
         with pytest.raises(InputError):
