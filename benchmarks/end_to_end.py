@@ -126,37 +126,37 @@ def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         before = storage_bytes()
         start = time.perf_counter()
         pruned = prune_counted if arguments.source == "disk" else prune_generated
-        plan, moved = pruned(options, watch.progress)
+        record, moved = pruned(options, watch.progress)
         seconds = time.perf_counter() - start
         after = storage_bytes()
         watch.look()
-    bound = floor(arguments, sizes, device, model, scratch, plan["bytes"])
+    bound = floor(arguments, sizes, device, model, scratch, record.bytes)
     report = {
         "machine": describe_machine(device),
         "shape": arguments.shape,
         "sizes": sizes,
         "method": arguments.method,
         "ratio": arguments.ratio,
-        "ratio_met": plan["ratio"]["met"],
+        "ratio_met": record.ratio_met,
         "samples": samples,
         "sequence_length": length,
         "source": arguments.source,
         "device_memory_gb": arguments.device_memory,
         "profiled": arguments.profile,
-        "dtype": plan["dtype"],
-        "backends": plan["backends"],
+        "dtype": record.dtype,
+        "backends": record.backends,
         "seconds": seconds,
-        "compute_seconds": sum(own["seconds"] for own in plan["passes"].values()),
-        "passes": plan["passes"],
+        "compute_seconds": sum(own["seconds"] for own in record.passes.values()),
+        "passes": record.passes,
         "peak_memory": watch.peaks,
-        "model_bytes": plan["bytes"],
+        "model_bytes": record.bytes,
         "moved": moved,
         "storage": None if before is None or after is None else {name: after[name] - before[name] for name in after},
         "floor": bound,
         "times_floor": seconds / bound["seconds"],
         "predicted": predicted,
-        "kept": kept_counts(plan),
-        "warnings": plan["warnings"],
+        "kept": kept_counts(record.to_json()),
+        "warnings": record.warnings,
     }
     return report | ({"profile": watch.profile.document} if watch.profile else {})
 
@@ -177,7 +177,7 @@ def predict(options: PruneConfig, device: torch.device) -> dict[str, Any]:
     dtype = select_dtype(options.dtype, reader.dtype, device)
     method = make_method(options.method, options.method_options)
     sizes = (options.ratio, options.samples, options.sequence_length)
-    return estimate(reader, method, *sizes, device, dtype, options.device_memory)
+    return estimate(reader, method, *sizes, device, dtype, options.device_memory).to_json()
 
 
 def floor(

@@ -2,7 +2,7 @@
 
 Everything between the two, passes, statistics, choice and rewriting, is pyprune's own. The checkpoint folder holds a
 configuration, a tokenizer and headers (`make_checkpoint(..., headers_only=True)`); a layer's tensors are those that
-`make_checkpoint` would have written, so both give the same plan.
+`make_checkpoint` would have written, so both give the same record.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,12 +14,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from pyprune.checkpoint import CheckpointReader, CheckpointWriter, Digests, LayerPrefetcher
+from pyprune.checkpoint import CheckpointReader, CheckpointWriter, Digests, LayerPrefetcher, layer_loader
 from pyprune.checkpoint.content import Content
 from pyprune.checkpoint.headers import StoredTensor
 from pyprune.checkpoint.shard_file import _host_bytes
 from pyprune.job.config import PruneConfig
 from pyprune.job.job import Job
+from pyprune.job.record import PruneRecord
 from pyprune.passes import make_passes
 from pyprune.pipeline.finalize import finalize
 from pyprune.pipeline.run import prune
@@ -92,7 +93,7 @@ class GeneratedJob(Job):
 
     def __init__(self, options: PruneConfig, progress: Progress) -> None:
         super().__init__(options, progress)
-        self.reader = GeneratedReader(self.reader.folder, self.device)
+        self.reader = GeneratedReader(Path(options.model), self.device)
         self.loaders: list[GeneratedLoader] = []
 
     def loader(self) -> GeneratedLoader:
@@ -124,20 +125,20 @@ class DiscardingWriter(CheckpointWriter):
         return {name: StoredTensor(Path(), name, shape, "BF16", 0, 0) for name, shape in shapes.items()}
 
 
-def prune_generated(options: PruneConfig, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `pyprune.pipeline.run.prune` of a folder of headers; the plan, and the traffic (see `traffic`)."""
+def prune_generated(options: PruneConfig, progress: Progress) -> tuple[PruneRecord, dict[str, Any]]:
+    """As `pyprune.pipeline.run.prune` of a folder of headers; the record, and the traffic (see `traffic`)."""
     job = GeneratedJob(options, progress)
     writer = DiscardingWriter(options.output, job.reader.layers + 2, job.identity, resume=False)
     passes = make_passes(job, writer)
     writer.begin()
     with memory_limit(job.device, options.device_memory):
         outcome = passes.execute()
-    plan = finalize(job, writer, passes, outcome)
-    return plan, traffic(job.loaders, writer)
+    record = finalize(job, writer, passes, outcome)
+    return record, traffic(job.loaders, writer)
 
 
-def prune_counted(options: PruneConfig, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`pyprune.pipeline.run.prune`; the plan, and the traffic of its loaders and its writer."""
+def prune_counted(options: PruneConfig, progress: Progress) -> tuple[PruneRecord, dict[str, Any]]:
+    """`pyprune.pipeline.run.prune`; the record, and the traffic of its loaders and its writer."""
     loaders: list[LayerPrefetcher] = []
     writers: list[CheckpointWriter] = []
 
@@ -149,11 +150,11 @@ def prune_counted(options: PruneConfig, progress: Progress) -> tuple[dict[str, A
         return make
 
     with (
-        patch("pyprune.job.job.LayerPrefetcher", remembered(LayerPrefetcher, loaders)),
+        patch("pyprune.job.job.layer_loader", remembered(layer_loader, loaders)),
         patch("pyprune.pipeline.run.CheckpointWriter", remembered(CheckpointWriter, writers)),
     ):
-        plan = prune(options, progress)
-    return plan, traffic(loaders, writers[0])
+        record = prune(options, progress)
+    return record, traffic(loaders, writers[0])
 
 
 def traffic(loaders: Sequence[LayerPrefetcher | GeneratedLoader], writer: CheckpointWriter) -> dict[str, Any]:

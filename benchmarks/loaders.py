@@ -51,7 +51,7 @@ def measure(
     """One row: a pruning, its exports, and the perplexity that each loader finds."""
     pruned = folder / "pruned"
     options: dict[str, Any] = {"compensation": compensation} | ({"uniform": True} if layout == "uniform" else {})
-    plan = prune(
+    record = prune(
         PruneConfig(
             str(model), pruned, method, arguments.ratio, options, calibration=str(arguments.calibration),
             samples=arguments.samples, sequence_length=arguments.calibration_length, device="cpu",
@@ -78,7 +78,7 @@ def measure(
         "compensation": compensation,
         "layout": layout,
         "ratio": arguments.ratio,
-        "ratio_met": plan["ratio"]["met"],
+        "ratio_met": record.ratio_met,
         "loaders": loaders,
         "largest_deviation": max(abs(own["perplexity"] / first - 1) for own in loaders.values()),
     }

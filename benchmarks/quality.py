@@ -148,7 +148,7 @@ def main() -> None:
                             Path(scratch),
                         )
                     )
-                    met = result["ratio"]["met"]
+                    met = result.ratio_met
                 for text in missing:
                     value = evaluate(folder, windows[text], device=device, dtype=dtype)["perplexity"]
                     rows.append(

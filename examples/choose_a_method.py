@@ -19,5 +19,4 @@ with TemporaryDirectory() as folder:
         output = Path(folder, name)
         pyprune.prune(MODEL, output, name, 0.3, calibration=TEXT, **SIZES)
         result = pyprune.evaluate(output, TEXT, reference=MODEL, sequence_length=64, max_windows=16)
-        seconds = sum(step["seconds"] for step in estimate["passes"])
-        print(f"{name}: about {seconds:.1f} s estimated, perplexity {result['perplexity']:.2f}")
+        print(f"{name}: about {estimate.seconds:.1f} s estimated, perplexity {result['perplexity']:.2f}")

@@ -22,6 +22,7 @@ from .errors import InputError, VerificationError
 
 if TYPE_CHECKING:
     from .api import estimate, evaluate, export, list_methods, prune
+    from .estimation.estimate import Estimate
     from .job.record import PruneRecord
 
     __version__: str
@@ -30,6 +31,7 @@ if os.environ.get("PYPRUNE_REGISTER", "1") != "0":
     registration.register_with_transformers()
 
 __all__ = [
+    "Estimate",
     "InputError",
     "PruneRecord",
     "VerificationError",

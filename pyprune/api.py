@@ -1,7 +1,6 @@
 """The functions of `import pyprune`. The command line calls these, and adds only parsing and printing."""
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from torch import Tensor
 from .calibration.source import Text, TokenSource
 from .calibration.text import load_tokenizer
 from .calibration.windows import fit_length
-from .checkpoint import CheckpointReader, checkpoint_folder
+from .checkpoint import CheckpointReader, LoadedModel, checkpoint_folder
 from .checkpoint.load_model import evaluation_model, load_model
 from .errors import InputError
+from .estimation.estimate import Estimate
 from .estimation.estimate import estimate as estimate_run
 from .evaluation.perplexity import evaluate as evaluate_windows
 from .evaluation.tasks import evaluate_tasks
@@ -23,6 +23,7 @@ from .job.config import EvaluationConfig, PruneConfig
 from .job.record import PruneRecord
 from .methods import list_methods, make_method, resolve_ratio
 from .pipeline.run import prune as prune_checkpoint
+from .runtime import distributed
 from .runtime.device import select_device, select_dtype
 from .runtime.progress import Progress, silent
 
@@ -99,8 +100,8 @@ def prune(
         fits = evaluation_length is None
         evaluation = EvaluationConfig(evaluate_on, evaluation_length or EVALUATION_LENGTH, max_windows, fits)
     config = PruneConfig(
-        model=str(model),
-        output=Path(output or "."),
+        model="" if isinstance(model, torch.nn.Module) else str(model),
+        output=None if output is None else Path(output),
         method=method,
         ratio=ratio,
         method_options=options,
@@ -121,10 +122,10 @@ def prune(
         verify=verify,
     )
     if isinstance(model, torch.nn.Module):
-        return _prune_in_memory(model, None if output is None else Path(output), config, tokenizer, progress)
+        return _prune_in_memory(model, config, tokenizer, progress)
     if output is None:
         raise InputError("no output: name the folder to write the pruned checkpoint to")
-    return PruneRecord.from_json(prune_checkpoint(config, progress), config.output)
+    return prune_checkpoint(config, progress)
 
 
 def _window_length(text: Text | None, length: int | None) -> int | None:
@@ -132,30 +133,29 @@ def _window_length(text: Text | None, length: int | None) -> int | None:
     return text.shape[1] if isinstance(text, Tensor) and text.dim() == 2 else length
 
 
-def _prune_in_memory(
-    model: Any, output: Path | None, config: PruneConfig, tokenizer: Any, progress: Progress
-) -> PruneRecord:
-    """Prune a transformers model by way of a temporary checkpoint."""
-    parameter = next(model.parameters())
-    with tempfile.TemporaryDirectory(prefix="pyprune-") as scratch:
-        folder = Path(scratch, "model")
-        model.save_pretrained(folder)
-        _save_tokenizer(model, tokenizer, folder)
-        written = output or Path(scratch, "pruned")
-        cache = config.cache or Path(scratch, "cache")  # what is cached of this model serves no other run
-        config = dataclasses.replace(config, model=str(folder), output=written, cache=cache)
-        record = PruneRecord.from_json(prune_checkpoint(config, progress), output)
-        record.pruned_model = load_model(written, parameter.device, parameter.dtype)
+def _prune_in_memory(model: torch.nn.Module, config: PruneConfig, tokenizer: Any, progress: Progress) -> PruneRecord:
+    """Prune a transformers model as it is, layer by layer; only an output that is named is written."""
+    if config.output is None:
+        if config.resume:
+            raise InputError("resume=True needs an output: a pruning in memory leaves nothing to go on from")
+        if config.verify:
+            raise InputError("verify=True needs an output: it loads what was written in a fresh process")
+    if distributed.world_size() > 1:
+        raise InputError("a model in memory is pruned by one process: save it, and name its folder")
+    make_method(config.method, config.method_options)  # what is wrong with them is said before the tokenizer loads
+    loaded = LoadedModel(model, tokenizer or _tokenizer_of(model, config.trust_remote_code))
+    given = loaded.memory
+    record = prune_checkpoint(dataclasses.replace(config, model=given.name), progress, loaded)
+    if config.output is not None:
+        record.pruned_model = load_model(config.output, given.device, given.dtype)
     return record
 
 
-def _save_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Put the tokenizer's files beside a saved model: the given one's, or those of the folder it was loaded from."""
-    origin = Path(model.name_or_path or "")
-    if tokenizer is None and origin.is_dir() and any(origin.glob("tokenizer*")):
-        tokenizer = load_tokenizer(origin)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+def _tokenizer_of(model: torch.nn.Module, trust_remote_code: bool) -> Any:
+    """The tokenizer in the folder that a model was loaded from; None where there is none."""
+    name = getattr(model, "name_or_path", "")
+    there = bool(name) and any(Path(name).glob("tokenizer*"))
+    return load_tokenizer(Path(name), trust_remote_code) if there else None
 
 
 def evaluate(
@@ -285,7 +285,7 @@ def estimate(
     on: str | None = None,
     note: Callable[[str], object] | None = None,
     **options: Any,
-) -> dict[str, Any]:
+) -> Estimate:
     """Predict sizes, parameters, time and peak memory of a pruning. Reads headers, writes nothing.
 
     Args:
@@ -294,7 +294,7 @@ def estimate(
         note: gets what the user should know beside the result.
 
     Returns:
-        `parameters`, `bytes`, `layers`, `peak_memory_bytes`, `passes` (each with FLOPs and seconds), and more.
+        Sizes, parameters, memory, and each pass with its FLOPs and seconds.
 
     Raises:
         InputError: the run would be refused.
@@ -313,4 +313,4 @@ def estimate(
     return estimate_run(reader, made, resolve_ratio(made, ratio), samples, length, place, compute, device_memory, on)
 
 
-__all__ = ["PruneRecord", "estimate", "evaluate", "export", "list_methods", "prune"]
+__all__ = ["Estimate", "PruneRecord", "estimate", "evaluate", "export", "list_methods", "prune"]

@@ -7,13 +7,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
+from ..checkpoint import ModelInMemory
 from ..checkpoint.load_model import load_model
 from ..errors import InputError
 from .windows import check_sizes
 
 
 def sample_from_model(
-    model_folder: str | Path,
+    model_folder: str | Path | ModelInMemory,
     samples: int,
     sequence_length: int,
     seed: int,

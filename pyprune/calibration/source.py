@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import ModelInMemory
 from ..checkpoint.load_model import vocabulary_size
 from ..errors import InputError
 from .sampling import sample_from_model
@@ -22,14 +23,14 @@ DEFAULT_WINDOWS = 64  # of a sampled evaluation text
 
 @dataclass(frozen=True)
 class TokenSource:
-    """A text, and the model in `folder` whose tokens it becomes.
+    """A text, and the model, in a folder or in memory, whose tokens it becomes.
 
     text: a path (.txt, .jsonl), `self` (sampled from the model), a list of documents, or token ids, int64
     [windows, tokens], which are taken as they are.
     """
 
     text: Text
-    folder: Path
+    origin: Path | ModelInMemory
     config: Any
     device: torch.device
     dtype: torch.dtype
@@ -69,15 +70,15 @@ class TokenSource:
         """Token ids of the whole text by the model's tokenizer, int64 [tokens]."""
         assert not isinstance(self.text, Tensor)
         text = read_text(self.text) if isinstance(self.text, str) else joined_documents(self.text)
-        tokenizer = load_tokenizer(self.folder, self.trust_remote_code)
-        with refused_by_tokenizers(f"{self.folder}: its tokenizer cannot encode the text"):
+        tokenizer = load_tokenizer(self.origin, self.trust_remote_code)
+        with refused_by_tokenizers(f"{self.origin}: its tokenizer cannot encode the text"):
             tokens = tokenize(text, tokenizer)
         check_vocabulary(tokens, vocabulary_size(self.config))
         return tokens
 
     def _sample(self, samples: int, length: int, seed: int, progress: Progress | None) -> Tensor:
         return sample_from_model(
-            self.folder, samples, length, seed, self.device, self.dtype, progress, self.trust_remote_code
+            self.origin, samples, length, seed, self.device, self.dtype, progress, self.trust_remote_code
         )
 
     def _given(self, samples: int, length: int) -> Tensor:

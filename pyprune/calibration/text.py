@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint import ModelInMemory
 from ..errors import InputError
 from ..runtime.files import parse_json, reason_of
 
@@ -96,8 +97,12 @@ def _jsonl_text(line: str, place: str) -> str:
     return text
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder. InputError: there is none, or it does not load."""
+def load_tokenizer(folder: Path | ModelInMemory, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, or of a model in memory. InputError: there is none, or it does not load."""
+    if isinstance(folder, ModelInMemory):
+        if folder.tokenizer is None:
+            raise InputError(f"{folder}: no tokenizer came with it: give `tokenizer=`, or texts as token ids")
+        return folder.tokenizer
     from transformers import AutoTokenizer
 
     with refused_by_tokenizers(f"{folder}: no tokenizer can be loaded from there"):

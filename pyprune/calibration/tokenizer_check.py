@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import ModelInMemory
 from ..errors import InputError, VerificationError
 from ..runtime.files import read_json, write_json
 from .text import load_tokenizer, refused_by_tokenizers
@@ -23,13 +24,13 @@ _MESSAGES = (
 _FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
-def check_tokenizer(source: Path, output: Path, trust_remote_code: bool) -> str | None:
+def check_tokenizer(source: Path | ModelInMemory, output: Path, trust_remote_code: bool) -> str | None:
     """Whether the tokenizer in `output` does what the one in `source` does, on a text and some messages.
 
     Returns None where `source` has no tokenizer, else in a line what was compared, or why nothing could be: the
     source's own does not load. VerificationError: with the first difference.
     """
-    if not any(file.is_file() for pattern in _FILES for file in source.glob(pattern)):
+    if not _has_tokenizer(source):
         return None
     try:
         expected = load_tokenizer(source, trust_remote_code)
@@ -52,6 +53,12 @@ def check_tokenizer(source: Path, output: Path, trust_remote_code: bool) -> str 
     return f"{type(expected).__name__}: the same {tokens} tokens, {templates} chat templates"
 
 
+def _has_tokenizer(source: Path | ModelInMemory) -> bool:
+    if isinstance(source, ModelInMemory):
+        return source.tokenizer is not None
+    return any(file.is_file() for pattern in _FILES for file in source.glob(pattern))
+
+
 def _with_class(output: Path, name: str, trust_remote_code: bool) -> Any:
     """The tokenizer of `output` as that class, which its tokenizer_config.json names from now on.
 
@@ -64,7 +71,7 @@ def _with_class(output: Path, name: str, trust_remote_code: bool) -> Any:
     return load_tokenizer(output, trust_remote_code)
 
 
-def _check_text(source: Path, output: Path, expected: Any, found: Any) -> int:
+def _check_text(source: object, output: Path, expected: Any, found: Any) -> int:
     special = [str(token) for token in expected.all_special_tokens]
     text = SAMPLE + "".join(f"{token} a{token}" for token in special)
     for special_tokens in (False, True):
@@ -84,7 +91,7 @@ def _check_text(source: Path, output: Path, expected: Any, found: Any) -> int:
     return len(ids)
 
 
-def _check_templates(source: Path, output: Path, expected: Any, found: Any) -> int:
+def _check_templates(source: object, output: Path, expected: Any, found: Any) -> int:
     templates = expected.chat_template
     names = [None] if isinstance(templates, str) else sorted(templates or {})
     for name in names:
@@ -111,5 +118,5 @@ def _rendered(tokenizer: Any, name: str | None) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def _differs(source: Path, output: Path, what: str) -> VerificationError:
+def _differs(source: object, output: Path, what: str) -> VerificationError:
     return VerificationError(f"{output}: its tokenizer differs from the one of {source}: {' '.join(what.split())}")

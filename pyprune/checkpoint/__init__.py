@@ -4,9 +4,12 @@ from .cache import digest, load_cached, metadata_of, save_cached
 from .content import Digests, FileStates
 from .hub import checkpoint_folder
 from .journal import JOURNAL
-from .prefetch import LayerPrefetcher
+from .loaded_model import LoadedLayers, LoadedModel
+from .model_in_memory import ModelInMemory
+from .prefetch import LayerPrefetcher, layer_loader
 from .preflight import check_cache, check_disk_space, check_output_creatable, check_output_free
 from .reader import CheckpointReader
+from .source import ModelSource
 from .writer import CheckpointWriter, begun, changes, describe_changes, prove_files
 
 __all__ = [
@@ -16,6 +19,10 @@ __all__ = [
     "Digests",
     "FileStates",
     "LayerPrefetcher",
+    "LoadedLayers",
+    "LoadedModel",
+    "ModelInMemory",
+    "ModelSource",
     "begun",
     "changes",
     "check_cache",
@@ -25,6 +32,7 @@ __all__ = [
     "checkpoint_folder",
     "describe_changes",
     "digest",
+    "layer_loader",
     "load_cached",
     "metadata_of",
     "prove_files",

@@ -105,11 +105,11 @@ def file_states(files: Iterable[Path]) -> FileStates:
 class Content:
     """Digests of what a run has read of a checkpoint, compared with those of earlier reads.
 
-    `digests` holds what was read, by full name.
+    `digests` holds what was read, by full name. origin: the checkpoint in messages.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, origin: object) -> None:
+        self.origin = origin
         self.digests: Digests = {}
         self._expected: dict[str, tuple[str, str]] = {}
 
@@ -134,10 +134,10 @@ class Content:
         if digest != expected:
             raise self._changed(name, origin)
         if self.digests.setdefault(name, digest) != digest:
-            raise InputError(f"{self.folder}: tensor {name} changed while it was read; repeat when it rests")
+            raise InputError(f"{self.origin}: tensor {name} changed while it was read; repeat when it rests")
 
     def _changed(self, name: str, origin: str) -> InputError:
         return InputError(
-            f"{self.folder}: the checkpoint has changed: tensor {name} is not the one that {origin} was made from; "
+            f"{self.origin}: the checkpoint has changed: tensor {name} is not the one that {origin} was made from; "
             "delete that to start anew, or bring the old checkpoint back"
         )

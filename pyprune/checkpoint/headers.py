@@ -17,7 +17,7 @@ from .links import stays_inside
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
 _PICKLES = ("*.bin", "*.pth", "*.pt")
 
 
@@ -26,7 +26,7 @@ class StoredTensor:
     """Place of a tensor: `bytes` bytes of the file from byte `offset` on, row-major, little-endian.
 
     `name` is what the file calls it; `kind` is safetensors' name of its type, `dtype` PyTorch's, None of a type that
-    pyprune does not read.
+    pyprune does not read. Of a tensor in memory `file` is the model's name in messages, and `offset` is 0.
     """
 
     file: Path
@@ -38,11 +38,11 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self.kind]
+        return DTYPES[self.kind]
 
     @property
     def readable(self) -> bool:
-        return self.kind in _DTYPES
+        return self.kind in DTYPES
 
 
 def weight_files(folder: Path, fields: dict[str, Any]) -> list[Path]:

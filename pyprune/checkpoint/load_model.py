@@ -1,17 +1,19 @@
 """A whole model of a checkpoint folder on one device, for the steps that need all layers at once."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .. import modeling as modeling  # registers the classes of pruned models
 from ..errors import InputError
 from ..runtime.files import read_json, reason_of
 from .headers import INDEX, SINGLE, read_headers, weight_files
+from .model_in_memory import ModelInMemory
 from .names import WRAPPERS, check_counts
 
 _FLOATING = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -21,19 +23,23 @@ _UNUSED = re.compile(r"rotary_emb\.\w+$|\.masked_bias$|^v_head\.|\.[kqv]_scale$|
 
 
 def load_model(
-    folder: str | Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    folder: str | Path | ModelInMemory, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load the causal language model in `folder`, in `dtype`, for inference, with SDPA attention where it has it.
 
+    One in memory gets modules of its own; their tensors are the given ones where device and type are the same.
     Whatever transformers loads from safetensors, quantised models too (on their own terms about the device).
     InputError: no such folder or no model in it, whatever transformers says against it, or tensors that are missing,
     have another shape, or are not used by the model's class (transformers would start the first two at random and
     drop the last).
     """
-    if not (Path(folder) / "config.json").is_file():
+    if not isinstance(folder, ModelInMemory) and not (Path(folder) / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json")
     try:
-        model, loading = _from_pretrained(Path(folder), device, dtype, trust_remote_code)
+        if isinstance(folder, ModelInMemory):
+            model, loading = _from_memory(folder, device, dtype)
+        else:
+            model, loading = _from_pretrained(Path(folder), device, dtype, trust_remote_code)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of safetensors, of a quantiser that is not installed, of a damaged file, ...
@@ -77,6 +83,25 @@ def _from_pretrained(
     return model if quantised else model.to(device), loading
 
 
+def _from_memory(
+    given: ModelInMemory, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """By transformers' own loading, so that the modules are those that a saved copy would have."""
+    config = copy.deepcopy(given.config)
+    model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(given.state),
+        dtype=dtype,
+        attn_implementation="sdpa",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    if given.generation_config is not None:
+        model.generation_config = copy.deepcopy(given.generation_config)
+    return model.to(device), loading
+
+
 def evaluation_model(folder: Path, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
     """Configuration and stored type of any causal language model, of those too that pyprune cannot prune.
 
@@ -89,7 +114,7 @@ def evaluation_model(folder: Path, trust_remote_code: bool) -> tuple[Any, torch.
         raise InputError(f"{folder}: no config.json there; a Hugging Face checkpoint folder is needed")
     fields = read_json(path)  # says in our words what is wrong with the file
     if isinstance(fields, dict) and (folder / SINGLE).is_file() | (folder / INDEX).is_file():
-        check_counts(folder, fields, read_headers(weight_files(folder, fields)))
+        check_counts(str(path), fields, read_headers(weight_files(folder, fields)))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         vocabulary_size(config)

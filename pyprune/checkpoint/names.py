@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Collection
-from pathlib import Path
 
 from ..errors import InputError
 from .headers import StoredTensor
 
-# Names that torch.compile, data parallelism, FSDP and activation checkpointing put into the path of a module.
+# What torch.compile, data parallelism, FSDP and activation checkpointing put into the path of a module.
 WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 # Tensors that no decoder reads: caches of rotary embeddings, masks and positions that old classes saved, heads of
 # reward models, scales of key-value caches.
@@ -69,20 +68,23 @@ def layer_count(names: Collection[str]) -> int:
     return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
-def check_counts(folder: Path, fields: dict[str, object], stored: Collection[str]) -> None:
-    """InputError for more layers than tensors, and the like, before transformers makes lists as long: any model."""
+def check_counts(place: str, fields: dict[str, object], stored: Collection[str]) -> None:
+    """InputError for more layers than tensors, and the like, before transformers makes lists as long: any model.
+
+    place: of the configuration, for the message.
+    """
     for name, most in (("num_hidden_layers", len(stored)), ("n_layer", len(stored)), ("num_labels", 1 << 20)):
         value = fields.get(name)
         if isinstance(value, int) and value > most:
-            raise InputError(f"{folder / 'config.json'}: {name} is {value}: more than the checkpoint can have")
+            raise InputError(f"{place}: {name} is {value}: more than the checkpoint can have")
 
 
-def check_layer_count(folder: Path, fields: dict[str, object], stored: Collection[str]) -> None:
+def check_layer_count(place: str, fields: dict[str, object], stored: Collection[str]) -> None:
     """Before a configuration with a billion layers is made: InputError where the tensors have fewer."""
-    check_counts(folder, fields, stored)
+    check_counts(place, fields, stored)
     asked, there = fields.get("num_hidden_layers"), layer_count(stored)
     if isinstance(asked, int) and not isinstance(asked, bool) and asked > there:
         raise InputError(
-            f"{folder / 'config.json'}: num_hidden_layers is {asked}, but tensor model.layers.{there}.* is missing: "
+            f"{place}: num_hidden_layers is {asked}, but tensor model.layers.{there}.* is missing: "
             f"the checkpoint has tensors of {there} layers"
         )

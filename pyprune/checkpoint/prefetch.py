@@ -11,7 +11,10 @@ from torch import Tensor
 
 from . import content
 from .chunk_reader import Chunk, ChunkReader
-from .reader import CheckpointReader, StoredTensor
+from .headers import StoredTensor
+from .loaded_model import LoadedLayers, LoadedModel
+from .reader import CheckpointReader
+from .source import ModelSource
 
 # For a CPU the bytes only pass through on their way into the page cache: buffers that stay in a core's own cache.
 _PASSING_BYTES = 1 << 20
@@ -131,3 +134,11 @@ class LayerPrefetcher:
                 part = None if target is None else target[begin : begin + size]
                 chunks.append(Chunk(prefix + name, place.file, place.offset + begin, size, part))
         return chunks
+
+
+def layer_loader(source: ModelSource, device: torch.device) -> LayerPrefetcher | LoadedLayers:
+    """Return what yields the decoder layers of a source in order on a device."""
+    if isinstance(source, CheckpointReader):
+        return LayerPrefetcher(source, device)
+    assert isinstance(source, LoadedModel)
+    return LoadedLayers(source, device)

@@ -16,13 +16,18 @@ def check_special_ids(config: Any, generation_config_fields: dict[str, Any] | No
     None is no such token, and so is -1, which old checkpoints have for padding; transformers takes both.
     InputError: with the file, the field, the id and the vocabulary's size.
     """
+    check_ids(config, generation_config_fields or {}, str(folder / "config.json"), str(folder / _GENERATION))
+
+
+def check_ids(config: Any, generation_config_fields: dict[str, Any], config_place: str, generation_place: str) -> None:
+    """As `check_special_ids`, of a configuration and of generation settings that are called so in messages."""
     text = config.get_text_config()
     own = {field: getattr(text, field, None) for field in _FIELDS}
-    for file, fields in (("config.json", own), (_GENERATION, generation_config_fields or {})):
+    for place, fields in ((config_place, own), (generation_place, generation_config_fields)):
         for field in _FIELDS:
             value = fields.get(field)
             for each in value if isinstance(value, list | tuple) else [value]:
-                _check_id(each, int(text.vocab_size), f"{folder / file}: {field}")
+                _check_id(each, int(text.vocab_size), f"{place}: {field}")
 
 
 def _check_id(value: Any, vocab_size: int, place: str) -> None:

@@ -167,6 +167,10 @@ class CheckpointWriter:
             known |= entry["sources"]
         return known
 
+    def own_file(self, name: str) -> Path | None:
+        """File of the caller's in the unfinished output, for what a resume goes on from; None where nothing is kept."""
+        return self.partial / name
+
     def file(self, shard: int) -> Path:
         """File of a shard, 0-based, in the numbering that transformers uses; shard `shards` is one more, by name."""
         if shard == self.shards:

@@ -32,4 +32,4 @@ def estimate(model: str, **options: Any) -> None:
         **{name: options[name] for name in ("method", "ratio", "samples", "device", "dtype", "device_memory", "on")},
         **options_given(options),
     )
-    console.estimated(result)
+    console.estimated(result.to_json())

@@ -1,7 +1,7 @@
 """`pyprune plan`: what a pruning would do and take, from headers and configuration; no weights are read."""
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypedDict
 
 import torch
 
@@ -21,6 +21,66 @@ from .training_memory import check_fits, training_memory
 HOST_BUFFERS = 300 << 20
 
 
+# "pass" is no name of an attribute.
+PassEstimate = TypedDict("PassEstimate", {"pass": str, "flops": float, "seconds": float})
+
+
+class LinearParameters(TypedDict):
+    """Parameters of the decoder linears before and after."""
+
+    decoder_linears: list[int]
+
+
+class LayerSizes(TypedDict):
+    """Units that a layer keeps."""
+
+    kv_groups: int
+    intermediate_channels: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Prediction of what a pruning does and takes.
+
+    method, options, ratio: what was asked. parameters, bytes: before and after. bytes_read, bytes_written: of files.
+    layers: sizes by layer; None where they follow from the text. zeros: weights become zero, and every shape stays.
+    passes: FLOPs and seconds of each. peak_memory_bytes: of the device. The rest is of a GPU only, else None:
+    peak_memory_by_pass, windows_a_batch, hidden_states (where they lie) and rates (what seconds are computed from).
+    recomputed_activations: of methods that train, whether the backward pass computes activations again.
+    """
+
+    method: str
+    options: dict[str, Any]
+    ratio: float
+    parameters: LinearParameters
+    bytes: list[int]
+    bytes_read: int
+    bytes_written: int
+    layers: list[LayerSizes] | None
+    zeros: bool
+    device: str
+    dtype: str
+    peak_memory_bytes: int
+    host_memory_bytes: int
+    passes: list[PassEstimate]
+    peak_memory_by_pass: dict[str, int] | None = None
+    windows_a_batch: int | None = None
+    hidden_states: str | None = None
+    rates: dict[str, float] | None = None
+    recomputed_activations: bool | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of all passes; waiting for the disk is not in it."""
+        return sum(step["seconds"] for step in self.passes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `pyprune estimate --json` prints."""
+        stored = {field.name: getattr(self, field.name) for field in fields(self)}
+        optional = {field.name for field in fields(self) if field.default is None}
+        return {name: value for name, value in stored.items() if name not in optional or value is not None}
+
+
 def estimate(
     reader: CheckpointReader,
     method: Method,
@@ -31,7 +91,7 @@ def estimate(
     dtype: torch.dtype,
     device_memory: int | None = None,
     named: str | None = None,
-) -> dict[str, Any]:
+) -> Estimate:
     """Sizes before and after, FLOPs, seconds and bytes of each pass, peak memory of device and host.
 
     device: the one present; `named`, a key of `time.GPU_RATES`, is asked about in its place. On a GPU the seconds
@@ -60,7 +120,7 @@ def estimate(
         budget = device_memory or _whole_memory(device, named)
         train = training_cost(reader, method.training, method.name, sequence_length, dtype, budget)
         flops["train"] = train.flops()
-    result: dict[str, Any] = {
+    known: dict[str, Any] = {
         "method": method.name,
         "options": method.options,
         "ratio": ratio,
@@ -72,37 +132,38 @@ def estimate(
         "zeros": not method.shrinks,
         "device": named or str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "recomputed_activations": None if train is None else train.recompute,
     }
     if named is None and device.type == "cpu":
         rate = matmul_rate(device, dtype) if method.needs_text else 0.0
-        seconds = {name: work / rate for name, work in flops.items()}
         embeddings = reader.tensors[reader.family.embeddings].bytes
         run = CpuRun(micro_batch(device, sequence_length), embeddings, dtype != reader.dtype)
         peaks = [cost.cpu_bytes(run) for cost in costs.values()]
         peak = resident_peak() + max(*peaks, 0 if train is None else train.device_bytes())
-        result |= {"peak_memory_bytes": peak, "host_memory_bytes": peak}
-    else:
-        memory = plan_memory(sizes, device_memory or _whole_memory(device, named))
-        rates = GPU_RATES[named] if named else measured_rates(device, dtype)
-        seconds = {name: cost.seconds(rates) for name, cost in working.items()}
-        by_pass = memory.device_bytes
-        if train is not None:
-            seconds["train"] = train.seconds(rates)
-            by_pass = by_pass | {"train": train.device_bytes()}
-        result |= {
-            "peak_memory_bytes": max(memory.peak, *by_pass.values()),
-            "peak_memory_by_pass": by_pass,
-            "host_memory_bytes": resident_peak() + memory.host_bytes + HOST_BUFFERS,
-            "windows_a_batch": memory.batch,
-            "hidden_states": "device" if not memory.host_bytes else "host, in part" if memory.on_device else "host",
-            "rates": asdict(rates),
-        }
+        passes = pass_estimates(flops, {name: work / rate for name, work in flops.items()})
+        return Estimate(**known, peak_memory_bytes=peak, host_memory_bytes=peak, passes=passes)
+    memory = plan_memory(sizes, device_memory or _whole_memory(device, named))
+    rates = GPU_RATES[named] if named else measured_rates(device, dtype)
+    seconds = {name: cost.seconds(rates) for name, cost in working.items()}
+    by_pass = memory.device_bytes
     if train is not None:
-        result["recomputed_activations"] = train.recompute
-    result["passes"] = [
-        {"pass": name, "flops": work, "seconds": round(seconds[name], 1)} for name, work in flops.items()
-    ]
-    return result
+        seconds["train"] = train.seconds(rates)
+        by_pass = by_pass | {"train": train.device_bytes()}
+    return Estimate(
+        **known,
+        peak_memory_bytes=max(memory.peak, *by_pass.values()),
+        peak_memory_by_pass=by_pass,
+        host_memory_bytes=resident_peak() + memory.host_bytes + HOST_BUFFERS,
+        windows_a_batch=memory.batch,
+        hidden_states="device" if not memory.host_bytes else "host, in part" if memory.on_device else "host",
+        rates=asdict(rates),
+        passes=pass_estimates(flops, seconds),
+    )
+
+
+def pass_estimates(flops: dict[str, float], seconds: dict[str, float]) -> list[PassEstimate]:
+    """Entries of the passes that compute anything."""
+    return [{"pass": name, "flops": work, "seconds": round(seconds[name], 1)} for name, work in flops.items()]
 
 
 def training_cost(
@@ -117,7 +178,7 @@ def _whole_memory(device: torch.device, named: str | None) -> int:
     return int(FREE_SHARE * MEMORY[named]) if named else usable_memory(device)
 
 
-def _known_layers(shapes: list[LayerShape], method: Method, ratio: float) -> list[dict[str, int]] | None:
+def _known_layers(shapes: list[LayerShape], method: Method, ratio: float) -> list[LayerSizes] | None:
     counts = method.known_counts(shapes, ratio)
     if counts is None:
         return None

@@ -6,7 +6,7 @@ import torch
 
 from ..architectures import LayerShape
 from ..architectures.channel_selection import SELECTIONS, width
-from ..checkpoint import CheckpointReader
+from ..checkpoint import ModelSource
 from ..errors import InputError
 from ..mask_training.hypernetwork import STATE_WIDTH
 from ..mask_training.policy_learner import MASKS
@@ -31,9 +31,7 @@ class TrainingMemory:
         return self.weights + self.learner + self.logits + (self.recomputed if checkpointing else self.activations)
 
 
-def training_memory(
-    reader: CheckpointReader, method: Training, sequence_length: int, dtype: torch.dtype
-) -> TrainingMemory:
+def training_memory(reader: ModelSource, method: Training, sequence_length: int, dtype: torch.dtype) -> TrainingMemory:
     """Predict the memory of training on the checkpoint in a compute type, with windows of `sequence_length`."""
     shapes, itemsize = reader.shapes, dtype.itemsize
     weights = sum(tensor.bytes // tensor.dtype.itemsize for tensor in reader.tensors.values()) * itemsize

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..calibration.text import check_vocabulary
+from ..checkpoint import ModelInMemory
 from ..checkpoint.load_model import load_model, vocabulary_size
 from ..errors import InputError
 from .predictor import Predictor
@@ -49,17 +50,17 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch_size: int | 
 
 
 def evaluate(
-    model_folder: str | Path,
+    model_folder: str | Path | ModelInMemory,
     windows: torch.Tensor,
     *,
-    reference_folder: str | Path | None = None,
+    reference_folder: str | Path | ModelInMemory | None = None,
     device: torch.device,
     dtype: torch.dtype,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate the model in a folder on `windows` [windows, sequence_length] (int64).
+    """Evaluate the model in a folder, or in memory, on `windows` [windows, sequence_length] (int64).
 
     Returns `perplexity` (as in `perplexity`), `windows`, `sequence_length` (tokens), `seconds` (without the
     loading of models), and with a reference `kl_divergence` (mean over predictions of KL(reference‖model),

@@ -9,14 +9,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoint import CheckpointReader
+from ..checkpoint import CheckpointReader, ModelSource
 from ..errors import InputError, VerificationError
 from ..forward.layer_forward import LayerForward
 from ..runtime.device import free_memory
@@ -26,6 +26,22 @@ from .logits_worker import PARENT
 TOKENS = 64
 _CPU, _FLOAT32 = torch.device("cpu"), torch.float32
 _WORKER = Path(__file__).with_name("logits_worker.py")
+
+
+class Verification(TypedDict):
+    """What a round trip showed, or the reason why there was none.
+
+    max_difference, tolerance: of logits, the largest of which in size is max_logit, on `tokens` tokens.
+    """
+
+    verified: bool
+    reason: NotRequired[str]
+    loader: NotRequired[str]
+    tokens: NotRequired[int]
+    max_difference: NotRequired[float]
+    max_logit: NotRequired[float]
+    tolerance: NotRequired[float]
+
 
 Rounding = Callable[[Tensor], Tensor]
 Change = Callable[[int, nn.Module], None]
@@ -41,15 +57,15 @@ ROUNDING_FACTOR = 4
 
 
 def verify_roundtrip(
-    source: Path,
+    source: Path | ModelSource,
     output: Path,
     loader: str,
     progress: Progress = silent,
     rounding: Rounding | None = None,
     tokens: int = TOKENS,
     change: Change | None = None,
-) -> dict[str, Any]:
-    """Compare the logits of `output`, loaded by `loader` in a fresh process, with those of the checkpoint `source`.
+) -> Verification:
+    """Compare the logits of `output`, loaded by `loader` in a fresh process, with those of the model `source`.
 
     loader: `transformers`, `remote-code` (both without pyprune), `pyprune` or `gguf`. On `tokens` random tokens, in
     float32 on the CPU, the source layer by layer; `change(layer, block)` makes each of its layers what the output's
@@ -60,7 +76,7 @@ def verify_roundtrip(
     (of the difference). VerificationError: it does not load, or the difference is beyond the tolerance. InputError:
     the source's own logits are not finite.
     """
-    reader = CheckpointReader(source)
+    reader = source if isinstance(source, ModelSource) else CheckpointReader(source)
     reason = _obstacle(output, loader, reader.dtype)
     if reason is not None:
         return {"verified": False, "reason": reason}
@@ -69,7 +85,7 @@ def verify_roundtrip(
     expected = layered_logits(reader, ids, None, progress, change)  # [tokens, vocabulary]
     largest = expected.abs().max().item()
     if not math.isfinite(largest):
-        raise InputError(f"{source}: its logits are not finite: the weights are damaged, or overflow")
+        raise InputError(f"{reader.origin}: its logits are not finite: the weights are damaged, or overflow")
     tolerance = TOLERANCE * largest
     if rounding is not None:
         tolerance += ROUNDING_FACTOR * (layered_logits(reader, ids, rounding, progress) - expected).abs().max().item()
@@ -79,12 +95,12 @@ def verify_roundtrip(
         return {"verified": False, "reason": "the process that loaded it was killed, as when memory runs out"}
     if found.shape != expected.shape:
         shapes = f"{list(found.shape)} instead of {list(expected.shape)}"
-        raise VerificationError(f"{source} as it was written, loaded by {loader}: logits of shape {shapes}")
+        raise VerificationError(f"{reader.origin} as it was written, loaded by {loader}: logits of shape {shapes}")
     difference = (found - expected).abs().max().item()
     if not difference <= tolerance:  # neither is it if NaN
         raise VerificationError(
-            f"{source} as it was written, loaded by {loader}: its logits differ by up to {difference:.3g}, of which at "
-            f"most {tolerance:.3g} can be rounding (the largest is {largest:.3g}); please report it"
+            f"{reader.origin} as it was written, loaded by {loader}: its logits differ by up to {difference:.3g}, of "
+            f"which at most {tolerance:.3g} can be rounding (the largest is {largest:.3g}); please report it"
         )
     return {
         "verified": True,
@@ -96,8 +112,8 @@ def verify_roundtrip(
     }
 
 
-def usable_ids(reader: CheckpointReader, length: int) -> Tensor:
-    """Random ids of tokens with finite embeddings, int64 [1, length]: padding of a vocabulary may be NaN."""
+def usable_ids(reader: ModelSource, length: int) -> Tensor:
+    """Random token ids, int64 [1, length], of those whose embeddings are finite: padding of a vocabulary may be NaN."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(reader.config.vocab_size, (1, length), generator=generator)
     usable = torch.isfinite(reader.embed(drawn)).all(-1)
@@ -105,14 +121,14 @@ def usable_ids(reader: CheckpointReader, length: int) -> Tensor:
         return drawn
     finite = torch.isfinite(reader.embed(torch.arange(reader.config.vocab_size))).all(-1).nonzero().flatten()
     if not len(finite):
-        raise InputError(f"{reader.folder}: no row of its embeddings is finite: the weights are damaged")
+        raise InputError(f"{reader.origin}: no row of its embeddings is finite: the weights are damaged")
     replacements = finite[torch.randint(len(finite), (1, length), generator=generator)]
     return torch.where(usable, drawn, replacements)
 
 
 @torch.inference_mode()
 def layered_logits(
-    reader: CheckpointReader,
+    reader: ModelSource,
     ids: Tensor,
     rounding: Rounding | None = None,
     progress: Progress = silent,

@@ -12,7 +12,7 @@ from ..checkpoint.auxiliary_files import copy_companions
 from ..checkpoint.special_ids import check_generation_config, check_special_ids, generation_fields
 from ..checkpoint.writer import partial_of
 from ..errors import InputError, VerificationError
-from ..evaluation.roundtrip import verify_roundtrip
+from ..evaluation.roundtrip import Verification, verify_roundtrip
 from ..modeling.saving import save_config
 from ..runtime.progress import Progress, silent
 from .gguf_export import export_gguf
@@ -76,7 +76,7 @@ def export(
         notes = [*layout.notes, *_write(reader, layout, writer, progress)]
         check_state_dict(partial, writer.prove())
         check_tokenizer(reader.folder, partial, False)
-        verification = {"verified": False, "reason": "--no-verify"}
+        verification: Verification = {"verified": False, "reason": "--no-verify"}
         if verified:
             verification = verify_roundtrip(source, partial, loader, progress)
         writer.finish()

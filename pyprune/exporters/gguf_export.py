@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointReader
 from ..errors import InputError
-from ..evaluation.roundtrip import TOKENS, Rounding, verify_roundtrip
+from ..evaluation.roundtrip import TOKENS, Rounding, Verification, verify_roundtrip
 from ..runtime.progress import Progress
 from .exclusive import exclusive_file
 
@@ -51,7 +51,7 @@ def export_gguf(
     check_target(output, dtype)
     with exclusive_file(output) as unverified:
         written = fill_gguf(reader.folder, unverified, dtype, progress)
-        verification = {"verified": False, "reason": "--no-verify"}
+        verification: Verification = {"verified": False, "reason": "--no-verify"}
         if verified:
             length, _ = context_length(reader.family, reader.config)
             tokens = min(TOKENS, length)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import SUBLAYERS
-from ..checkpoint import CheckpointReader, LayerPrefetcher
+from ..checkpoint import ModelSource, layer_loader
 from ..errors import InputError
 from ..modeling.pruned import without_layers
 from .fused import fuse, runs_fused
@@ -38,7 +38,7 @@ class _Pass(nn.Module):
 
 
 @torch.no_grad()
-def check_forward(reader: CheckpointReader, windows: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+def check_forward(reader: ModelSource, windows: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     """InputError unless embeddings, and attention half and FFN half of a layer, are what transformers' model computes.
 
     On the beginning of the first of `windows` [windows, tokens], for one stored layer of each kind that the model has.
@@ -64,7 +64,7 @@ def check_forward(reader: CheckpointReader, windows: Tensor, device: torch.devic
         del block  # freed before the next one is built
 
 
-def layer_kinds(reader: CheckpointReader) -> list[int]:
+def layer_kinds(reader: ModelSource) -> list[int]:
     """The first layer of each kind: layers differ in kind where a list of the configuration has another value for
     each, where their tensors have other names, or where one sees a sliding window and the other does not."""
     config, count = reader.config, reader.layers
@@ -92,7 +92,7 @@ def _stored_layer(forward: LayerForward, layer: int) -> nn.Module:
     # The loader has read the tensors that it yields: a file that cannot be read fails there, also if it is mapped here.
     [block] = [
         forward.build(reader.stream_layer(layer) if mapped else stored.items(), layer, forward.config)
-        for stored in LayerPrefetcher(reader, forward.device).layers(layer, layer + 1)
+        for stored in layer_loader(reader, forward.device).layers(layer, layer + 1)
     ]
     return block
 
@@ -137,7 +137,7 @@ def _compare(ours: Tensor, own: Tensor, changed: Tensor, roundings: int, forward
     relative = ((ours - own).norm(dim=-1) / size.clamp_min(torch.finfo(torch.float32).tiny))[finite].mean().item()
     if relative > roundings * _rounding(forward):
         raise InputError(
-            f"{forward.reader.folder}: {what} transformers' {forward.family.model_class.__name__} "
+            f"{forward.reader.origin}: {what} transformers' {forward.family.model_class.__name__} "
             f"by {relative:.2g} of their size: model type {forward.reader.config.model_type!r} as this config.json "
             "describes it has layers that pyprune does not know how to run; start from a model without them"
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from ..architectures import ATTENTION, Family
-from ..checkpoint import CheckpointReader
+from ..checkpoint import ModelSource
 from .fused import fuse, fused_rotary, runs_fused
 from .hidden_states import HiddenStates
 
@@ -34,7 +34,7 @@ class LayerForward:
 
     def __init__(
         self,
-        reader: CheckpointReader,
+        reader: ModelSource,
         windows: Tensor,
         device: torch.device,
         dtype: torch.dtype,

@@ -19,10 +19,13 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Settings of `pyprune prune`. Sizes in windows and tokens; `ratio` of the decoder linears' parameters."""
+    """Settings of `pyprune prune`. Sizes in windows and tokens; `ratio` of the decoder linears' parameters.
+
+    model: a folder or a hub id; the name of a model in memory, which alone needs no output.
+    """
 
     model: str
-    output: Path
+    output: Path | None
     method: str
     ratio: float | None  # None: the one that the method's pattern says
     method_options: dict[str, Any] = field(default_factory=dict)

@@ -48,12 +48,12 @@ def operator_backends(method: Method, dtype: torch.dtype, device: torch.device) 
 
 
 def cache_file(
-    folder: Path, kind: str, run: dict[str, Any], operators: tuple[str, ...], what: dict[str, Any]
-) -> tuple[Path, dict[str, Any]]:
-    """Name the file of cached statistics, and what their numbers follow from.
+    folder: Path | None, kind: str, run: dict[str, Any], operators: tuple[str, ...], what: dict[str, Any]
+) -> tuple[Path | None, dict[str, Any]]:
+    """Name the file of cached statistics, if any, and what their numbers follow from.
 
     Args:
-        folder: of the cache.
+        folder: of the cache; None: there is none.
         kind: first part of the file's name.
         run: the run's identity.
         operators: those that compute the statistics.
@@ -61,11 +61,11 @@ def cache_file(
     """
     identity = {name: run[name] for name in _CACHED if name in run}
     identity |= {"backends": {name: run["backends"][name] for name in (*operators, *FORWARD_OPERATORS)}} | what
-    return folder / f"{kind}-{digest(identity)}.safetensors", identity
+    return None if folder is None else folder / f"{kind}-{digest(identity)}.safetensors", identity
 
 
 def unrepeatable(
-    begun: dict[str, Any], identity: dict[str, Any], output: Path, allow_other_bits: bool
+    begun: dict[str, Any], identity: dict[str, Any], output: Path | None, allow_other_bits: bool
 ) -> dict[str, str]:
     """Entries of the environment in which a resumed run differs from its beginning, each in words.
 
@@ -74,7 +74,7 @@ def unrepeatable(
     Raises:
         InputError: there are some, and `allow_other_bits` is not given.
     """
-    if not begun:
+    if not begun or output is None:
         return {}
     asked, other = split(changes(begun["identity"], json.loads(json.dumps(identity))))
     if asked or not other:

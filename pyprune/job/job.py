@@ -10,10 +10,14 @@ from ..calibration.windows import fingerprint
 from ..checkpoint import (
     CheckpointReader,
     LayerPrefetcher,
+    LoadedLayers,
+    LoadedModel,
+    ModelSource,
     begun,
     check_cache,
     check_output_creatable,
     checkpoint_folder,
+    layer_loader,
     metadata_of,
 )
 from ..checkpoint.special_ids import check_generation_config, check_special_ids, generation_fields
@@ -29,37 +33,37 @@ from .identity import cache_file, operator_backends, run_identity, unrepeatable
 from .memory import fit_memory, fit_training
 from .outside_layers import check_rows_unused, nonfinite_embeddings
 from .record import FORMAT
-from .windows import fitted_length, run_calibration_windows, run_evaluation_windows
+from .windows import check_texts, fitted_length, run_calibration_windows, run_evaluation_windows
 
 
 class Job:
     """The method, the model, the windows, and what the result depends on.
 
     `identity` names everything that the output's bits follow from; `biases` says which output projections of the
-    output have a bias (a stock family's own ones apart).
+    output have a bias (a stock family's own ones apart). `cache`: folder of statistics; None: they are not kept.
 
     Raises:
         InputError: for what is wrong with the arguments or the input.
     """
 
-    def __init__(self, options: PruneConfig, progress: Progress) -> None:
+    def __init__(self, options: PruneConfig, progress: Progress, model: LoadedModel | None = None) -> None:
+        """model: the one in memory that is pruned; None: the one that the options name."""
         self.start = perf_counter()
         self.method: Method = make_method(options.method, options.method_options)
         self.ratio = resolve_ratio(self.method, options.ratio)
         self.progress = progress
         self.warnings: list[str] = []
         # Before anything is computed, since a resumed run goes on as it began.
-        self.begun = distributed.broadcast_object(lambda: begun(options.output)) if options.resume else {}
+        self.begun = distributed.broadcast_object(lambda: _begun(options))
         take_threads(self.begun.get("identity", {}).get("threads"))
         self.device = distributed.local_device(options.device)
-        self.reader = self._open(options)
+        self.reader: ModelSource = model or self._open(options)
         self.options = options = self._fitted(options)
         self.dtype = select_dtype(options.dtype, self.reader.dtype, self.device)
         self.method.check(self.reader.shapes, self.ratio)
         self.method.check_layers(self.reader.family, self.reader.config)
-        self.cache = (options.cache or options.output.absolute().parent / ".pyprune-cache").absolute()
-        check_output_creatable(self.cache / "calibration")
-        check_cache(self.cache, options.output)
+        self.cache = self._cache_folder()
+        check_texts(self)
         self.biases = {
             name: self.method.adds_bias or bool(getattr(self.reader.config, name, False))
             for name in ("o_proj_bias", "down_proj_bias")
@@ -78,6 +82,16 @@ class Job:
         check_generation_config(reader.folder)
         check_special_ids(reader.config, generation_fields(reader.folder), reader.folder)
         return reader
+
+    def _cache_folder(self) -> Path | None:
+        output, cache = self.options.output, self.options.cache
+        if cache is None and output is None:
+            return None
+        folder = cache.absolute() if cache is not None else Path(output or "").absolute().parent / ".pyprune-cache"
+        check_output_creatable(folder / "calibration")
+        if output is not None:
+            check_cache(folder, output)
+        return folder
 
     def _fitted(self, options: PruneConfig) -> PruneConfig:
         """The options, with windows that the model has positions for. InputError: asked-for ones are too long."""
@@ -141,7 +155,7 @@ class Job:
         document = {"files": self.source_files, "digests": digests or self.reader.content.digests}
         return {"source": json.dumps(document, sort_keys=True)}
 
-    def cache_file(self, kind: str, operators: tuple[str, ...], **what: Any) -> tuple[Path, dict[str, Any]]:
+    def cache_file(self, kind: str, operators: tuple[str, ...], **what: Any) -> tuple[Path | None, dict[str, Any]]:
         """`identity.cache_file` of this run."""
         return cache_file(self.cache, kind, self.identity, operators, what)
 
@@ -152,6 +166,11 @@ class Job:
         memory, nonfinite = self.memory, self.options.allow_nonfinite
         return LayerForward(self.reader, windows, self.device, self.dtype, nonfinite, memory.batch, memory.on_device)
 
-    def loader(self) -> LayerPrefetcher:
-        """Return a prefetcher that yields the stored layers in order."""
-        return LayerPrefetcher(self.reader, self.device)
+    def loader(self) -> LayerPrefetcher | LoadedLayers:
+        """Return what yields the stored layers in order."""
+        return layer_loader(self.reader, self.device)
+
+
+def _begun(options: PruneConfig) -> dict[str, Any]:
+    """The first document of the run that is resumed; empty where none is."""
+    return begun(options.output) if options.resume and options.output is not None else {}

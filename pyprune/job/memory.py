@@ -2,7 +2,7 @@
 
 import torch
 
-from ..checkpoint import CheckpointReader
+from ..checkpoint import ModelSource
 from ..errors import InputError
 from ..estimation.memory import MemoryPlan, plan_memory
 from ..estimation.sizes import Sizes
@@ -15,7 +15,7 @@ from .config import PruneConfig
 
 
 def fit_memory(
-    reader: CheckpointReader,
+    reader: ModelSource,
     method: Method,
     ratio: float,
     config: PruneConfig,
@@ -55,7 +55,7 @@ def fit_memory(
 
 
 def fit_training(
-    reader: CheckpointReader, method: Method, config: PruneConfig, device: torch.device, dtype: torch.dtype
+    reader: ModelSource, method: Method, config: PruneConfig, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Whether a method that trains has to compute activations again going backward. InputError: it cannot run."""
     training = method.training

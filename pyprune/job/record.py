@@ -6,24 +6,88 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-import torch
 import xxhash
 
-from ..allocation.budget import KeptUnits, UnitScores
-from ..architectures import ATTENTION, FFN, LayerShape
-from ..architectures.channel_selection import ChannelSelection
-from ..checkpoint import CheckpointReader
+from ..architectures import LayerShape
+from ..checkpoint import Digests, FileStates
+from ..checkpoint.source import ModelSource
 from ..errors import InputError
+from ..evaluation.roundtrip import Verification
+from ..runtime.device import PassSummary
 from ..runtime.files import read_json
+from .entries import LayerEntry
 
 FORMAT = "pyprune-plan-3"
 FILE = "plan.json"
 _DIGEST = "digest"
 TOLERANCE = 0.005  # how far the ratio met may be from the ratio asked before the report says why
-_KEYS = {ATTENTION: "kv_groups", FFN: "intermediate_channels"}
 _PACKAGES = ("pyprune", "torch", "transformers", "triton", "safetensors")
+
+
+class Calibration(TypedDict):
+    """Calibration windows: the text in words, their number, their length in tokens, and a digest of their ids."""
+
+    text: str
+    samples: int
+    sequence_length: int
+    fingerprint: str
+
+
+class Ratio(TypedDict):
+    """Ratio asked and met, shares of the decoder linears, and the share of the whole model; why they differ."""
+
+    asked: float
+    met: float
+    of_model: float
+    note: NotRequired[str]
+
+
+class Parameters(TypedDict):
+    """Parameters before and after, without compensation biases."""
+
+    decoder_linears: list[int]
+    model: list[int]
+
+
+class DenseSizes(TypedDict):
+    """Sizes of a layer before the pruning, the largest where they already differ, and the number of layers."""
+
+    hidden_size: int
+    head_dim: int
+    heads_per_group: int
+    kv_groups: int
+    intermediate_channels: int
+    layers: int
+
+
+class Pass(PassSummary):
+    """Seconds and memory of a pass, and whether its result came from the cache."""
+
+    cached: bool
+
+
+class Source(TypedDict):
+    """States of the files that were read, and digests of the tensors in them."""
+
+    files: FileStates
+    digests: Digests
+
+
+class Evaluation(TypedDict):
+    """Perplexity on a text, in words, and what `pyprune.evaluate` returns of the pruned model."""
+
+    text: str
+    dense: dict[str, Any]
+    pruned: dict[str, Any]
+
+
+class TrainingHistory(TypedDict):
+    """Loss in nats a token and share of the decoder linears kept, by step."""
+
+    loss: list[float]
+    kept: list[float]
 
 
 @dataclass
@@ -50,29 +114,29 @@ class PruneRecord:
     method: str
     options: dict[str, Any]
     seed: int
-    calibration: dict[str, Any] | None
-    ratio: dict[str, Any]
-    parameters: dict[str, list[int]]
-    dense: dict[str, int]
-    layers: list[dict[str, Any]]
+    calibration: Calibration | None
+    ratio: Ratio
+    parameters: Parameters
+    dense: DenseSizes
+    layers: list[LayerEntry]
     threshold: float | None
     versions: dict[str, str]
     device: str
     dtype: str
     backends: dict[str, str]
     bytes: list[int]
-    passes: dict[str, dict[str, Any]]
+    passes: dict[str, Pass]
     peak_memory_bytes: int
     nonfinite: dict[str, int]
     warnings: list[str]
-    tokenizer: Any
+    tokenizer: str | None
     unused_tensors: list[str]
-    source: dict[str, Any]
-    checksums: dict[str, dict[str, str]]
-    verification: dict[str, Any]
+    source: Source
+    checksums: dict[str, Digests]
+    verification: Verification
     seconds: float
-    evaluation: dict[str, Any] | None = None
-    training: dict[str, list[float]] | None = None
+    evaluation: Evaluation | None = None
+    training: TrainingHistory | None = None
     output: Path | None = dataclasses.field(default=None, metadata={"stored": False})
     pruned_model: Any = dataclasses.field(default=None, metadata={"stored": False}, repr=False)
 
@@ -101,61 +165,30 @@ class PruneRecord:
 _OPTIONAL = ("evaluation", "training")
 
 
-def kept_shapes(shapes: list[LayerShape], choice: KeptUnits) -> list[LayerShape]:
-    return [s.kept(len(k[ATTENTION]), len(k[FFN])) for s, k in zip(shapes, choice.layers, strict=True)]
-
-
-def parameter_counts(reader: CheckpointReader, after: int) -> dict[str, tuple[int, int]]:
+def parameter_counts(source: ModelSource, after: int) -> Parameters:
     """Parameters before and after, without compensation biases: of the decoder linears (`after`), and of the model."""
-    before = sum(s.parameters for s in reader.shapes)
-    spare = {reader.family.head} if reader.tied else set()
-    model = sum(t.bytes // t.dtype.itemsize for name, t in reader.tensors.items() if name not in spare)
-    return {"decoder_linears": (before, after), "model": (model, model - before + after)}
+    before = sum(s.parameters for s in source.shapes)
+    spare = {source.family.head} if source.tied else set()
+    model = sum(t.bytes // t.dtype.itemsize for name, t in source.tensors.items() if name not in spare)
+    return {"decoder_linears": [before, after], "model": [model, model - before + after]}
 
 
-def ratio_summary(asked: float, parameters: dict[str, tuple[int, int]], shapes: list[LayerShape]) -> dict[str, Any]:
+def ratio_summary(asked: float, parameters: Parameters, shapes: list[LayerShape]) -> Ratio:
     """Ratio asked and met: share of the decoder linears removed, and of the whole model."""
-    met, of_model = (1 - after / before for before, after in parameters.values())
-    summary: dict[str, Any] = {"asked": asked, "met": met, "of_model": of_model}
-    if abs(met - asked) > TOLERANCE:
-        before, _ = parameters["decoder_linears"]
+    before, after = parameters["decoder_linears"]
+    model_before, model_after = parameters["model"]
+    summary: Ratio = {"asked": asked, "met": 1 - after / before, "of_model": 1 - model_after / model_before}
+    if abs(summary["met"] - asked) > TOLERANCE:
         largest = max(s.group_cost * 3 * s.hidden_size for s in shapes) / before
         summary["note"] = (
-            f"{met:.4f} instead of {asked:g}: whole units are removed, and one KV group is {largest:.2%} of the "
-            "decoder linears (steps are larger with --uniform and --round-to; flap's reference mode counts a group's "
-            "cost as its authors do)"
+            f"{summary['met']:.4f} instead of {asked:g}: whole units are removed, and one KV group is {largest:.2%} of "
+            "the decoder linears (steps are larger with --uniform and --round-to; flap's reference mode counts a "
+            "group's cost as its authors do)"
         )
     return summary
 
 
-def layer_entry(kept: dict[str, torch.Tensor], scores: UnitScores) -> dict[str, Any]:
-    """JSON form of one layer: indices of the kept units and the scores of all, six significant digits."""
-    return {name: kept[sublayer].tolist() for sublayer, name in _KEYS.items()} | {
-        "scores": {name: [float(f"{s:.6g}") for s in scores[sublayer].tolist()] for sublayer, name in _KEYS.items()}
-    }
-
-
-def selection_entry(selection: ChannelSelection, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """JSON form of one layer of a DISP model: indices of each selection and the logits of all its channels."""
-    scores = {name: [float(f"{one:.6g}") for one in own.tolist()] for name, own in logits.items()}
-    return {name: kept.tolist() for name, kept in selection.items()} | {"scores": scores}
-
-
-def sparse_entry(linears: dict[str, tuple[int, int, float | None]]) -> dict[str, Any]:
-    """JSON form of one layer with zeros: of each linear its weights, how many are zero, and the loss where known."""
-    return {
-        "linears": {
-            name: {"weights": weights, "zeros": zeros} | ({} if loss is None else {"loss": float(f"{loss:.6g}")})
-            for name, (weights, zeros, loss) in linears.items()
-        }
-    }
-
-
-def kept_from_entry(entry: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {sublayer: torch.tensor(entry[name], dtype=torch.int64) for sublayer, name in _KEYS.items()}
-
-
-def dense_summary(shapes: list[LayerShape]) -> dict[str, int]:
+def dense_summary(shapes: list[LayerShape]) -> DenseSizes:
     """Sizes of the model before this pruning; the largest over the layers where they already differ."""
     return {
         "hidden_size": shapes[0].hidden_size,
@@ -177,29 +210,33 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_plan(plan: dict[str, Any], folder: Path) -> None:
-    """With a digest of itself, which `whole_plan` compares."""
-    text = json.dumps(plan | {_DIGEST: _digest(plan)}, allow_nan=False)
+def write_record(record: PruneRecord, folder: Path) -> None:
+    """Write plan.json, with a digest of itself, which `read_record` compares."""
+    document = record.to_json()
+    text = json.dumps(document | {_DIGEST: _digest(document)}, allow_nan=False)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def whole_plan(folder: Path) -> dict[str, Any]:
-    """The plan of an output as a run wrote it. InputError: it was changed since, or is none."""
-    plan = read_plan(folder)
-    if plan.pop(_DIGEST, None) != _digest(plan):
+def read_record(folder: Path) -> PruneRecord:
+    """The record of an output as a run wrote it. InputError: it was changed since, is none, or has another format."""
+    document = read_plan(folder)
+    if document.pop(_DIGEST, None) != _digest(document):
         raise InputError(
             f"{folder / FILE}: not a plan of pyprune, or changed since it was written; name another output"
         )
-    return plan
-
-
-def _digest(plan: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(plan, sort_keys=True).encode())
+    try:
+        return PruneRecord.from_json(document, folder)
+    except InputError as error:
+        raise InputError(f"{folder / FILE}: {error}; name another output") from error
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    """The plan of an output. InputError: it cannot be read, or is no JSON object."""
+    """The document in an output's plan.json, of any format. InputError: it cannot be read, or is no JSON object."""
     plan = read_json(folder / FILE)
     if not isinstance(plan, dict):
         raise InputError(f"{folder / FILE}: not a plan of pyprune")
     return plan
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())

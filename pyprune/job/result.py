@@ -19,16 +19,15 @@ from ..architectures.channel_selection import (
     ChannelSelection,
     selected_parameters,
 )
-from ..checkpoint import CheckpointReader, CheckpointWriter
+from ..checkpoint import ModelSource
 from ..checkpoint.headers import INDEX
 from ..evaluation.roundtrip import Change
 from ..mask_training.masked_model import hook_points, selection_masks
 from ..modeling.config import registered_config
-from ..modeling.saving import save_config
 from ..modeling.selected import selected_config
 from ..modeling.stock import find_stock
 from ..runtime.files import read_json
-from .record import kept_shapes, layer_entry, selection_entry
+from .entries import LayerEntry, SparseEntry, kept_shapes, layer_entry, selection_entry
 
 
 class PruneResult(ABC):
@@ -41,15 +40,15 @@ class PruneResult(ABC):
         """Count the decoder linears' parameters after the pruning; shapes: of the dense layers."""
 
     @abstractmethod
-    def layers(self) -> list[dict[str, Any]]:
-        """The plan's entry of each layer."""
+    def layers(self) -> list[LayerEntry]:
+        """The record's entry of each layer."""
 
     @abstractmethod
-    def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
-        """config.json beside the shards, with what tensors its class needs besides them."""
+    def config(self, reader: ModelSource, biases: dict[str, bool]) -> tuple[Any, dict[str, Tensor]]:
+        """Configuration of the pruned model, and what tensors its class needs beside those of the shards."""
 
-    def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
-        """What the output's logits have to be those of: a checkpoint, and what to make of each of its layers.
+    def proof(self, reader: ModelSource, partial: Path) -> tuple[Path | ModelSource, Change | None]:
+        """What the output's logits have to be those of: a model, and what to make of each of its layers.
 
         Unless said otherwise its own tensors, layer by layer.
         """
@@ -69,46 +68,41 @@ class UnitResult(PruneResult):
     def parameters(self, shapes: list[LayerShape]) -> int:
         return sum(shape.parameters for shape in kept_shapes(shapes, self.choice))
 
-    def layers(self) -> list[dict[str, Any]]:
+    def layers(self) -> list[LayerEntry]:
         return [layer_entry(kept, own) for kept, own in zip(self.choice.layers, self.scores, strict=True)]
 
-    def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
-        write_config_of(reader, writer, kept_shapes(reader.shapes, self.choice), biases)
+    def config(self, reader: ModelSource, biases: dict[str, bool]) -> tuple[Any, dict[str, Tensor]]:
+        return config_of(reader, kept_shapes(reader.shapes, self.choice), biases)
 
 
-def write_config_of(
-    reader: CheckpointReader, writer: CheckpointWriter, shapes: list[LayerShape], biases: dict[str, bool]
-) -> None:
+def config_of(reader: ModelSource, shapes: list[LayerShape], biases: dict[str, bool]) -> tuple[Any, dict[str, Tensor]]:
     """A stock class's configuration where one holds layers of these shapes, with the zero biases that it asks for."""
     stock = find_stock(reader.family, reader.config, shapes, **biases)
     if stock is None:
-        save_config(registered_config(reader.family, reader.config, shapes, **biases), writer.partial)
-        return
-    save_config(stock.config, writer.partial)
-    if stock.zero_biases and writer.shards not in writer.done:
-        zeros = {
-            reader.layer_prefix(layer) + name: torch.zeros(stock.layer_tensors[name], dtype=reader.dtype)
-            for layer in range(reader.layers)
-            for name in stock.zero_biases
-        }
-        writer.write(writer.shards, zeros)
+        return registered_config(reader.family, reader.config, shapes, **biases), {}
+    zeros = {
+        reader.layer_prefix(layer) + name: torch.zeros(stock.layer_tensors[name], dtype=reader.dtype)
+        for layer in range(reader.layers)
+        for name in stock.zero_biases
+    }
+    return stock.config, zeros
 
 
 @dataclass
 class SparseResult(PruneResult):
-    """Zeros in the linears of layers whose shapes stay. entries: the plan's, of each layer."""
+    """Zeros in the linears of layers whose shapes stay. entries: the record's, of each layer."""
 
-    entries: list[dict[str, Any]]
+    entries: list[SparseEntry]
 
     def parameters(self, shapes: list[LayerShape]) -> int:
         zeros = sum(own["zeros"] for entry in self.entries for own in entry["linears"].values())
         return sum(shape.parameters for shape in shapes) - zeros
 
-    def layers(self) -> list[dict[str, Any]]:
-        return self.entries
+    def layers(self) -> list[LayerEntry]:
+        return [*self.entries]
 
-    def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
-        write_config_of(reader, writer, reader.shapes, biases)
+    def config(self, reader: ModelSource, biases: dict[str, bool]) -> tuple[Any, dict[str, Tensor]]:
+        return config_of(reader, reader.shapes, biases)
 
 
 @dataclass
@@ -124,14 +118,13 @@ class SelectionResult(PruneResult):
     def parameters(self, shapes: list[LayerShape]) -> int:
         return sum(round(selected_parameters(*pair)) for pair in zip(shapes, self.counts(), strict=True))
 
-    def layers(self) -> list[dict[str, Any]]:
+    def layers(self) -> list[LayerEntry]:
         return [selection_entry(own, logits) for own, logits in zip(self.selections, self.logits, strict=True)]
 
-    def write_config(self, reader: CheckpointReader, writer: CheckpointWriter, biases: dict[str, bool]) -> None:
-        config = selected_config(reader.family, reader.config, self.counts(), **biases)
-        save_config(config, writer.partial)
+    def config(self, reader: ModelSource, biases: dict[str, bool]) -> tuple[Any, dict[str, Tensor]]:
+        return selected_config(reader.family, reader.config, self.counts(), **biases), {}
 
-    def proof(self, reader: CheckpointReader, partial: Path) -> tuple[Path, Change | None]:
+    def proof(self, reader: ModelSource, partial: Path) -> tuple[Path | ModelSource, Change | None]:
         """The dense model under masks, with its output projections' kept entries as they were written."""
         family = reader.family
 
@@ -151,4 +144,4 @@ class SelectionResult(PruneResult):
             )
 
         weight_map = read_json(partial / INDEX)["weight_map"]
-        return reader.folder, change
+        return reader, change

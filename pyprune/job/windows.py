@@ -1,36 +1,70 @@
 """The token windows of a run. Those sampled from the model are cached: another ratio need not load it whole."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from ..calibration.source import SELF, TokenSource
+from ..calibration.source import SELF, Text, TokenSource
+from ..calibration.text import load_tokenizer
 from ..calibration.windows import checked_windows, fit_length
-from ..checkpoint import digest, load_cached, save_cached
+from ..checkpoint import ModelInMemory, ModelSource, digest, load_cached, save_cached
 from ..errors import InputError
+from ..methods import Method
 from ..runtime import distributed
 from ..runtime.environment import environment
+from ..runtime.progress import Progress
+from .config import PruneConfig
 
-if TYPE_CHECKING:
-    from .job import Job
+
+class TextJob(Protocol):
+    """The part of a job that windows are made from."""
+
+    options: PruneConfig
+    method: Method
+    reader: ModelSource
+    device: torch.device
+    dtype: torch.dtype
+    progress: Progress
+    warnings: list[str]
+    cache: Path | None
+    model_fingerprint: str
+
+    def accepts(self, path: Path, metadata: dict[str, str]) -> bool: ...
+
+    def source(self, digests: dict[str, str] | None = None) -> dict[str, str]: ...
 
 
-def run_calibration_windows(job: "Job") -> Tensor:
-    """Windows of the calibration text, int64 [samples, sequence_length]. InputError: there is no text."""
+def check_texts(job: TextJob) -> None:
+    """InputError: there is no text where the method needs one, or no tokenizer where a text needs it."""
+    config, texts = job.options, []
+    if job.method.needs_text:
+        if config.calibration is None:
+            raise InputError(
+                f"method {job.method.name} looks at activations: give --calibration FILE (.txt or .jsonl), "
+                f"or --calibration {SELF} for text sampled from the model itself"
+            )
+        texts.append(config.calibration)
+    if config.evaluation is not None:
+        texts.append(config.evaluation.text)
+    origin = job.reader.origin
+    if isinstance(origin, ModelInMemory) and not all(isinstance(text, Tensor) or _sampled(text) for text in texts):
+        load_tokenizer(origin)
+
+
+def run_calibration_windows(job: TextJob) -> Tensor:
+    """Windows of the calibration text, int64 [samples, sequence_length]."""
     config = job.options
-    if config.calibration is None:
-        raise InputError(
-            f"method {job.method.name} looks at activations: give --calibration FILE (.txt or .jsonl), "
-            f"or --calibration {SELF} for text sampled from the model itself"
-        )
+    assert config.calibration is not None
     distributed.check_windows(config.samples)
     source, progress = _source(job, config.calibration), _progress(job)
     samples, length, seed = config.samples, config.sequence_length, config.seed
     return _cached(job, source, (samples, length, seed), lambda: source.calibration(samples, length, seed, progress))
 
 
-def run_evaluation_windows(job: "Job") -> Tensor | None:
+def run_evaluation_windows(job: TextJob) -> Tensor | None:
     """Windows of the evaluation text, int64 [windows, sequence_length]; None without an evaluation."""
     evaluation = job.options.evaluation
     if evaluation is None:
@@ -41,7 +75,7 @@ def run_evaluation_windows(job: "Job") -> Tensor | None:
     return _cached(job, source, (most, length, seed), lambda: source.evaluation(length, most, seed, progress))
 
 
-def fitted_length(job: "Job", length: int, typed: bool) -> int:
+def fitted_length(job: TextJob, length: int, typed: bool) -> int:
     """A window's length within the model's positions; that a default was cut becomes a warning of the job."""
     length, note = fit_length(length, typed, job.reader.config)
     if note is not None:
@@ -49,17 +83,23 @@ def fitted_length(job: "Job", length: int, typed: bool) -> int:
     return length
 
 
-def _source(job: "Job", text: Any) -> TokenSource:
+def _sampled(text: Text) -> bool:
+    return isinstance(text, str) and text == SELF
+
+
+def _source(job: TextJob, text: Any) -> TokenSource:
     reader = job.reader
-    return TokenSource(text, reader.folder, reader.config, job.device, job.dtype, job.options.trust_remote_code)
+    return TokenSource(text, reader.origin, reader.config, job.device, job.dtype, job.options.trust_remote_code)
 
 
-def _progress(job: "Job") -> Callable[[int, int], None]:
+def _progress(job: TextJob) -> Callable[[int, int], None]:
     return lambda done, total: job.progress("sampling text", done, total)
 
 
-def _cached(job: "Job", source: TokenSource, sizes: tuple[int | None, int, int], make: Callable[[], Tensor]) -> Tensor:
-    if not source.sampled:
+def _cached(
+    job: TextJob, source: TokenSource, sizes: tuple[int | None, int, int], make: Callable[[], Tensor]
+) -> Tensor:
+    if not source.sampled or job.cache is None:
         return make()
     samples, length, _ = sizes
     key = {

@@ -47,16 +47,17 @@ def train(
     steps: int,
     rows: int,
     seed: int,
-    file: Path,
+    file: Path | None,
     progress: Callable[[str, int, int], None],
 ) -> History:
     """Train `steps` steps over the learner's windows, `rows` each; every epoch is shuffled anew.
 
     The state is kept in `file` about once a minute and at the end, and read from there if it exists, after which the
-    steps that it has not seen give the same result. InputError: a damaged file, or a loss that is not finite.
+    steps that it has not seen give the same result; None keeps none. InputError: a damaged file, or a loss that is not
+    finite.
     """
     history: History = []
-    if file.is_file():
+    if file is not None and file.is_file():
         history = _resume(learner, file)
     saved = monotonic()
     for number in range(len(history), steps):
@@ -67,7 +68,7 @@ def train(
             )
         loss = math.fsum(one for one, _ in history[-SHOWN_STEPS:]) / min(SHOWN_STEPS, len(history))
         progress(f"train: loss {loss:.3f}, kept {history[-1][1]:.3f}", number + 1, steps)
-        if monotonic() - saved >= SAVE_SECONDS or number + 1 == steps:
+        if file is not None and (monotonic() - saved >= SAVE_SECONDS or number + 1 == steps):
             save_cached(learner.state(), file, {"history": json.dumps(history)})
             saved = monotonic()
     return history

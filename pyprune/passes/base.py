@@ -17,8 +17,8 @@ from ..checkpoint.finite import check_finite
 from ..errors import InputError
 from ..forward.forward_check import check_forward
 from ..forward.layer_forward import LayerForward
+from ..job.entries import LayerEntry, kept_from_entry, scores_from_entry
 from ..job.job import Job
-from ..job.record import kept_from_entry
 from ..job.result import PruneResult
 from ..mask_training.training import History
 from ..runtime.device import Meter
@@ -54,7 +54,7 @@ def stored_layers(job: Job, what: str, meter: Meter, first: int = 0) -> Iterator
         job.progress(what, layer, job.reader.layers)
         with meter.layer():
             tensors = next(stored)
-            check_finite(tensors, f"{job.reader.folder}: layer {layer}")
+            check_finite(tensors, f"{job.reader.origin}: layer {layer}")
             yield layer, tensors
             del tensors  # the loader empties it, and what was taken out of it is its taker's
     job.progress(what, job.reader.layers, job.reader.layers)
@@ -91,7 +91,7 @@ class Passes(ABC):
         """Run the passes, once the forward is known to be the model's."""
 
     def warn(self, message: str) -> None:
-        """Log a warning, and put it in the plan."""
+        """Log a warning, and put it in the record."""
         logger.warning(message)
         self.warnings.append(message)
 
@@ -105,8 +105,8 @@ class Passes(ABC):
                 f"{TOKENS_A_CHANNEL} tokens a channel ({TOKENS_A_CHANNEL * widest}); raise --samples"
             )
 
-    def written(self, layer: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The record and the tensors, named within the layer, of one that a killed run wrote."""
+    def written(self, layer: int) -> tuple[Any, dict[str, Tensor]]:
+        """The entry, of whatever method's, and the tensors, named within the layer, of one that a killed run wrote."""
         prefix = self.reader.layer_prefix(layer)
         with safe_open(self.writer.file(layer + 1), framework="pt") as f:
             tensors = {name.removeprefix(prefix): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
@@ -116,11 +116,7 @@ class Passes(ABC):
         """Read a layer that a killed run already wrote; its output is recomputed, which gives the same bits."""
         record, tensors = self.written(layer)
         try:
-            scores = {
-                ATTENTION: torch.tensor(record["scores"]["kv_groups"], dtype=torch.float64),
-                FFN: torch.tensor(record["scores"]["intermediate_channels"], dtype=torch.float64),
-            }
-            return kept_from_entry(record), scores, tensors
+            return kept_from_entry(record), scores_from_entry(record), tensors
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError(
                 f"{self.writer.partial}: layer {layer} was not written by {self.job.method.name} ({error!r}); delete "
@@ -154,11 +150,11 @@ class Passes(ABC):
             tensors = {family.output_proj(sublayer) + ".bias": zeros for sublayer in SUBLAYERS} | tensors
         return forward.build(tensors.items(), layer, config)
 
-    def write_layer(self, layer: int, tensors: dict[str, Tensor], record: Any) -> None:
+    def write_layer(self, layer: int, tensors: dict[str, Tensor], entry: LayerEntry) -> None:
         check_finite({name: t for name, t in tensors.items() if t.is_floating_point()}, f"layer {layer} as pruned")
         prefix = self.reader.layer_prefix(layer)
         sources = [prefix + name for name in self.reader.layer_tensors(layer)]
-        self._write(layer + 1, {prefix + name: t for name, t in tensors.items()}, sources, record)
+        self._write(layer + 1, {prefix + name: t for name, t in tensors.items()}, sources, entry)
 
     def copy_embeddings(self) -> None:
         self._copy(0, [self.reader.family.embeddings])

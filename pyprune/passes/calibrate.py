@@ -9,7 +9,7 @@ import torch
 
 from ..architectures import SUBLAYERS, LayerShape
 from ..calibration.channel_statistics import ChannelObserver, ChannelStatistics, column_norms
-from ..checkpoint import CheckpointReader, load_cached, metadata_of, save_cached
+from ..checkpoint import ModelSource, load_cached, metadata_of, save_cached
 from ..errors import InputError
 from ..forward.hidden_states import HiddenStates
 from ..forward.layer_forward import LayerForward, layer_name
@@ -73,7 +73,7 @@ def calibrate_model(job: Job, by_window: bool, meter: Meter, log: LayerLog) -> l
 
 
 def weight_statistics(
-    reader: CheckpointReader, device: torch.device, meter: Meter, progress: Progress
+    reader: ModelSource, device: torch.device, meter: Meter, progress: Progress
 ) -> list[LayerStatistics]:
     """The calibration pass of a method that needs no text: norms of the output projections' columns."""
     statistics_by_layer = []
@@ -93,14 +93,14 @@ def weight_statistics(
 
 
 def cached_statistics(job: Job, by_window: bool, meter: Meter) -> tuple[list[LayerStatistics], bool]:
-    """The calibration pass of the job's model and text, and whether it was there already; a new one is kept."""
+    """The calibration pass of the job's model and text, and whether it was there already; a new one is cached."""
     path, identity = job.cache_file("calibration", ("channel_moments",), by_window=by_window, format=FORMAT)
-    stored = distributed.broadcast_object(lambda: load_statistics(job, path, identity) if path.is_file() else None)
+    stored = distributed.broadcast_object(lambda: load_statistics(job, path, identity))
     if stored is not None:
         return stored, True
     with LayerLog(job, path, identity, distributed.is_main_process()) as log:
         statistics_by_layer = calibrate_model(job, by_window, meter, log)
-        if distributed.is_main_process():
+        if distributed.is_main_process() and path is not None:
             save_statistics(path, statistics_by_layer, identity, job.source())
     return statistics_by_layer, False
 
@@ -123,8 +123,10 @@ def unpacked(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Laye
     return statistics
 
 
-def load_statistics(job: Job, path: Path, identity: dict[str, Any]) -> list[LayerStatistics] | None:
-    """Load the file of `save_statistics`; None if it is of other weights. InputError if the file is damaged."""
+def load_statistics(job: Job, path: Path | None, identity: dict[str, Any]) -> list[LayerStatistics] | None:
+    """Load what `save_statistics` wrote; None if it is not there, or of other weights. InputError: a damaged file."""
+    if path is None or not path.is_file():
+        return None
     stored, metadata = load_cached(path, "calibration pass", identity)
     return statistics_of(path, stored, metadata, job.reader.shapes) if job.accepts(path, metadata) else None
 

@@ -44,7 +44,7 @@ def cached_curves(job: Job, method: SecondOrderMethod, meter: Meter) -> tuple[li
     path, identity = files[0]
     with LayerLog(job, path, identity, distributed.is_main_process()) as log:
         curves = measure_curves(job, method, deepest, meter, log)
-        if distributed.is_main_process():
+        if distributed.is_main_process() and path is not None:
             tensors = {
                 f"{layer}.{sublayer}": curve for layer, own in enumerate(curves) for sublayer, curve in own.items()
             }
@@ -52,7 +52,7 @@ def cached_curves(job: Job, method: SecondOrderMethod, meter: Meter) -> tuple[li
     return curves, False
 
 
-def curves_file(job: Job, method: SecondOrderMethod, tenths: int) -> tuple[Path, dict[str, Any]]:
+def curves_file(job: Job, method: SecondOrderMethod, tenths: int) -> tuple[Path | None, dict[str, Any]]:
     return job.cache_file(
         "curves",
         ("hessian", "grouped_cholesky_errors", "eliminate"),
@@ -84,13 +84,13 @@ def cut(curves: ErrorCurves, shape: LayerShape, tenths: int) -> ErrorCurves:
     return result
 
 
-def first_curves(job: Job, files: list[tuple[Path, dict[str, Any]]], tenths: int) -> list[ErrorCurves] | None:
+def first_curves(job: Job, files: list[tuple[Path | None, dict[str, Any]]], tenths: int) -> list[ErrorCurves] | None:
     """Load curves of `tenths` from their own file, or from that of a deeper calibration pass.
 
     files: with the identity that each has to be of.
     """
     for path, identity in files:
-        layers = load_curves(job, path, identity) if path.is_file() else None
+        layers = load_curves(job, path, identity) if path is not None and path.is_file() else None
         if layers is not None:
             found = [cut(own, shape, tenths) for own, shape in zip(layers, job.reader.shapes, strict=True)]
             if all(len(curve) for own in found for curve in own.values()):

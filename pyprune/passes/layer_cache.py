@@ -14,22 +14,22 @@ from ..job.job import Job
 
 
 class LayerLog:
-    """One file a layer in `<file of the whole calibration pass>.layers`.
+    """One file a layer in `<file of the whole calibration pass>.layers`; without such a file nothing is kept.
 
     A context: the files go when it is left in the normal way, the whole calibration pass being kept, or by an
     InputError, after which nothing can go on; a killed run leaves them. `writes`: whether this process is the one that
     writes. `identity`: what the calibration pass follows from.
     """
 
-    def __init__(self, job: Job, file: Path, identity: dict[str, Any], writes: bool = True) -> None:
-        self.folder = file.with_suffix(".layers")
+    def __init__(self, job: Job, file: Path | None, identity: dict[str, Any], writes: bool = True) -> None:
+        self.folder = None if file is None else file.with_suffix(".layers")
         self.writes = writes
         self._job, self._identity = job, identity
 
     def read(self, layer: int) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Tensors and metadata of a layer, or None. InputError for a damaged file, or one of another checkpoint."""
         file = self._file(layer)
-        if not file.is_file():
+        if file is None or not file.is_file():
             return None
         try:
             tensors, metadata = load_cached(file, "statistics of a layer", self._of(layer))
@@ -39,10 +39,11 @@ class LayerLog:
         return tensors, metadata
 
     def write(self, layer: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        if self.writes:
+        file = self._file(layer)
+        if self.writes and file is not None:
             digests = self._job.reader.content.digests  # of this layer and of all that led to its input
             with suppress(FileNotFoundError):  # another run finished the same pass and removed the folder
-                save_cached(tensors, self._file(layer), metadata | {"source": json.dumps(digests)}, self._of(layer))
+                save_cached(tensors, file, metadata | {"source": json.dumps(digests)}, self._of(layer))
 
     def _of(self, layer: int) -> dict[str, Any]:
         return self._identity | {"layer": layer}
@@ -51,6 +52,8 @@ class LayerLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.folder is None:
+            return
         if self.writes and (kind is None or issubclass(kind, InputError)):
             shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):  # layers of this calibration pass, or other calibration passes, may be there
@@ -58,5 +61,5 @@ class LayerLog:
         with suppress(OSError):
             self.folder.parent.rmdir()
 
-    def _file(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:05d}.safetensors"
+    def _file(self, layer: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"layer-{layer:05d}.safetensors"

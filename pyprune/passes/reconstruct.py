@@ -16,8 +16,8 @@ from ..calibration.second_moments import HessianObserver, SecondMoments, alignme
 from ..checkpoint import CheckpointWriter
 from ..forward.hidden_states import HiddenStates, MicroBatch
 from ..forward.layer_forward import LayerForward, layer_name
+from ..job.entries import layer_entry
 from ..job.job import Job
-from ..job.record import layer_entry
 from ..job.result import PruneResult, UnitResult
 from ..methods import LayerStatistics, SecondOrderMethod
 from ..methods.second_order import CURVES, MOMENTS, NONE, Reconstruction

@@ -74,4 +74,5 @@ def compensation_bias(weight: Tensor, mean: Tensor, kept: Tensor, width: int) ->
     """
     removed = mean.to(weight.device, torch.float32).clone()
     removed[expand(kept, width).to(weight.device)] = 0
-    return (weight.float() @ removed).cpu()
+    # In memory of its own: the sum's last bits depend on the alignment, and a file's tensors lie anywhere.
+    return (weight.to(torch.float32, copy=True) @ removed).cpu()

@@ -7,8 +7,8 @@ from ..architectures import SUBLAYERS
 from ..checkpoint import CheckpointWriter
 from ..forward.hidden_states import HiddenStates
 from ..forward.layer_forward import LayerForward, layer_name
+from ..job.entries import layer_entry
 from ..job.job import Job
-from ..job.record import layer_entry
 from ..job.result import PruneResult, UnitResult
 from ..methods import LayerStatistics, ScoringMethod
 from ..runtime import distributed

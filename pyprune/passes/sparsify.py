@@ -1,7 +1,5 @@
 """The pass of methods that zero single weights: layer by layer, each on the sparse ones before it."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +8,8 @@ from ..calibration.second_moments import HessianObserver
 from ..checkpoint import CheckpointWriter
 from ..forward.hidden_states import HiddenStates
 from ..forward.layer_forward import LayerForward, Observe
+from ..job.entries import SparseEntry, sparse_entry
 from ..job.job import Job
-from ..job.record import sparse_entry
 from ..job.result import PruneResult, SparseResult
 from ..methods.weight_sparsity import LinearInputs, SemiStructuredMethod, inputs_of, linears_of
 from ..runtime import distributed
@@ -35,7 +33,7 @@ class SparsifyingPasses(Passes):
         self.copy_embeddings()
         forward, last = self.job.forward(), self.reader.layers - 1
         hidden = forward.embed()
-        entries = []
+        entries: list[SparseEntry] = []
         for layer, source in stored_layers(self.job, "prune", self.meter):
             if layer + 1 in self.writer.done:
                 entry, tensors = self.written(layer)
@@ -52,8 +50,8 @@ class SparsifyingPasses(Passes):
 
     def _sparse(
         self, forward: LayerForward, layer: int, source: dict[str, Tensor], hidden: HiddenStates
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The layer's tensors with its linears' zeros, and the plan's entry."""
+    ) -> tuple[dict[str, Tensor], SparseEntry]:
+        """The layer's tensors with its linears' zeros, and the record's entry."""
         family, where = self.reader.family, f"layer {layer}"
         with self.meter.stage("forward"):
             inputs = self._observe(forward, build_dense(self.job, forward, source, layer), layer, hidden)

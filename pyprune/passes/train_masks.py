@@ -11,8 +11,8 @@ from ..architectures.channel_selection import FFN_MIDDLE, SELECTIONS, ChannelSel
 from ..checkpoint import CheckpointWriter
 from ..checkpoint.finite import check_finite
 from ..checkpoint.load_model import load_model
+from ..job.entries import selection_entry
 from ..job.job import Job
-from ..job.record import selection_entry
 from ..job.result import PruneResult, SelectionResult, UnitResult
 from ..mask_training.budget import select
 from ..mask_training.disp_learner import SelectionLearner
@@ -32,14 +32,14 @@ from .slice import SlicingPasses
 IMPORTANCE = {"gradients": gradient_importance, "moments": moment_importance}
 
 
-def training_file(writer: CheckpointWriter) -> Path:
-    return writer.partial / FILE
+def training_file(writer: CheckpointWriter) -> Path | None:
+    return writer.own_file(FILE)
 
 
 def masked_model(job: Job) -> MaskedModel:
     """The whole model on the device, in the compute type, frozen."""
-    model = load_model(job.reader.folder, job.device, job.dtype)
-    check_finite({name: p for name, p in model.named_parameters() if not _is_table(model, p)}, str(job.reader.folder))
+    model = load_model(job.reader.origin, job.device, job.dtype)
+    check_finite({name: p for name, p in model.named_parameters() if not _is_table(model, p)}, str(job.reader.origin))
     return MaskedModel(model, job.reader.family, job.recompute)
 
 
@@ -95,7 +95,8 @@ class SelectionPasses(Passes):
         shapes, kind = self.reader.shapes, self.method.warm_start
         if kind == "none":
             return None
-        if training_file(self.writer).is_file():
+        file = training_file(self.writer)
+        if file is not None and file.is_file():
             return [{name: torch.zeros(width(shape, name)) for name in SELECTIONS} for shape in shapes]
         importance = IMPORTANCE[kind](
             masked,

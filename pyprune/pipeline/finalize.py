@@ -1,8 +1,9 @@
-"""Finalize a run: configuration, tokenizer, index, evaluation, plan and report; then the rename."""
+"""Finalize a run: configuration, tokenizer, index, evaluation, record and report; then the rename."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +12,30 @@ from transformers import AutoConfig
 from ..architectures import PRUNED_PREFIX
 from ..calibration.source import SELF, described
 from ..calibration.tokenizer_check import check_tokenizer
-from ..checkpoint import CheckpointWriter
-from ..checkpoint.auxiliary_files import copy_companions
+from ..checkpoint import CheckpointWriter, Digests, ModelInMemory
+from ..checkpoint.load_model import load_model
+from ..checkpoint.memory_writer import MemoryWriter
 from ..errors import InputError, VerificationError
 from ..evaluation.perplexity import evaluate
-from ..evaluation.roundtrip import verify_roundtrip
+from ..evaluation.roundtrip import Verification, verify_roundtrip
 from ..exporters.state_dict import check_state_dict
 from ..job.job import Job
-from ..job.record import FORMAT, dense_summary, parameter_counts, ratio_summary, versions, write_plan
+from ..job.record import (
+    FORMAT,
+    Calibration,
+    Evaluation,
+    Pass,
+    PruneRecord,
+    TrainingHistory,
+    dense_summary,
+    parameter_counts,
+    ratio_summary,
+    versions,
+    write_record,
+)
 from ..job.result import PruneResult
 from ..mask_training.training import FILE as TRAINING
+from ..modeling.saving import save_config
 from ..passes import Passes
 from ..runtime import distributed
 from ..runtime.device import oom_summary
@@ -29,55 +44,117 @@ from ..runtime.device import oom_summary
 VERIFIED_BYTES = 8 << 30
 
 
-def finalize(
-    job: Job,
-    writer: CheckpointWriter,
-    passes: Passes,
-    outcome: PruneResult,
-) -> dict[str, Any]:
-    """Complete the partial folder, whose shards are all written, and make it the output. Returns the plan."""
+def finalize(job: Job, writer: CheckpointWriter, passes: Passes, outcome: PruneResult) -> PruneRecord:
+    """Complete the partial folder, whose shards are all written, and make it the output."""
     partial = writer.partial
-    outcome.write_config(job.reader, writer, job.biases)
-    passes.warnings += copy_companions(job.reader.folder, partial)
+    config, more = outcome.config(job.reader, job.biases)
+    save_config(config, partial)
+    if more and writer.shards not in writer.done:
+        writer.write(writer.shards, more)
+    passes.warnings += job.reader.write_companions(partial)
     writer.write_index()
     check_state_dict(partial, writer.prove())
-    tokenizer = check_tokenizer(job.reader.folder, partial, job.options.trust_remote_code)
-    plan = _plan(job, outcome) | {
-        "bytes": [job.reader.bytes, writer.tensor_bytes],
-        "passes": {
-            name: meter.summary() | {"cached": name == "calibration" and passes.cached}
-            for name, meter in passes.meters.items()
-        },
-        "peak_memory_bytes": max(meter.peak_memory_bytes for meter in passes.meters.values()),
-        "nonfinite": passes.nonfinite,
-        "warnings": passes.warnings,
-        "tokenizer": tokenizer,
-        "unused_tensors": job.reader.unused,
-        "source": {"files": job.source_files, "digests": job.reader.content.digests},
-        "checksums": writer.checksums(),
-    }
-    if passes.history:
-        plan["training"] = {"loss": [loss for loss, _ in passes.history], "kept": [kept for _, kept in passes.history]}
-    plan["verification"] = _verify(job, partial, writer.tensor_bytes, outcome)
+    tokenizer = check_tokenizer(job.reader.origin, partial, job.options.trust_remote_code)
+    record = _record(job, passes, outcome, writer.tensor_bytes, tokenizer, writer.checksums())
+    record.verification = _verify(job, partial, writer.tensor_bytes, outcome)
     if job.evaluation_windows is not None:
         try:
-            plan["evaluation"] = _evaluate(job, partial, job.evaluation_windows)
+            record.evaluation = _evaluate(job, partial, job.evaluation_windows)
         except (InputError, torch.OutOfMemoryError) as error:
             reason = oom_summary(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
             raise InputError(
                 f"{reason}; the pruned model is complete all the same: repeat with --resume and without --evaluate"
             ) from error
-    plan["seconds"] = round(perf_counter() - job.start, 3)
-    write_plan(plan, partial)
+    record.seconds = round(perf_counter() - job.start, 3)
+    write_record(record, partial)
     from ..report.page import write_report  # here: matplotlib would take 25 MB all through the passes
 
-    write_report(plan, partial / "report.html")
+    write_report(record.to_json(), partial / "report.html")
     (partial / TRAINING).unlink(missing_ok=True)
     writer.finish()
-    return plan
+    record.output = job.options.output
+    return record
 
 
-def _verify(job: Job, partial: Path, stored_bytes: int, outcome: PruneResult) -> dict[str, Any]:
+def finalize_in_memory(job: Job, writer: MemoryWriter, passes: Passes, outcome: PruneResult) -> PruneRecord:
+    """Make a model of the tensors that the writer was given; it becomes the record's `pruned_model`."""
+    config, more = outcome.config(job.reader, job.biases)
+    writer.write(writer.shards, more)
+    given = job.reader.origin
+    assert isinstance(given, ModelInMemory)
+    pruned = dataclasses.replace(given, name=f"{given.name}, pruned", config=config, state=writer.tensors)
+    record = _record(job, passes, outcome, writer.tensor_bytes, None, {})
+    if job.evaluation_windows is not None:
+        record.evaluation = _evaluate(job, pruned, job.evaluation_windows)
+    record.pruned_model = load_model(pruned, given.device, given.dtype)
+    record.seconds = round(perf_counter() - job.start, 3)
+    return record
+
+
+def _record(
+    job: Job,
+    passes: Passes,
+    outcome: PruneResult,
+    bytes_after: int,
+    tokenizer: str | None,
+    checksums: Mapping[str, Digests],
+) -> PruneRecord:
+    """The record of a run, not verified, before its evaluation."""
+    o = job.options
+    parameters = parameter_counts(job.reader, outcome.parameters(job.reader.shapes))
+    return PruneRecord(
+        format=FORMAT,
+        identity=job.identity,
+        model=o.model,
+        method=job.method.name,
+        options=job.method.options,
+        seed=o.seed,
+        calibration=_calibration(job),
+        ratio=ratio_summary(job.ratio, parameters, job.reader.shapes),
+        parameters=parameters,
+        dense=dense_summary(job.reader.shapes),
+        layers=outcome.layers(),
+        threshold=outcome.threshold,
+        versions=versions(),
+        device=_device_name(job.device),
+        dtype=str(job.dtype).removeprefix("torch."),
+        backends=job.backends,
+        bytes=[job.reader.bytes, bytes_after],
+        passes={
+            name: Pass(**meter.summary(), cached=name == "calibration" and passes.cached)
+            for name, meter in passes.meters.items()
+        },
+        peak_memory_bytes=max(meter.peak_memory_bytes for meter in passes.meters.values()),
+        nonfinite=passes.nonfinite,
+        warnings=passes.warnings,
+        tokenizer=tokenizer,
+        unused_tensors=job.reader.unused,
+        source={"files": job.source_files, "digests": job.reader.content.digests},
+        checksums=dict(checksums),
+        verification={"verified": False, "reason": "nothing was written"},
+        seconds=0.0,
+        training=_training(passes),
+    )
+
+
+def _calibration(job: Job) -> Calibration | None:
+    o = job.options
+    if job.text_fingerprint is None:
+        return None
+    return {
+        "text": described(SELF if o.calibration is None else o.calibration),
+        "samples": o.samples,
+        "sequence_length": o.sequence_length,
+        "fingerprint": job.text_fingerprint,
+    }
+
+
+def _training(passes: Passes) -> TrainingHistory | None:
+    history = passes.history
+    return {"loss": [loss for loss, _ in history], "kept": [kept for _, kept in history]} if history else None
+
+
+def _verify(job: Job, partial: Path, stored_bytes: int, outcome: PruneResult) -> Verification:
     """Load the output in a fresh process (plain transformers if its class is stock) and compare logits."""
     if job.options.verify is False:
         return {"verified": False, "reason": "--no-verify"}
@@ -92,36 +169,6 @@ def _verify(job: Job, partial: Path, stored_bytes: int, outcome: PruneResult) ->
         raise VerificationError(f"{error}; {partial} keeps what was written") from error
 
 
-def _plan(job: Job, outcome: PruneResult) -> dict[str, Any]:
-    o = job.options
-    parameters = parameter_counts(job.reader, outcome.parameters(job.reader.shapes))
-    return {
-        "format": FORMAT,
-        "identity": job.identity,
-        "model": o.model,
-        "method": job.method.name,
-        "options": job.method.options,
-        "seed": o.seed,
-        "calibration": None
-        if job.windows is None
-        else {
-            "text": described(SELF if o.calibration is None else o.calibration),
-            "samples": o.samples,
-            "sequence_length": o.sequence_length,
-            "fingerprint": job.text_fingerprint,
-        },
-        "ratio": ratio_summary(job.ratio, parameters, job.reader.shapes),
-        "parameters": {name: list(counts) for name, counts in parameters.items()},
-        "dense": dense_summary(job.reader.shapes),
-        "layers": outcome.layers(),
-        "threshold": outcome.threshold,
-        "versions": versions(),
-        "device": _device_name(job.device),
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "backends": job.backends,
-    }
-
-
 def _device_name(device: torch.device) -> str:
     name = f"cpu, {torch.get_num_threads()} threads"
     if device.type == "cuda":
@@ -130,13 +177,13 @@ def _device_name(device: torch.device) -> str:
     return name if processes == 1 else f"{name}, in each of {processes} processes"
 
 
-def _evaluate(job: Job, pruned: Path, windows: Tensor) -> dict[str, Any]:
-    """Perplexity of the dense and of the pruned model, read back from what was written."""
+def _evaluate(job: Job, pruned: Path | ModelInMemory, windows: Tensor) -> Evaluation:
+    """Perplexity of the dense and of the pruned model, which is read back from what was written."""
     assert job.options.evaluation is not None
     result = evaluate(
         pruned,
         windows,
-        reference_folder=job.reader.folder,
+        reference_folder=job.reader.origin,
         device=job.device,
         dtype=job.dtype,
         progress=lambda done, total: job.progress("evaluate", done, total),

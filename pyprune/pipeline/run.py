@@ -1,31 +1,43 @@
-"""One run: from a checkpoint folder and a text to a smaller checkpoint folder."""
+"""One run: from a model and a text to a smaller checkpoint folder, or to a smaller model in memory."""
 
 import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import JOURNAL, CheckpointWriter, changes, check_disk_space, check_output_free, prove_files
+from ..checkpoint import (
+    JOURNAL,
+    CheckpointWriter,
+    LoadedModel,
+    changes,
+    check_disk_space,
+    check_output_free,
+    prove_files,
+)
+from ..checkpoint.memory_writer import MemoryWriter
 from ..checkpoint.null_writer import NullWriter
 from ..errors import InputError, VerificationError
 from ..job.config import PruneConfig
 from ..job.job import Job
-from ..job.record import FILE, whole_plan
-from ..mask_training.training import FILE as TRAINING
+from ..job.record import FILE, PruneRecord, read_record
 from ..passes import make_passes
+from ..passes.train_masks import training_file
 from ..runtime import distributed
 from ..runtime.device import memory_limit, oom_summary
 from ..runtime.environment import split
 from ..runtime.faults import explain
 from ..runtime.progress import Progress, silent
-from .finalize import finalize
+from .finalize import finalize, finalize_in_memory
 
 
-def prune(options: PruneConfig, progress: Progress = silent) -> dict[str, Any]:
-    """Prune a checkpoint; returns the plan (what was written to plan.json).
+def prune(options: PruneConfig, progress: Progress = silent, model: LoadedModel | None = None) -> PruneRecord:
+    """Prune a checkpoint, or a model in memory; returns the record (what was written to plan.json).
+
+    A model in memory without an output is pruned in memory: nothing is written, and the result is `pruned_model`.
 
     Raises InputError for anything wrong with the arguments or the input; then nothing is left behind. A run
     that was killed, ran out of disk space or device memory, or met a file that could not be read leaves
@@ -34,19 +46,31 @@ def prune(options: PruneConfig, progress: Progress = silent) -> dict[str, Any]:
 
     Within `distributed.process_group` every process calls it with the same options; the first one writes.
     """
-    finished = options.resume and (options.output / FILE).is_file()
-    if not finished:
-        check_output_free(options.output)  # before the windows, which may cost a whole model's sampling
+    output = options.output
+    finished = output is not None and options.resume and (output / FILE).is_file()
+    if output is not None and not finished:
+        check_output_free(output)  # before the windows, which may cost a whole model's sampling
     threads = torch.get_num_threads()
     try:
-        job = Job(options, progress)
-        return _finished(job) if finished else _run(job)
+        job = Job(options, progress, model)
+        if output is None:
+            return _run_in_memory(job)
+        return _finished(job, output) if finished else _run(job, output)
     finally:
         torch.set_num_threads(threads)  # a resumed run takes those that it began with
 
 
-def _run(job: Job) -> dict[str, Any]:
-    writer = _writer(job)
+def _run_in_memory(job: Job) -> PruneRecord:
+    writer = MemoryWriter(job.reader.layers + 2)
+    with _explained(job, writer):
+        passes = make_passes(job, writer)
+        with memory_limit(job.device, job.options.device_memory):
+            outcome = passes.execute()
+        return finalize_in_memory(job, writer, passes, outcome)
+
+
+def _run(job: Job, output: Path) -> PruneRecord:
+    writer = _writer(job, output)
     fresh = not job.begun
     try:
         with _explained(job, writer):
@@ -60,11 +84,13 @@ def _run(job: Job) -> dict[str, Any]:
                 if fresh:  # this model cannot be pruned so: nothing to resume
                     writer.discard()
                 raise
-            plan: dict[str, Any] = {}
+            record = None
             with distributed.main_process_first():
                 if distributed.is_main_process():
-                    plan = finalize(job, writer, passes, outcome)
-            return distributed.broadcast_object(lambda: plan)
+                    record = finalize(job, writer, passes, outcome)
+            written = distributed.broadcast_object(lambda: record)
+            assert written is not None
+            return written
     except BaseException:
         writer.settle()
         if fresh and not _worth_resuming(writer):
@@ -76,7 +102,8 @@ def _run(job: Job) -> dict[str, Any]:
 
 def _worth_resuming(writer: CheckpointWriter) -> bool:
     """Return whether a layer is finished, or masks are trained in part; the statistics of layers are in the cache."""
-    return any(1 <= shard < writer.shards - 1 for shard in writer.done) or (writer.partial / TRAINING).exists()
+    training = training_file(writer)
+    return any(1 <= shard < writer.shards - 1 for shard in writer.done) or (training is not None and training.exists())
 
 
 @contextmanager
@@ -86,8 +113,9 @@ def _explained(job: Job, writer: CheckpointWriter) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = error.filename if job.options.output is None else writer.partial
             raise InputError(
-                f"{writer.partial}: no space left on the device; free some and repeat{_resuming(writer)}"
+                f"{place}: no space left on the device; free some and repeat{_resuming(writer)}"
             ) from error
         if error.filename is None:
             _raise_limit(error, writer)
@@ -120,13 +148,12 @@ def _resuming(writer: CheckpointWriter) -> str:
     return " with --resume" if _worth_resuming(writer) else ""
 
 
-def _finished(job: Job) -> dict[str, Any]:
-    """Return the plan of an output that is whole and equal to the job's."""
-    output = job.options.output
-    plan = whole_plan(output)
+def _finished(job: Job, output: Path) -> PruneRecord:
+    """Return the record of an output that is whole and equal to the job's."""
+    record = read_record(output)
     try:
-        asked, _ = split(changes(plan["identity"], json.loads(json.dumps(job.identity))))
-        source, checksums = plan["source"], plan["checksums"]
+        asked, _ = split(changes(record.identity, json.loads(json.dumps(job.identity))))
+        source, checksums = record.source, record.checksums
         moved = source["files"] != job.source_files
         changed = job.reader.differing(source["digests"]) if moved else None
         if not asked and changed is None:
@@ -140,18 +167,18 @@ def _finished(job: Job) -> dict[str, Any]:
         raise InputError(f"{output}: finished already, with other settings: {said}; name another output")
     if changed is not None:
         raise InputError(
-            f"{job.reader.folder}: the checkpoint has changed since {output} was made of it (tensor {changed}); name "
+            f"{job.reader.origin}: the checkpoint has changed since {output} was made of it (tensor {changed}); name "
             "another output"
         )
-    if job.options.evaluation is not None and "evaluation" not in plan:
+    if job.options.evaluation is not None and record.evaluation is None:
         raise InputError(f"{output}: finished already, without an evaluation; use `pyprune evaluate` on it")
     (output / JOURNAL).unlink(missing_ok=True)
-    return plan
+    return record
 
 
-def _writer(job: Job) -> CheckpointWriter:
+def _writer(job: Job, output: Path) -> CheckpointWriter:
     """Make this process's writer: the first process writes, the others know the shards that were there before."""
-    output, reader = job.options.output, job.reader
+    reader = job.reader
     # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
     shards = reader.layers + 2
     if not distributed.is_main_process():
@@ -176,7 +203,7 @@ def _compare_source(job: Job, writer: CheckpointWriter) -> None:
     changed = job.reader.differing(sources) if before.get("files") != job.source_files else None
     if changed is not None:
         raise InputError(
-            f"{job.reader.folder}: the checkpoint has changed since {writer.partial} was begun (tensor {changed}); "
+            f"{job.reader.origin}: the checkpoint has changed since {writer.partial} was begun (tensor {changed}); "
             "delete that folder to start anew"
         )
     before["files"] = job.source_files

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 
@@ -110,6 +111,22 @@ def oom_summary(error: torch.OutOfMemoryError) -> str:
     return str(error).split(". ")[0]
 
 
+class LayerSummary(TypedDict):
+    """Seconds and peak memory of a pass at one layer."""
+
+    seconds: float
+    peak_memory_bytes: int
+
+
+class PassSummary(TypedDict):
+    """Seconds and peak memory of a pass, seconds by stage, and both by layer."""
+
+    seconds: float
+    peak_memory_bytes: int
+    stages: dict[str, float]
+    layers: list[LayerSummary]
+
+
 @dataclass
 class Meter:
     """Seconds and peak memory of a pass and of each of its layers, and seconds by stage (`stage`).
@@ -122,7 +139,7 @@ class Meter:
     device: torch.device
     seconds: float = 0.0
     peak_memory_bytes: int = 0
-    layers: list[dict[str, float]] = field(default_factory=list)
+    layers: list[LayerSummary] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
     _marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
@@ -169,7 +186,7 @@ class Meter:
             return torch.cuda.max_memory_allocated(self.device)
         return resident_peak()
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> PassSummary:
         return {
             "seconds": round(self.seconds, 3),
             "peak_memory_bytes": self.peak_memory_bytes,

@@ -293,7 +293,7 @@ def pruned(tiny: Path, text: Path, cache: Path, tmp_path: Path) -> Pruned:
                 str(model), tmp_path / output, method, ratio, options, str(text), 16, 64, device="cpu", cache=cache,
                 resume=resume,
             )
-        )  # fmt: skip
+        ).to_json()  # fmt: skip
 
     return run_it
 

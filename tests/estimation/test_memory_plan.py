@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -103,12 +102,12 @@ def test_a_gpu_that_is_not_here(method: str, tiny_checkpoint: Callable[..., Path
     reader = CheckpointReader(tiny_checkpoint())
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     result = estimate(reader, make_method(method, {}), 0.3, 16, 64, cpu, dtype, named="h200")
-    assert result["device"] == "h200"
-    assert result["peak_memory_bytes"] > 0
-    assert result["bytes_read"] in (reader.bytes, 2 * reader.bytes)
-    assert all(own["seconds"] >= 0 for own in result["passes"])
-    slower: dict[str, Any] = estimate(reader, make_method(method, {}), 0.3, 16, 64, cpu, dtype, named="a100")
-    assert slower["peak_memory_bytes"] == result["peak_memory_bytes"]
+    assert result.device == "h200"
+    assert result.peak_memory_bytes > 0
+    assert result.bytes_read in (reader.bytes, 2 * reader.bytes)
+    assert all(own["seconds"] >= 0 for own in result.passes)
+    slower = estimate(reader, make_method(method, {}), 0.3, 16, 64, cpu, dtype, named="a100")
+    assert slower.peak_memory_bytes == result.peak_memory_bytes
 
 
 def test_flops_of_a_survey_on_fewer_windows() -> None:
@@ -146,8 +145,8 @@ def test_sizes_on_the_command_line(demo_model: Path, tmp_path: Path, capsys: pyt
 def test_a_run_stays_in_its_budget(method: str, demo_model: Path, tmp_path: Path) -> None:
     """PyTorch is held to the budget meanwhile: one byte beyond it would end the run."""
     held = torch.cuda.memory_allocated()  # by other tests
-    plan = prune(limited(method, demo_model, tmp_path))
-    assert 0 < plan["peak_memory_bytes"] - held <= BUDGET
+    record = prune(limited(method, demo_model, tmp_path))
+    assert 0 < record.peak_memory_bytes - held <= BUDGET
 
 
 BUDGET = 400 * 10**6
@@ -183,9 +182,9 @@ def test_a_run_stays_in_its_budget_beside_tensors_of_the_caller(method: str, dem
     Cycle(torch.empty(10**9, dtype=torch.uint8, device="cuda"))
     torch.empty(2 * 10**9, dtype=torch.uint8, device="cuda")  # in the cache from here on
     assert torch.cuda.memory_reserved() >= held + 2 * 10**9
-    plan = prune(limited(method, demo_model, tmp_path))
+    record = prune(limited(method, demo_model, tmp_path))
     assert torch.cuda.max_memory_reserved() <= held + BUDGET  # since the last layer began
-    assert 0 < plan["peak_memory_bytes"] - allocated <= BUDGET
+    assert 0 < record.peak_memory_bytes - allocated <= BUDGET
     assert torch.cuda.get_per_process_memory_fraction() == fraction
     assert (large == 7).all()
     assert all((piece == 3).all() for piece in pieces)
@@ -205,7 +204,7 @@ def test_a_run_that_does_not_fit_beside_tensors_of_the_caller(
         prune(options)
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != ".pyprune-cache"] == before
     del held
-    assert prune(options)["peak_memory_bytes"] > 0
+    assert prune(options).peak_memory_bytes > 0
 
 
 @pytest.mark.gpu

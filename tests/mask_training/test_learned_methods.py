@@ -56,7 +56,7 @@ def test_disp_writes_a_model_that_is_the_masked_one(
     changes: dict[str, Any], model: Path, text: Path, tmp_path: Path
 ) -> None:
     """The proof compares the written model, loaded in a fresh process, with the dense one under the masks."""
-    plan = prune(options(model, text, tmp_path / "out", "disp", method_options=changes, verify=True))
+    plan = prune(options(model, text, tmp_path / "out", "disp", method_options=changes, verify=True)).to_json()
     assert plan["verification"]["verified"], plan["verification"]
     assert abs(plan["ratio"]["met"] - 0.4) <= TOLERANCE
     reader = CheckpointReader(model)
@@ -84,13 +84,15 @@ def test_disp_writes_a_model_that_is_the_masked_one(
 
 @pytest.mark.slow
 def test_policy_writes_a_pruned_model(model: Path, text: Path, tmp_path: Path) -> None:
-    plan = prune(options(model, text, tmp_path / "out", "policy", verify=True))
+    plan = prune(options(model, text, tmp_path / "out", "policy", verify=True)).to_json()
     assert plan["verification"]["verified"]
     assert abs(plan["ratio"]["met"] - 0.4) <= 0.03  # a KV group is six percent of this model
     assert plan["passes"].keys() == {"calibration", "train", "prune"}
     for layer in plan["layers"]:
         assert 1 <= len(layer["kv_groups"]) <= 3
-    biased = prune(options(model, text, tmp_path / "biased", "policy", method_options={"compensation": "bias"}))
+    biased = prune(
+        options(model, text, tmp_path / "biased", "policy", method_options={"compensation": "bias"})
+    ).to_json()
     assert [layer["kv_groups"] for layer in biased["layers"]] == [layer["kv_groups"] for layer in plan["layers"]]
     assert json.loads((tmp_path / "biased" / "config.json").read_text())["o_proj_bias"]
 
@@ -105,7 +107,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     method: str, moment: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
-    whole = prune(options(model, text, tmp_path / "whole", method))
+    whole = prune(options(model, text, tmp_path / "whole", method)).to_json()
 
     def kill(what: str, done: int, total: int) -> None:
         if what.split(":")[0] == moment and done == 3:
@@ -122,7 +124,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
     with pytest.raises(InputError, match=r"cannot resume with other settings: options \(was .*'steps': 6"):
         prune(options(model, text, tmp_path / "out", method, method_options={"steps": 7}, resume=True))
-    resumed = prune(options(model, text, tmp_path / "out", method, resume=True), count)
+    resumed = prune(options(model, text, tmp_path / "out", method, resume=True), count).to_json()
     assert steps == ([3, 4, 5, 6] if moment == "train" else [])
     assert checkpoint_bytes(tmp_path / "out") == checkpoint_bytes(tmp_path / "whole")
     assert resumed["layers"] == whole["layers"]
@@ -193,9 +195,9 @@ def test_refit_comes_nearer_to_the_whole_modules(model: Path, text: Path, tmp_pa
 @pytest.mark.slow
 def test_refitted_model_is_the_masked_one_with_new_drivers(model: Path, text: Path, tmp_path: Path) -> None:
     own = {"compensation": "weights"}
-    plan = prune(options(model, text, tmp_path / "out", "disp", method_options=own, verify=True))
+    plan = prune(options(model, text, tmp_path / "out", "disp", method_options=own, verify=True)).to_json()
     assert plan["verification"]["verified"]
-    plain = prune(options(model, text, tmp_path / "plain", "disp"))
+    plain = prune(options(model, text, tmp_path / "plain", "disp")).to_json()
     assert plan["layers"] == plain["layers"]
     assert checkpoint_bytes(tmp_path / "out") != checkpoint_bytes(tmp_path / "plain")
 
@@ -285,7 +287,7 @@ def test_masked_and_materialised_models_of_trained_ones(name: str, shared_dir: P
         str(model), tmp_path / "out", "disp", 0.3, own, str(text), samples=12, sequence_length=128, device="cpu",
         cache=tmp_path / "cache", verify=True,
     )  # fmt: skip
-    plan = prune(run_options)
+    plan = prune(run_options).to_json()
     assert plan["verification"]["verified"]
     assert abs(plan["ratio"]["met"] - 0.3) <= TOLERANCE
     assert plan["training"]["kept"][-1] == pytest.approx(0.7, abs=0.05)

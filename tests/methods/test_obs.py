@@ -139,7 +139,7 @@ def text(tmp_path: Path) -> Path:
 def pruned(model: Path, text: Path, output: Path, method: str, ratio: float = 0.4, **options: Any) -> dict[str, Any]:
     return prune(
         PruneConfig(str(model), output, method, ratio, options, str(text), samples=16, sequence_length=64, device="cpu")
-    )
+    ).to_json()
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_allow_nonfinite_counts_what_it_left_out(
         str(bad), tmp_path / "out", "obs", 0.3, {}, str(text), samples=16, sequence_length=64, device="cpu",
         allow_nonfinite=True,
     )  # fmt: skip
-    plan = prune(options)
+    plan = prune(options).to_json()
     assert plan["nonfinite"]["layer 1 (mlp.down_proj)"] == 16 * 64
 
 

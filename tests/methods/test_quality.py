@@ -31,7 +31,7 @@ def test_order_of_the_methods(demo_model: Path, shared_dir: Path, tmp_path: Path
         run = PruneConfig(
             str(demo_model), output, method, 0.5, options, text, samples=64, sequence_length=256, device="cpu"
         )
-        assert abs(prune(run)["ratio"]["met"] - 0.5) <= 0.005
+        assert abs(prune(run).ratio_met - 0.5) <= 0.005
         return perplexity(load_model(output, CPU, torch.float32), windows)
 
     dense = perplexity(load_model(demo_model, CPU, torch.float32), windows)

@@ -120,7 +120,7 @@ def test_masks_are_the_papers(
 @pytest.mark.parametrize(("pattern", "ratio"), [("2:4", None), ("4:8", None), ("unstructured", 0.5)])
 def test_sparsegpt_is_the_papers(pattern: str, ratio: float | None, model: Path, text: Path, tmp_path: Path) -> None:
     """Each linear alone in float64, from the whole model's inputs: most rows alike, and the loss of all."""
-    plan = prune(options(model, text, tmp_path / "out", "sparsegpt", pattern, ratio))
+    plan = prune(options(model, text, tmp_path / "out", "sparsegpt", pattern, ratio)).to_json()
     dense, sparse = weights_of(model), weights_of(tmp_path / "out")
     own = parse_pattern(pattern)
     for layer, inputs in enumerate(inputs_by_layer(model, text, tmp_path / "out")):
@@ -154,7 +154,7 @@ def test_what_is_written(
     """A stock class of the same shapes, proved, once in a fresh process; the plan counts the zeros that are there."""
     if (method, pattern) != ("sparsegpt", "1:4"):
         prove_here(monkeypatch)
-    plan = prune(options(model, text, tmp_path / "out", method, pattern, ratio, verify=True))
+    plan = prune(options(model, text, tmp_path / "out", method, pattern, ratio, verify=True)).to_json()
     assert plan["verification"]["verified"], plan["verification"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(loaded) is LlamaForCausalLM
@@ -178,7 +178,7 @@ def test_biases_and_norms_stay(
     windows = torch.randint(0, 97, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(5))
     monkeypatch.setattr(sources.TokenSource, "calibration", lambda *arguments: windows)
     prove_here(monkeypatch)
-    plan = prune(options(folder, folder, tmp_path / "out", "sparsegpt", verify=True))
+    plan = prune(options(folder, folder, tmp_path / "out", "sparsegpt", verify=True)).to_json()
     assert plan["verification"]["verified"]
     before, after = CheckpointReader(folder), CheckpointReader(tmp_path / "out")
     linears = {name + ".weight" for name in linears_of(before.family)}
@@ -271,7 +271,7 @@ def test_refused_in_one_line(
 
 def test_few_tokens_are_warned_of_where_weights_are_refitted(model: Path, text: Path, tmp_path: Path) -> None:
     for method in METHODS:
-        warnings = prune(options(model, text, tmp_path / method, method), silent)["warnings"]
+        warnings = prune(options(model, text, tmp_path / method, method), silent).warnings
         refits = method == "sparsegpt"
         assert len(warnings) == refits
         assert all("192 calibration tokens for up to 160 channels of a linear layer's input" in w for w in warnings)

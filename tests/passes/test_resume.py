@@ -297,7 +297,7 @@ def test_shards_that_keep_other_units_are_written_again(
         assert statistics.m2 is not None
         statistics.m2 = statistics.m2.flip(0).contiguous()
     save_statistics(file, survey, identity, {"source": metadata["source"]})
-    plan = prune(options(model, text, tmp_path / "out", "flap", resume=True))
+    plan = prune(options(model, text, tmp_path / "out", "flap", resume=True)).to_json()
     shapes = CheckpointReader(tmp_path / "out").shapes
     for shape, layer in zip(shapes, plan["layers"], strict=True):
         assert shape.kv_groups == len(layer["kv_groups"])

@@ -158,8 +158,8 @@ def test_what_cannot_be_had_again_is_said(
     monkeypatch.setattr(identity, "environment", lambda device: environment(device) | {name: "another"})
     with pytest.raises(InputError, match=rf"cannot be finished to the same bits: {name} \(was .*--allow-other-bits"):
         prune(unfinished)
-    plan = prune(options(model, shared_text, tmp_path / "out", resume=True, allow_other_bits=True))
-    assert any("not to the bits of an undisturbed run" in warning for warning in plan["warnings"])
+    record = prune(options(model, shared_text, tmp_path / "out", resume=True, allow_other_bits=True))
+    assert any("not to the bits of an undisturbed run" in warning for warning in record.warnings)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "rotted"])

@@ -19,7 +19,8 @@ from pyprune.architectures import ATTENTION, FFN, SUBLAYERS
 from pyprune.calibration import sampling
 from pyprune.checkpoint import CheckpointReader
 from pyprune.forward.layer_forward import LayerForward
-from pyprune.job.record import kept_from_entry, read_plan
+from pyprune.job.entries import kept_from_entry
+from pyprune.job.record import read_plan
 from pyprune.ops.declaration import OPERATORS
 from pyprune.passes.calibrate import statistics_of
 from pyprune.passes.rewrite import compensation_bias, rewrite_layer

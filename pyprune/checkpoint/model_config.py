@@ -1,0 +1,71 @@
+"""Checks of a model's configuration, wherever it comes from."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..architectures import Family, family_of
+from ..errors import InputError
+from ..runtime.files import reason_of
+
+
+def refused(place: str, error: Exception) -> InputError:
+    return InputError(f"{place}: transformers refuses this configuration: {reason_of(error)}")
+
+
+def named_family(place: str, model_type: str | None) -> Family:
+    """The family of a model type. InputError: there is none; place: of the configuration, for the message."""
+    try:
+        return family_of(model_type)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def prunable_family(place: str, fields: dict[str, Any]) -> Family:
+    """The family that a configuration's fields name. InputError: there is none, or the model is quantised."""
+    family = named_family(place, fields.get("model_type"))
+    if fields.get("quantization_config"):
+        raise InputError(f"{place}: a quantised checkpoint cannot be pruned; prune first, quantise afterwards")
+    return family
+
+
+def checked_config(place: str, family: Family, make: Callable[[], Any]) -> Any:
+    """The configuration that `make` returns. InputError: transformers refuses it, or no model computes with it."""
+    try:
+        config = make()
+        if config.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
+        family.layer_state_shapes(config, 0)
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        family.check(config)
+        _check_numbers(config)
+    except InputError:
+        raise
+    except Exception as error:
+        raise refused(place, error) from error
+    if heads % groups:
+        raise InputError(f"{place}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+    return config
+
+
+def _check_numbers(config: Any) -> None:
+    """ValueError: a number that transformers takes and with which no model computes anything."""
+    if not 0 < float(config.rms_norm_eps) < math.inf:
+        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps}")
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype}")
+    if not 0 < int(config.max_position_embeddings) < 2**31:
+        raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}")
+
+
+def check_rotary(place: str, family: Family, config: Any) -> None:
+    """Make the rotary embedding: what it refuses of the configuration it refuses now. InputError."""
+    try:
+        frequencies = family.rotary_class(config).inv_freq
+        if not bool(torch.isfinite(frequencies).all()) or not bool((frequencies >= 0).all()):
+            raise ValueError("the rotary embedding has frequencies that are not finite and positive")
+    except Exception as error:
+        raise refused(place, error) from error
