@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 from ..allocation.budget import KeptUnits, UnitScores
+from ..allocation.residual import ErrorCurves
 from ..architectures import ATTENTION, FFN, LayerShape
 from ..architectures.channel_selection import ChannelSelection
 from ..checkpoint import CheckpointReader
@@ -23,6 +24,7 @@ FILE = "plan.json"
 _DIGEST = "digest"
 TOLERANCE = 0.005  # how far the ratio met may be from the ratio asked before the report says why
 _KEYS = {ATTENTION: "kv_groups", FFN: "intermediate_channels"}
+_CURVE_STEPS = 32  # points of an error curve in the plan, which draw it and take some kilobytes a layer
 _PACKAGES = ("pyprune", "torch", "transformers", "triton", "safetensors")
 
 
@@ -40,8 +42,9 @@ class PruneRecord:
     passes: by pass its seconds and stages. seconds: of the whole run. peak_memory_bytes: of the device.
     nonfinite: by output projection, NaN and Inf that were counted as zero. warnings: in words.
     verification: largest difference of logits in a fresh process, or why there was none.
-    evaluation: perplexity of the dense and of the pruned model, where asked for. training: loss by step, of methods
-    that train. output: the folder, pruned_model: the model in memory, where one was given; neither is in plan.json.
+    evaluation: perplexity of the dense and of the pruned model and continuations by both, where asked for. training:
+    loss by step, of methods that train. error_curves: error by units removed, of allocations that measured it. output:
+    the folder, pruned_model: the model in memory, where one was given; neither is in plan.json.
     """
 
     format: str
@@ -73,6 +76,7 @@ class PruneRecord:
     seconds: float
     evaluation: dict[str, Any] | None = None
     training: dict[str, list[float]] | None = None
+    error_curves: dict[str, list[dict[str, Any]]] | None = None
     output: Path | None = dataclasses.field(default=None, metadata={"stored": False})
     pruned_model: Any = dataclasses.field(default=None, metadata={"stored": False}, repr=False)
 
@@ -98,7 +102,7 @@ class PruneRecord:
         return cls(**{name: document[name] for name in stored if name in document}, output=output)
 
 
-_OPTIONAL = ("evaluation", "training")
+_OPTIONAL = ("evaluation", "training", "error_curves")
 
 
 def kept_shapes(shapes: list[LayerShape], choice: KeptUnits) -> list[LayerShape]:
@@ -133,6 +137,21 @@ def layer_entry(kept: dict[str, torch.Tensor], scores: UnitScores) -> dict[str, 
     return {name: kept[sublayer].tolist() for sublayer, name in _KEYS.items()} | {
         "scores": {name: [float(f"{s:.6g}") for s in scores[sublayer].tolist()] for sublayer, name in _KEYS.items()}
     }
+
+
+def curves_entry(curves: list[ErrorCurves], layers: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """JSON form of error curves: by kind of unit and layer `removed` and `error`, at up to 34 points.
+
+    One of the points is where the layer was cut; `layers` holds the plan's entries.
+    """
+    entries: dict[str, list[dict[str, Any]]] = {name: [] for name in _KEYS.values()}
+    for own, layer in zip(curves, layers, strict=True):
+        for sublayer, name in _KEYS.items():
+            curve, last = own[sublayer].tolist(), len(own[sublayer]) - 1
+            cut = len(layer["scores"][name]) - len(layer[name])
+            points = sorted({round(last * step / _CURVE_STEPS) for step in range(_CURVE_STEPS + 1)} | {min(cut, last)})
+            entries[name].append({"removed": points, "error": [float(f"{curve[n]:.4g}") for n in points]})
+    return entries
 
 
 def selection_entry(selection: ChannelSelection, logits: dict[str, torch.Tensor]) -> dict[str, Any]:

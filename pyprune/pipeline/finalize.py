@@ -10,15 +10,17 @@ from transformers import AutoConfig
 
 from ..architectures import PRUNED_PREFIX
 from ..calibration.source import SELF, described
-from ..calibration.tokenizer_check import check_tokenizer
+from ..calibration.text import load_tokenizer
+from ..calibration.tokenizer_check import NOT_COMPARED, check_tokenizer
 from ..checkpoint import CheckpointWriter
 from ..checkpoint.auxiliary_files import copy_companions
 from ..errors import InputError, VerificationError
-from ..evaluation.perplexity import evaluate
+from ..evaluation.continuations import sample_continuations
+from ..evaluation.perplexity import evaluate_models, load_models
 from ..evaluation.roundtrip import verify_roundtrip
 from ..exporters.state_dict import check_state_dict
 from ..job.job import Job
-from ..job.record import FORMAT, dense_summary, parameter_counts, ratio_summary, versions, write_plan
+from ..job.record import FORMAT, curves_entry, dense_summary, parameter_counts, ratio_summary, versions, write_plan
 from ..job.result import PruneResult
 from ..mask_training.training import FILE as TRAINING
 from ..passes import Passes
@@ -56,12 +58,15 @@ def finalize(
         "source": {"files": job.source_files, "digests": job.reader.content.digests},
         "checksums": writer.checksums(),
     }
+    if passes.curves:
+        plan["error_curves"] = curves_entry(passes.curves, plan["layers"])
     if passes.history:
         plan["training"] = {"loss": [loss for loss, _ in passes.history], "kept": [kept for _, kept in passes.history]}
     plan["verification"] = _verify(job, partial, writer.tensor_bytes, outcome)
     if job.evaluation_windows is not None:
         try:
-            plan["evaluation"] = _evaluate(job, partial, job.evaluation_windows)
+            with_text = tokenizer is not None and not tokenizer.startswith(NOT_COMPARED)
+            plan["evaluation"] = _evaluate(job, partial, job.evaluation_windows, with_text)
         except (InputError, torch.OutOfMemoryError) as error:
             reason = oom_summary(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
             raise InputError(
@@ -71,7 +76,7 @@ def finalize(
     write_plan(plan, partial)
     from ..report.page import write_report  # here: matplotlib would take 25 MB all through the passes
 
-    write_report(plan, partial / "report.html")
+    write_report(plan, partial / "report.html", str(job.options.output))
     (partial / TRAINING).unlink(missing_ok=True)
     writer.finish()
     return plan
@@ -130,20 +135,27 @@ def _device_name(device: torch.device) -> str:
     return name if processes == 1 else f"{name}, in each of {processes} processes"
 
 
-def _evaluate(job: Job, pruned: Path, windows: Tensor) -> dict[str, Any]:
-    """Perplexity of the dense and of the pruned model, read back from what was written."""
+def _evaluate(job: Job, pruned: Path, windows: Tensor, with_text: bool) -> dict[str, Any]:
+    """Perplexity of the dense and of the pruned model, read back from what was written, and continuations by both.
+
+    with_text: the model has a tokenizer that loads; token ids that a caller gives need none.
+    """
     assert job.options.evaluation is not None
-    result = evaluate(
-        pruned,
-        windows,
-        reference_folder=job.reader.folder,
-        device=job.device,
-        dtype=job.dtype,
-        progress=lambda done, total: job.progress("evaluate", done, total),
-    )
-    same = {name: result[name] for name in ("windows", "sequence_length")}
-    return {
-        "text": described(job.options.evaluation.text),
-        "dense": {"perplexity": result["reference_perplexity"], **same},
+    folder = job.reader.folder
+    models = load_models(pruned, folder, job.device, job.dtype)
+    result = evaluate_models(models, windows, progress=lambda done, total: job.progress("evaluate", done, total))
+    dense = {
+        "perplexity": result["reference_perplexity"],
+        "perplexity_standard_error": result["reference_perplexity_standard_error"],
+    }
+    text = job.options.evaluation.text
+    evaluation = {
+        "text": described(text),
+        "self_judged": isinstance(text, str) and text == SELF,
+        "dense": dense | {name: result[name] for name in ("windows", "sequence_length")},
         "pruned": result,
     }
+    if with_text:
+        tokenizer = load_tokenizer(folder, job.options.trust_remote_code)
+        evaluation["continuations"] = sample_continuations(models, windows, tokenizer, job.options.seed)
+    return evaluation
