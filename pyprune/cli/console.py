@@ -182,6 +182,28 @@ class Console:
         rows += [("note", note) for note in result["notes"]]
         self._summary([*rows, _proof(result["verification"])])
 
+    def pushed(self, result: dict[str, Any]) -> None:
+        if self.as_json:
+            self._json(result)
+            return
+        rows = [("output", result["output"]), ("repository", result["url"]), ("commit", result["commit"])]
+        self._summary([*rows, *(("note", note) for note in result["notes"])])
+
+    def compared(self, document: dict[str, Any], rows: list[list[str]], page: Path) -> None:
+        """rows: a heading for each column, then a row for each output."""
+        for note in document["notes"]:
+            self.note(note)
+        if self.as_json:
+            self._json(document)
+            return
+        table = Table(box=None, pad_edge=False)
+        for heading in rows[0]:
+            table.add_column(heading, overflow="fold")
+        for row in rows[1:]:
+            table.add_row(*(Text(cell, overflow="fold") for cell in row))
+        self.out.print(table)
+        self._summary([("page", str(page))])
+
     def backends(self, rows: list[BackendRow], installation: dict[str, str]) -> None:
         if self.as_json:
             self._json({"installation": installation, "operators": [dataclasses.asdict(row) for row in rows]})

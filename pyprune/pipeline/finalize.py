@@ -24,6 +24,7 @@ from ..job.record import FORMAT, curves_entry, dense_summary, parameter_counts, 
 from ..job.result import PruneResult
 from ..mask_training.training import FILE as TRAINING
 from ..passes import Passes
+from ..publishing.card import write_card
 from ..runtime import distributed
 from ..runtime.device import oom_summary
 
@@ -72,6 +73,8 @@ def finalize(
             raise InputError(
                 f"{reason}; the pruned model is complete all the same: repeat with --resume and without --evaluate"
             ) from error
+    name = job.options.output.absolute().name
+    passes.warnings += write_card(plan, job.reader.folder, partial, name)
     plan["seconds"] = round(perf_counter() - job.start, 3)
     write_plan(plan, partial)
     from ..report.page import write_report  # here: matplotlib would take 25 MB all through the passes
