@@ -82,7 +82,7 @@ def export_gguf(
         notes.append(f"{modelfile}: kept as it was")
     else:
         with exclusive_file(modelfile) as partial:
-            partial.write_text(modelfile_of(output, generation_fields(reader.folder)), encoding="utf-8")
+            partial.write_text(modelfile_of(output, generation_fields(reader.folder) or {}), encoding="utf-8")
         notes.append(f"for Ollama: ollama create {output.stem} -f {modelfile}")
     return {
         "output": str(output),

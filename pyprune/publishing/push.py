@@ -7,10 +7,12 @@ from typing import Any
 from ..checkpoint import prove_files
 from ..errors import InputError, VerificationError
 from ..job.record import FILE, FORMAT, whole_plan
+from ..runtime.files import reason_of
 from .card import FILE as CARD
 
 # What tools leave in a folder: caches, states of other uploads, and hidden files.
 _IGNORED = [".*", "**/.*", ".*/**", "*.partial", "*.partial/**", "journal.jsonl", "__pycache__/**"]
+_AGAIN = "repeat the command; what was uploaded stays"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -95,20 +97,24 @@ def _in_words(error: Exception, repository: str) -> Exception:
     if isinstance(error, OfflineModeIsEnabled):
         return InputError("HF_HUB_OFFLINE is set: unset it to push")
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        said = (error.server_message or str(error)).strip().splitlines()[0]
-        if status == 401:
-            return InputError(f"the hub does not take the token ({said}): log in again by `hf auth login`")
-        if status in (403, 404):
-            return InputError(
-                f"no right to write to {repository} ({said}): check the name, and that the token may write"
-            )
-        return InputError(f"the hub refused {repository} with status {status} ({said})")
+        return InputError(_refusal(error, repository))
     # The hub's library has its requests from httpx or, since 2.0, from httpx2, whose errors are other classes.
     lost = any(base.__name__ == "TransportError" for base in type(error).__mro__)
     if lost or isinstance(error, ConnectionError | TimeoutError):
-        return InputError(
-            f"the hub cannot be reached ({' '.join(str(error).split()) or type(error).__name__}): repeat the command; "
-            "what was uploaded stays"
-        )
+        return InputError(f"the hub cannot be reached ({reason_of(error)}): {_AGAIN}")
+    if isinstance(error.__cause__, Exception):  # "Error while uploading FILE", and why
+        return _in_words(error.__cause__, repository)
+    if isinstance(error, RuntimeError | OSError):
+        return InputError(f"the upload to {repository} failed ({reason_of(error)}): {_AGAIN}")
     return error
+
+
+def _refusal(error: Any, repository: str) -> str:
+    """What the hub answered, in words."""
+    status = error.response.status_code
+    said = (error.server_message or str(error)).strip().splitlines()[0]
+    if status == 401:
+        return f"the hub does not take the token ({said}): log in again by `hf auth login`"
+    if status in (403, 404):
+        return f"no right to write to {repository} ({said}): check the name, and that the token may write"
+    return f"the hub refused {repository} with status {status} ({said}): {_AGAIN}"

@@ -323,7 +323,12 @@ def test_error_curves_are_drawn_with_their_cuts(tmp_path: Path) -> None:
     assert "Error by units removed" in text_of(page)
     ffn = plots_of(page)[3]
     lines = [re.findall(r"[ML] (\S+) (\S+)", path.get("d", "")) for path in ffn.iter(f"{SVG}path")]
-    line = next([tuple(map(float, point)) for point in points] for points in lines if len(points) == 5)
+    found = [[tuple(map(float, point)) for point in points] for points in lines if len(points) == 5]
+    line = next(
+        points
+        for points in found
+        if points == sorted(points, key=lambda point: point[0]) and points[0][1] > points[1][1]
+    )
     assert np.diff([y for _, y in line]) == pytest.approx(line[1][1] - line[0][1], abs=0.01)  # a decade each
     dots = [use for use in ffn.iter(f"{SVG}use") if "fill: var(--prune)" in use.get("style", "")]
     cut, _ = [(float(dot.get("x", 0)), float(dot.get("y", 0))) for dot in dots]  # the last one is the legend's
