@@ -19,7 +19,7 @@ from .estimation.estimate import estimate as estimate_run
 from .evaluation.perplexity import evaluate as evaluate_windows
 from .evaluation.tasks import evaluate_tasks
 from .exporters import export as export_checkpoint
-from .job.config import EvaluationConfig, PruneConfig
+from .job.config import IN_MEMORY, EvaluationConfig, PruneConfig
 from .job.record import PruneRecord
 from .methods import list_methods, make_method, resolve_ratio
 from .pipeline.run import prune as prune_checkpoint
@@ -143,7 +143,8 @@ def _prune_in_memory(
         _save_tokenizer(model, tokenizer, folder)
         written = output or Path(scratch, "pruned")
         cache = config.cache or Path(scratch, "cache")  # what is cached of this model serves no other run
-        config = dataclasses.replace(config, model=str(folder), output=written, cache=cache)
+        name = f"{model.name_or_path or type(model).__name__}{IN_MEMORY}"
+        config = dataclasses.replace(config, model=str(folder), name=name, output=written, cache=cache)
         record = PruneRecord.from_json(prune_checkpoint(config, progress), output)
         record.pruned_model = load_model(written, parameter.device, parameter.dtype)
     return record

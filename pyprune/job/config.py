@@ -6,6 +6,8 @@ from typing import Any
 
 from ..calibration.source import Text
 
+IN_MEMORY = " (in memory)"  # ends the name of a model that was no folder
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -40,4 +42,5 @@ class PruneConfig:
     trust_remote_code: bool = False
     evaluation: EvaluationConfig | None = None
     device_memory: int | None = None  # bytes of a CUDA device that the run stays below
+    name: str | None = None  # of a model in memory, in the record; `model` is then a temporary folder
     verify: bool | None = False  # load the output anew and compare its logits; None: unless it is large

@@ -106,7 +106,7 @@ def _plan(job: Job, outcome: PruneResult) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "identity": job.identity,
-        "model": o.model,
+        "model": o.name or o.model,
         "method": job.method.name,
         "options": job.method.options,
         "seed": o.seed,

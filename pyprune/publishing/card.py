@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..checkpoint.links import stays_inside
-from ..report.commands import IN_MEMORY
+from ..job.config import IN_MEMORY
 from ..report.naming import chosen_options, hub_id, model_name, plain
 from ..report.sparse import is_sparse
 from ..report.tables import evaluation_remarks, result_rows

@@ -34,7 +34,9 @@ def loaders_of(folder: Path) -> Loaders:
     pruned = config.model_type.startswith(PRUNED_PREFIX)
     square = all(shape.kv_groups * shape.group_width == shape.hidden_size for shape in reader.shapes)
     stock = config.model_type in _FREE_HEAD_DIM or (config.model_type == "qwen2" and square)
-    return Loaders(needs_pyprune=pruned, vllm=pruned or stock, gguf=_has_gguf(reader), mlx=stock)
+    # mlx-lm 0.32 attends to everything in layers with a sliding window.
+    sliding = any(reader.family.sliding(reader.config, layer) for layer in range(reader.layers))
+    return Loaders(needs_pyprune=pruned, vllm=pruned or stock, gguf=_has_gguf(reader), mlx=stock and not sliding)
 
 
 def _has_gguf(reader: CheckpointReader) -> bool:

@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..job.config import IN_MEMORY
 from ..methods.options import flag_of
 from .naming import chosen_options, model_name
 
 RUN_FILE = "run.yaml"
-IN_MEMORY = " (in memory)"  # ends the name of a model that was no folder
 # `calibration.source.described` of texts that were given in Python, which no command line can name.
 _GIVEN = re.compile(r"token ids \[.*\]|\d+ documents")
 

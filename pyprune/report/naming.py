@@ -15,15 +15,19 @@ _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/\w+/?$")
 def model_name(model: str) -> str:
     """A model's name: the last part of a path or hub id; of a folder of the hub's cache, the repository's."""
     snapshot = _SNAPSHOT.search(model)
-    return snapshot[2] if snapshot else Path(model).name or model
+    if snapshot:
+        return snapshot[2]
+    found = hub_id(model)
+    return Path(found or model).name or model
 
 
 def hub_id(model: str) -> str | None:
-    """The hub id of a model as it was named, `org/name`; None for a folder of this machine."""
+    """The hub id of a model as it was named, `org/name` without a revision; None for a folder of this machine."""
     snapshot = _SNAPSHOT.search(model)
     if snapshot:
         return f"{snapshot[1]}/{snapshot[2]}"
-    return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() else None
+    named = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@.+)?", model)  # as checkpoint.hub reads it
+    return named[1] if named and not Path(model).exists() else None
 
 
 def chosen_options(method: str, options: dict[str, Any]) -> dict[str, Any]:

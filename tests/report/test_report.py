@@ -252,11 +252,13 @@ def test_the_title_is_the_models_name() -> None:
     names = {
         "models/llama-6m-gqa": "llama-6m-gqa",
         "org/name": "name",
+        "org/name-7B@v1.0/rc": "name-7B",
         "/home/x/models--org--name-7B/snapshots/c0ffee": "name-7B",
         "LlamaForCausalLM (in memory)": "LlamaForCausalLM (in memory)",
     }
     assert {model: model_name(model) for model in names} == names
     assert hub_id("/home/x/models--org--name-7B/snapshots/c0ffee") == "org/name-7B"
+    assert hub_id("org/name@main") == "org/name"
     assert (hub_id("org/name"), hub_id("/a/b"), hub_id("models/../x")) == ("org/name", None, None)
 
 
