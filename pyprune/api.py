@@ -145,7 +145,7 @@ def _prune_in_memory(model: torch.nn.Module, config: PruneConfig, tokenizer: Any
     make_method(config.method, config.method_options)  # what is wrong with them is said before the tokenizer loads
     loaded = LoadedModel(model, tokenizer or _tokenizer_of(model, config.trust_remote_code))
     given = loaded.memory
-    record = prune_checkpoint(dataclasses.replace(config, model=given.name), progress, loaded)
+    record = prune_checkpoint(dataclasses.replace(config, model=str(given)), progress, loaded)
     if config.output is not None:
         record.pruned_model = load_model(config.output, given.device, given.dtype)
     return record

@@ -21,6 +21,7 @@ _MESSAGES = (
     {"role": "assistant", "content": "It is 4."},
     {"role": "user", "content": "  Thank you 🙂\n"},
 )
+NOT_COMPARED = "not compared"  # begins the line of a tokenizer that does not load
 _FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -35,7 +36,7 @@ def check_tokenizer(source: Path | ModelInMemory, output: Path, trust_remote_cod
     try:
         expected = load_tokenizer(source, trust_remote_code)
     except InputError as error:
-        return f"not compared: {error}"
+        return f"{NOT_COMPARED}: {error}"
     try:
         found = load_tokenizer(output, trust_remote_code)
     except InputError as error:
@@ -47,7 +48,7 @@ def check_tokenizer(source: Path | ModelInMemory, output: Path, trust_remote_cod
         with refused_by_tokenizers("its tokenizer cannot encode a text"):
             expected(SAMPLE)
     except InputError as error:
-        return f"not compared: {error}"
+        return f"{NOT_COMPARED}: {error}"
     tokens = _check_text(source, output, expected, found)
     templates = _check_templates(source, output, expected, found)
     return f"{type(expected).__name__}: the same {tokens} tokens, {templates} chat templates"

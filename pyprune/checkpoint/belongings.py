@@ -41,7 +41,7 @@ _SETTINGS = ("generation_config.json", "*preprocessor_config.json", "processor_c
 _LEGAL = re.compile(r".*licen[cs]e.*|copying.*|copyright.*|.*notice.*|.*use[ _-]?policy.*", re.IGNORECASE)
 # Never a companion, whatever its name: weights, and what every checkpoint writes anew.
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".index.json")
-_WRITTEN = ("config.json", "plan.json", "report.html")
+_WRITTEN = ("config.json", "plan.json", "report.html", "README.md", "run.yaml")
 
 
 def chosen_by_name(names: Collection[str]) -> set[str]:

@@ -67,14 +67,15 @@ def wanted_files(names: Collection[str], folder: Path | None) -> set[str]:
     """Select the names of a repository's files that make the checkpoint and belong to it.
 
     `folder` has the ones that were fetched already (None: none yet): the index, the tokenizer's settings and its code
-    name others. Left out are weights in other formats, or the same ones once more, and what is not of this model.
+    name others. README.md comes along for the licence in its metadata. Left out are weights in other formats, or the
+    same ones once more, and what is not of this model.
     """
 
     def path_of(name: str) -> Path | None:
         path = None if folder is None else folder / name
         return path if path is not None and path.is_file() else None
 
-    wanted = ({"config.json"} & set(names)) | companions_of(names, path_of)
+    wanted = ({"config.json", "README.md"} & set(names)) | companions_of(names, path_of)
     if _SINGLE in names:  # transformers prefers it too
         return wanted | {_SINGLE}
     if _INDEX not in names:

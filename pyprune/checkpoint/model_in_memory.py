@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IN_MEMORY = " (in memory)"  # ends the name of a model that was no folder
+
 
 @dataclass(frozen=True, eq=False)
 class ModelInMemory:
@@ -25,4 +27,4 @@ class ModelInMemory:
     tokenizer: Any = None
 
     def __str__(self) -> str:
-        return f"{self.name} (in memory)"
+        return f"{self.name}{IN_MEMORY}"

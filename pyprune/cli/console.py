@@ -24,6 +24,8 @@ from ..methods.options import flag_of
 from ..ops.dispatch import BackendRow
 from ..runtime import distributed, streams
 from ..runtime.progress import Progress as Advance
+from ..runtime.units import bytes_text, seconds_text
+from .figures import evaluation_rows, perplexity_rows
 
 
 class Console:
@@ -99,9 +101,9 @@ class Console:
             ("output", str(output)),
             ("ratio met", f"{ratio['met']:.4f} of the decoder linears (asked {ratio['asked']:g})"),
             ("", f"{ratio['of_model']:.4f} of the whole model"),
-            ("size", " → ".join(f"{n / 1e6:,.1f} MB" for n in plan["bytes"])),
-            ("time", f"{plan['seconds']:.1f} s"),
-            ("peak memory", f"{plan['peak_memory_bytes'] / 1e6:,.0f} MB"),
+            ("size", " → ".join(bytes_text(n) for n in plan["bytes"])),
+            ("time", seconds_text(plan["seconds"])),
+            ("peak memory", bytes_text(plan["peak_memory_bytes"])),
             _proof(plan["verification"]),
             ("report", str(output / "report.html")),
         ]
@@ -111,17 +113,15 @@ class Console:
         if "note" in ratio:
             rows.insert(2, ("", ratio["note"]))
         if "evaluation" in plan:
-            before, after = (plan["evaluation"][k]["perplexity"] for k in ("dense", "pruned"))
-            rows.insert(-1, ("perplexity", f"{before:.2f} → {after:.2f} ({plan['evaluation']['text']})"))
+            rows += evaluation_rows(plan["evaluation"])
         self._summary(rows)
 
     def evaluated(self, result: dict[str, Any]) -> None:
         if self.as_json:
             self._json(result)
             return
-        figures = {name: value for name, value in result.items() if not isinstance(value, dict)}
-        if figures:
-            self._rows([(name.replace("_", " "), f"{value:.6g}") for name, value in figures.items()])
+        if "perplexity" in result:
+            self._rows(perplexity_rows(result))
         if "task_evaluation" in result:
             self._tasks(result["task_evaluation"], result.get("reference_task_evaluation"))
 
@@ -146,8 +146,8 @@ class Console:
         rows = [
             ("method", result["method"]),
             ("decoder linears", f"{before / 1e6:,.2f} M → {after / 1e6:,.2f} M parameters"),
-            ("size", " → ".join(f"{n / 1e6:,.1f} MB" for n in result["bytes"])),
-            ("peak memory", f"about {result['peak_memory_bytes'] / 1e6:,.0f} MB on {result['device']}"),
+            ("size", " → ".join(bytes_text(n) for n in result["bytes"])),
+            ("peak memory", f"about {bytes_text(result['peak_memory_bytes'])} on {result['device']}"),
             ("disk", f"{result['bytes_read'] / 1e6:,.1f} MB read, {result['bytes_written'] / 1e6:,.1f} MB written"),
         ]
         if "hidden_states" in result:
@@ -177,10 +177,32 @@ class Console:
         rows = [
             ("output", result["output"]),
             ("format", f"{result['format']}: {result['class']}"),
-            ("size", f"{before / 1e6:,.1f} MB → {after / 1e6:,.1f} MB"),
+            ("size", f"{bytes_text(before)} → {bytes_text(after)}"),
         ]
         rows += [("note", note) for note in result["notes"]]
         self._summary([*rows, _proof(result["verification"])])
+
+    def pushed(self, result: dict[str, Any]) -> None:
+        if self.as_json:
+            self._json(result)
+            return
+        rows = [("output", result["output"]), ("repository", result["url"]), ("commit", result["commit"])]
+        self._summary([*rows, *(("note", note) for note in result["notes"])])
+
+    def compared(self, document: dict[str, Any], rows: list[list[str]], page: Path) -> None:
+        """rows: a heading for each column, then a row for each output."""
+        for note in document["notes"]:
+            self.note(note)
+        if self.as_json:
+            self._json(document)
+            return
+        table = Table(box=None, pad_edge=False)
+        for heading in rows[0]:
+            table.add_column(heading, overflow="fold")
+        for row in rows[1:]:
+            table.add_row(*(Text(cell, overflow="fold") for cell in row))
+        self.out.print(table)
+        self._summary([("page", str(page))])
 
     def backends(self, rows: list[BackendRow], installation: dict[str, str]) -> None:
         if self.as_json:

@@ -18,6 +18,8 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "estimate": ("estimate", "estimate", "Predict sizes, time and peak memory of a pruning of MODEL."),
     "plan": ("estimate", "estimate", None),
     "export": ("export", "export", "Write the pruned MODEL in a layout that other programs load."),
+    "compare": ("compare", "compare", "Put the OUTPUTs of several runs side by side."),
+    "push": ("push", "push", "Upload OUTPUT to the hub."),
     "methods": ("listings", "methods", "List the pruning methods, or the options of one."),
     "backends": ("listings", "backends", "Show which backend runs each operator here, and why the others do not."),
     "benchmark": ("benchmark", "benchmark", "Measure the operators against PyTorch and other libraries."),

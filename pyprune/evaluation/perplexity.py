@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..calibration.text import check_vocabulary
+from ..calibration.windows import fingerprint
 from ..checkpoint import ModelInMemory
 from ..checkpoint.load_model import load_model, vocabulary_size
 from ..errors import InputError
 from .predictor import Predictor
+from .standard_error import paired_difference, perplexity_error
 
 # Rows of a forward pass. On a GPU enough to keep its matrix products busy, while the widest activations of a 70B
 # model (28672 channels in bf16, three of them alive) stay near 1.4 GB; on a CPU few, whose temporaries stay in its
@@ -49,6 +51,40 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch_size: int | 
     return _exp_mean(losses, "the model")
 
 
+@dataclass(frozen=True)
+class EvaluatedModels:
+    """A loaded model, perhaps one to compare it with, and their folders for messages."""
+
+    model: PreTrainedModel
+    reference: PreTrainedModel | None
+    folder: str | Path | ModelInMemory
+    reference_folder: str | Path | ModelInMemory | None
+
+
+def load_models(
+    folder: str | Path | ModelInMemory,
+    reference_folder: str | Path | ModelInMemory | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> EvaluatedModels:
+    """Load the models of an evaluation; both are in memory together.
+
+    InputError: as `load_model`, or vocabularies of different sizes.
+    """
+    model = load_model(folder, device, dtype, trust_remote_code)
+    reference = None
+    if reference_folder is not None:
+        reference = load_model(reference_folder, device, dtype, trust_remote_code)
+        sizes = vocabulary_size(model.config), vocabulary_size(reference.config)
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"{folder} has a vocabulary of {sizes[0]} and the reference {reference_folder} of "
+                f"{sizes[1]}: they cannot be compared"
+            )
+    return EvaluatedModels(model, reference, folder, reference_folder)
+
+
 def evaluate(
     model_folder: str | Path | ModelInMemory,
     windows: torch.Tensor,
@@ -60,47 +96,70 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate the model in a folder, or in memory, on `windows` [windows, sequence_length] (int64).
+    """Evaluate the model in a folder, or in memory, on `windows` [windows, sequence_length]: `evaluate_models` of it.
 
-    Returns `perplexity` (as in `perplexity`), `windows`, `sequence_length` (tokens), `seconds` (without the
-    loading of models), and with a reference `kl_divergence` (mean over predictions of KL(reference‖model),
-    in nats), `top1_agreement` (the part of predictions whose most likely token is the same) and
-    `reference_perplexity`. Both models are in memory together. `progress` gets (windows done, all windows).
-
-    InputError: as `perplexity` and `load_model`, or vocabularies of different sizes.
+    InputError: as `perplexity` and `load_models`.
     """
-    model = load_model(model_folder, device, dtype, trust_remote_code)
-    reference = None
-    if reference_folder is not None:
-        reference = load_model(reference_folder, device, dtype, trust_remote_code)
-        sizes = vocabulary_size(model.config), vocabulary_size(reference.config)
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"{model_folder} has a vocabulary of {sizes[0]} and the reference {reference_folder} of "
-                f"{sizes[1]}: they cannot be compared"
-            )
+    models = load_models(model_folder, reference_folder, device, dtype, trust_remote_code)
+    return evaluate_models(models, windows, batch_size, progress)
+
+
+def evaluate_models(
+    models: EvaluatedModels,
+    windows: torch.Tensor,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate loaded models on `windows` [windows, sequence_length] (int64).
+
+    Returns `perplexity` (as in `perplexity`) and `perplexity_standard_error`, `windows`, `sequence_length` (tokens),
+    `text_fingerprint` (of the windows), `seconds` (without the loading of models) and `tokens_per_second` (of the text;
+    a reference reads it in the same time). With a reference also `kl_divergence` (mean over predictions of
+    KL(reference‖model), in nats), `top1_agreement` (the part of predictions whose most likely token is the same),
+    `reference_perplexity` and `reference_perplexity_standard_error`, and `perplexity_difference` (the model's less the
+    reference's) with `perplexity_difference_standard_error`, over pairs of windows. A standard error is None for one
+    window. `progress` gets (windows done, all windows).
+
+    InputError: as `perplexity`.
+    """
     start = time.perf_counter()
     scored = []
-    for window in _score(model, reference, windows, batch_size):
+    for window in _score(models.model, models.reference, windows, batch_size):
         scored.append(window)
         if progress is not None:
             progress(len(scored), len(windows))
     seconds = time.perf_counter() - start
 
     predictions = windows.shape[1] - 1
+    losses = [window.loss / predictions for window in scored]
     result: dict[str, Any] = {
-        "perplexity": _exp_mean([window.loss / predictions for window in scored], model_folder),
+        "perplexity": _exp_mean(losses, models.folder),
+        "perplexity_standard_error": perplexity_error(losses),
         "windows": windows.shape[0],
         "sequence_length": windows.shape[1],
+        "text_fingerprint": fingerprint(windows),
         "seconds": seconds,
+        "tokens_per_second": windows.numel() / seconds,
     }
-    if reference is not None:
-        reference_losses = [window.reference_loss / predictions for window in scored]
-        total = predictions * len(scored)
-        result["kl_divergence"] = math.fsum(window.kl_divergence for window in scored) / total
-        result["top1_agreement"] = math.fsum(window.agreement for window in scored) / total
-        result["reference_perplexity"] = _exp_mean(reference_losses, reference_folder)
-    return result
+    return result if models.reference is None else result | _compared(models, scored, losses, predictions)
+
+
+def _compared(
+    models: EvaluatedModels, scored: list[_Window], losses: list[float], predictions: int
+) -> dict[str, float | None]:
+    """Figures that need a reference."""
+    reference_losses = [window.reference_loss / predictions for window in scored]
+    reference_perplexity = _exp_mean(reference_losses, models.reference_folder)
+    difference, error = paired_difference(losses, reference_losses)
+    total = predictions * len(scored)
+    return {
+        "kl_divergence": math.fsum(window.kl_divergence for window in scored) / total,
+        "top1_agreement": math.fsum(window.agreement for window in scored) / total,
+        "reference_perplexity": reference_perplexity,
+        "reference_perplexity_standard_error": perplexity_error(reference_losses),
+        "perplexity_difference": difference,
+        "perplexity_difference_standard_error": error,
+    }
 
 
 def _exp_mean(losses: list[float], model: object) -> float:

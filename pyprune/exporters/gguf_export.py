@@ -1,5 +1,6 @@
 """`pyprune export --format gguf`: the file, and what llama.cpp may differ by from a float32 forward of its weights."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointReader
+from ..checkpoint.special_ids import generation_fields
 from ..errors import InputError
 from ..evaluation.roundtrip import TOKENS, Rounding, Verification, verify_roundtrip
 from ..runtime.progress import Progress
@@ -38,6 +40,24 @@ def bf16(matrix: Tensor) -> Tensor:
 ROUNDINGS: dict[str, Rounding | None] = {"f32": None, "f16": f16, "bf16": bf16, "q8_0": q8_0}
 
 
+# Settings of generation_config.json that a Modelfile has, by their names there.
+_PARAMETERS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}
+
+
+def modelfile_of(file: Path, generation: dict[str, Any]) -> str:
+    """Ollama's Modelfile beside a GGUF file: the model, and the sampling that its generation settings ask for.
+
+    The chat template and the context length are in the GGUF file, where Ollama finds them.
+    """
+    lines = [f"FROM ./{file.name}"]
+    if generation.get("do_sample"):  # else transformers does not read them
+        for name, own in _PARAMETERS.items():
+            value = generation.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                lines.append(f"PARAMETER {own} {value:g}")
+    return "\n".join(lines) + "\n"
+
+
 def export_gguf(
     reader: CheckpointReader, output: Path, dtype: str | None, progress: Progress, verified: bool
 ) -> dict[str, Any]:
@@ -49,6 +69,7 @@ def export_gguf(
         raise InputError(f"{output}: a file that ends in .gguf is needed; llama.cpp and Ollama look for that")
     dtype = dtype or "f16"
     check_target(output, dtype)
+    notes = []
     with exclusive_file(output) as unverified:
         written = fill_gguf(reader.folder, unverified, dtype, progress)
         verification: Verification = {"verified": False, "reason": "--no-verify"}
@@ -56,11 +77,18 @@ def export_gguf(
             length, _ = context_length(reader.family, reader.config)
             tokens = min(TOKENS, length)
             verification = verify_roundtrip(reader.folder, unverified, "gguf", progress, ROUNDINGS[dtype], tokens)
+    modelfile = output.with_suffix(".Modelfile")
+    if os.path.lexists(modelfile):
+        notes.append(f"{modelfile}: kept as it was")
+    else:
+        with exclusive_file(modelfile) as partial:
+            partial.write_text(modelfile_of(output, generation_fields(reader.folder) or {}), encoding="utf-8")
+        notes.append(f"for Ollama: ollama create {output.stem} -f {modelfile}")
     return {
         "output": str(output),
         "format": "gguf",
         "class": f"{written['architecture']}, {dtype}",
         "bytes": [reader.bytes, written["bytes"]],
-        "notes": written["warnings"],
+        "notes": [*written["warnings"], *notes],
         "verification": verification,
     }

@@ -57,6 +57,9 @@ class SparseEntry(TypedDict):
     linears: dict[str, LinearEntry]
 
 
+# Names of the kinds of units in a record.
+UNIT_NAMES = {ATTENTION: "kv_groups", FFN: "intermediate_channels"}
+
 LayerEntry = UnitEntry | SelectionEntry | SparseEntry
 
 

@@ -6,10 +6,11 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import xxhash
 
+from ..allocation.residual import ErrorCurves
 from ..architectures import LayerShape
 from ..checkpoint import Digests, FileStates
 from ..checkpoint.source import ModelSource
@@ -17,11 +18,12 @@ from ..errors import InputError
 from ..evaluation.roundtrip import Verification
 from ..runtime.device import PassSummary
 from ..runtime.files import read_json
-from .entries import LayerEntry
+from .entries import UNIT_NAMES, LayerEntry, UnitEntry, kept_from_entry, scores_from_entry
 
 FORMAT = "pyprune-plan-3"
 FILE = "plan.json"
 _DIGEST = "digest"
+_CURVE_STEPS = 32  # points of an error curve in the record, which draw it and take some kilobytes a layer
 TOLERANCE = 0.005  # how far the ratio met may be from the ratio asked before the report says why
 _PACKAGES = ("pyprune", "torch", "transformers", "triton", "safetensors")
 
@@ -76,11 +78,23 @@ class Source(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """Perplexity on a text, in words, and what `pyprune.evaluate` returns of the pruned model."""
+    """Perplexity on a text, in words, and what `pyprune.evaluate` returns of the pruned model.
+
+    self_judged: the text was sampled from the dense model. continuations: texts that both models write.
+    """
 
     text: str
+    self_judged: NotRequired[bool]
     dense: dict[str, Any]
     pruned: dict[str, Any]
+    continuations: NotRequired[dict[str, Any]]
+
+
+class ErrorCurve(TypedDict):
+    """Error of a layer's sublayer by the number of its units that are removed."""
+
+    removed: list[int]
+    error: list[float]
 
 
 class TrainingHistory(TypedDict):
@@ -104,8 +118,9 @@ class PruneRecord:
     passes: by pass its seconds and stages. seconds: of the whole run. peak_memory_bytes: of the device.
     nonfinite: by output projection, NaN and Inf that were counted as zero. warnings: in words.
     verification: largest difference of logits in a fresh process, or why there was none.
-    evaluation: perplexity of the dense and of the pruned model, where asked for. training: loss by step, of methods
-    that train. output: the folder, pruned_model: the model in memory, where one was given; neither is in plan.json.
+    evaluation: perplexity of the dense and of the pruned model and continuations by both, where asked for. training:
+    loss by step, of methods that train. error_curves: error by units removed, of allocations that measured it. output:
+    the folder, pruned_model: the model in memory, where one was given; neither is in plan.json.
     """
 
     format: str
@@ -137,6 +152,7 @@ class PruneRecord:
     seconds: float
     evaluation: Evaluation | None = None
     training: TrainingHistory | None = None
+    error_curves: dict[str, list[ErrorCurve]] | None = None
     output: Path | None = dataclasses.field(default=None, metadata={"stored": False})
     pruned_model: Any = dataclasses.field(default=None, metadata={"stored": False}, repr=False)
 
@@ -162,7 +178,7 @@ class PruneRecord:
         return cls(**{name: document[name] for name in stored if name in document}, output=output)
 
 
-_OPTIONAL = ("evaluation", "training")
+_OPTIONAL = ("evaluation", "training", "error_curves")
 
 
 def parameter_counts(source: ModelSource, after: int) -> Parameters:
@@ -186,6 +202,19 @@ def ratio_summary(asked: float, parameters: Parameters, shapes: list[LayerShape]
             "group's cost as its authors do)"
         )
     return summary
+
+
+def error_curves_entry(curves: list[ErrorCurves], layers: list[LayerEntry]) -> dict[str, list[ErrorCurve]]:
+    """Entry of error curves: by kind of unit and layer, at up to 34 points. One of them is where the layer was cut."""
+    entries: dict[str, list[ErrorCurve]] = {name: [] for name in UNIT_NAMES.values()}
+    for own, layer in zip(curves, layers, strict=True):
+        kept = kept_from_entry(cast(UnitEntry, layer))
+        for sublayer, name in UNIT_NAMES.items():
+            curve, last = own[sublayer].tolist(), len(own[sublayer]) - 1
+            cut = min(len(scores_from_entry(cast(UnitEntry, layer))[sublayer]) - len(kept[sublayer]), last)
+            points = sorted({round(last * step / _CURVE_STEPS) for step in range(_CURVE_STEPS + 1)} | {cut})
+            entries[name].append({"removed": points, "error": [float(f"{curve[n]:.4g}") for n in points]})
+    return entries
 
 
 def dense_summary(shapes: list[LayerShape]) -> DenseSizes:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..allocation.budget import Kept, UnitScores
+from ..allocation.residual import ErrorCurves
 from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from ..checkpoint import CheckpointWriter
 from ..checkpoint.finite import check_finite
@@ -65,7 +66,7 @@ class Passes(ABC):
 
     After `execute`: `meters` by pass; `cached`, whether the calibration pass came from the cache; `nonfinite`, by
     output projection, the NaN and Inf counted as zero; `warnings`, what the user should know of the result; `history`,
-    of training.
+    of training; `curves`, by layer, the error curves that the allocation went by.
     """
 
     def __init__(self, job: Job, writer: CheckpointWriter) -> None:
@@ -76,6 +77,7 @@ class Passes(ABC):
         self.nonfinite: dict[str, int] = {}
         self.warnings = job.warnings  # those of the start, and what comes
         self.history: History = []
+        self.curves: list[ErrorCurves] = []
 
     def execute(self) -> PruneResult:
         """Run all passes. InputError, before anything is written: our forward differs from the model's.

@@ -79,6 +79,7 @@ class ReconstructionPasses(Passes):
             meter = self.meters["calibration"] = Meter(self.device)
             if self.method.dense_statistics == CURVES:
                 curves, self.cached = cached_curves(self.job, self.method, meter)
+                self.curves = curves
             elif self.method.dense_statistics == MOMENTS:
                 moments, self.cached = cached_statistics(self.job, False, meter)
         return distributed.broadcast_object(

@@ -11,12 +11,14 @@ from transformers import AutoConfig
 
 from ..architectures import PRUNED_PREFIX
 from ..calibration.source import SELF, described
-from ..calibration.tokenizer_check import check_tokenizer
+from ..calibration.text import load_tokenizer
+from ..calibration.tokenizer_check import NOT_COMPARED, check_tokenizer
 from ..checkpoint import CheckpointWriter, Digests, ModelInMemory
 from ..checkpoint.load_model import load_model
 from ..checkpoint.memory_writer import MemoryWriter
 from ..errors import InputError, VerificationError
-from ..evaluation.perplexity import evaluate
+from ..evaluation.continuations import sample_continuations
+from ..evaluation.perplexity import evaluate_models, load_models
 from ..evaluation.roundtrip import Verification, verify_roundtrip
 from ..exporters.state_dict import check_state_dict
 from ..job.job import Job
@@ -28,6 +30,7 @@ from ..job.record import (
     PruneRecord,
     TrainingHistory,
     dense_summary,
+    error_curves_entry,
     parameter_counts,
     ratio_summary,
     versions,
@@ -37,6 +40,7 @@ from ..job.result import PruneResult
 from ..mask_training.training import FILE as TRAINING
 from ..modeling.saving import save_config
 from ..passes import Passes
+from ..publishing.card import write_card
 from ..runtime import distributed
 from ..runtime.device import oom_summary
 
@@ -59,20 +63,26 @@ def finalize(job: Job, writer: CheckpointWriter, passes: Passes, outcome: PruneR
     record.verification = _verify(job, partial, writer.tensor_bytes, outcome)
     if job.evaluation_windows is not None:
         try:
-            record.evaluation = _evaluate(job, partial, job.evaluation_windows)
+            with_text = tokenizer is not None and not tokenizer.startswith(NOT_COMPARED)
+            record.evaluation = _evaluate(job, partial, job.evaluation_windows, with_text)
         except (InputError, torch.OutOfMemoryError) as error:
             reason = oom_summary(error) if isinstance(error, torch.OutOfMemoryError) else str(error)
             raise InputError(
                 f"{reason}; the pruned model is complete all the same: repeat with --resume and without --evaluate"
             ) from error
+    output = job.options.output
+    assert output is not None
+    origin = job.reader.origin
+    source = origin if isinstance(origin, Path) else None
+    record.warnings += write_card(record.to_json(), source, partial, output.absolute().name)
     record.seconds = round(perf_counter() - job.start, 3)
     write_record(record, partial)
     from ..report.page import write_report  # here: matplotlib would take 25 MB all through the passes
 
-    write_report(record.to_json(), partial / "report.html")
+    write_report(record.to_json(), partial / "report.html", str(output))
     (partial / TRAINING).unlink(missing_ok=True)
     writer.finish()
-    record.output = job.options.output
+    record.output = output
     return record
 
 
@@ -85,7 +95,7 @@ def finalize_in_memory(job: Job, writer: MemoryWriter, passes: Passes, outcome: 
     pruned = dataclasses.replace(given, name=f"{given.name}, pruned", config=config, state=writer.tensors)
     record = _record(job, passes, outcome, writer.tensor_bytes, None, {})
     if job.evaluation_windows is not None:
-        record.evaluation = _evaluate(job, pruned, job.evaluation_windows)
+        record.evaluation = _evaluate(job, pruned, job.evaluation_windows, given.tokenizer is not None)
     record.pruned_model = load_model(pruned, given.device, given.dtype)
     record.seconds = round(perf_counter() - job.start, 3)
     return record
@@ -102,6 +112,7 @@ def _record(
     """The record of a run, not verified, before its evaluation."""
     o = job.options
     parameters = parameter_counts(job.reader, outcome.parameters(job.reader.shapes))
+    layers = outcome.layers()
     return PruneRecord(
         format=FORMAT,
         identity=job.identity,
@@ -113,7 +124,7 @@ def _record(
         ratio=ratio_summary(job.ratio, parameters, job.reader.shapes),
         parameters=parameters,
         dense=dense_summary(job.reader.shapes),
-        layers=outcome.layers(),
+        layers=layers,
         threshold=outcome.threshold,
         versions=versions(),
         device=_device_name(job.device),
@@ -134,6 +145,7 @@ def _record(
         verification={"verified": False, "reason": "nothing was written"},
         seconds=0.0,
         training=_training(passes),
+        error_curves=error_curves_entry(passes.curves, layers) if passes.curves else None,
     )
 
 
@@ -177,20 +189,27 @@ def _device_name(device: torch.device) -> str:
     return name if processes == 1 else f"{name}, in each of {processes} processes"
 
 
-def _evaluate(job: Job, pruned: Path | ModelInMemory, windows: Tensor) -> Evaluation:
-    """Perplexity of the dense and of the pruned model, which is read back from what was written."""
+def _evaluate(job: Job, pruned: Path | ModelInMemory, windows: Tensor, with_text: bool) -> Evaluation:
+    """Perplexity of the dense and of the pruned model, read back from what was written, and continuations by both.
+
+    with_text: the model has a tokenizer that loads; token ids that a caller gives need none.
+    """
     assert job.options.evaluation is not None
-    result = evaluate(
-        pruned,
-        windows,
-        reference_folder=job.reader.origin,
-        device=job.device,
-        dtype=job.dtype,
-        progress=lambda done, total: job.progress("evaluate", done, total),
-    )
-    same = {name: result[name] for name in ("windows", "sequence_length")}
-    return {
-        "text": described(job.options.evaluation.text),
-        "dense": {"perplexity": result["reference_perplexity"], **same},
+    origin = job.reader.origin
+    models = load_models(pruned, origin, job.device, job.dtype)
+    result = evaluate_models(models, windows, progress=lambda done, total: job.progress("evaluate", done, total))
+    dense = {
+        "perplexity": result["reference_perplexity"],
+        "perplexity_standard_error": result["reference_perplexity_standard_error"],
+    }
+    text = job.options.evaluation.text
+    evaluation: Evaluation = {
+        "text": described(text),
+        "self_judged": isinstance(text, str) and text == SELF,
+        "dense": dense | {name: result[name] for name in ("windows", "sequence_length")},
         "pruned": result,
     }
+    if with_text:
+        tokenizer = load_tokenizer(origin, job.options.trust_remote_code)
+        evaluation["continuations"] = sample_continuations(models, windows, tokenizer, job.options.seed)
+    return evaluation

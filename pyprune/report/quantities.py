@@ -32,10 +32,15 @@ class Kind:
     color: str
 
 
+def is_selected(plan: dict[str, Any]) -> bool:
+    """Whether blocks select channels of the residual stream, as those of a DISP model do."""
+    return ATTENTION_IN in plan["layers"][0]
+
+
 def kinds(plan: dict[str, Any]) -> list[Kind]:
     """Those of the plan's layers, in the order in which they are shown."""
     dense = plan["dense"]
-    if ATTENTION_IN in plan["layers"][0]:
+    if is_selected(plan):
         widths = dict.fromkeys(SELECTIONS, dense["hidden_size"]) | {FFN_MIDDLE: dense["intermediate_channels"]}
         colors = {name: ATTENTION if name in (ATTENTION_IN, ATTENTION_OUT) else FFN for name in SELECTIONS}
         words = {name: name.replace("_", " ") for name in SELECTIONS}

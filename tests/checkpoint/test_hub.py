@@ -20,12 +20,13 @@ ALWAYS = {
     "LICENSE", "NOTICE.txt", "USE_POLICY.md", "odd-vocabulary.txt", "qwen.tiktoken", "other.words",
     "tokenization_own.py", "its_helper.py", "helper_of_helper.py",
 }  # fmt: skip
+FETCHED = ALWAYS | {"README.md"}  # read for its metadata, and copied nowhere
 SHARDS = {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
 INDEX = "model.safetensors.index.json"
 NEVER = {
     "consolidated.safetensors", "consolidated-00001.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json",
     "consolidated.00.pth", "model-q4.gguf", "onnx/model.onnx", "8bit/model.safetensors", "original/tokenizer.model",
-    "tf_model.h5", "flax_model.msgpack", "README.md", ".gitattributes", "modeling_own.py", "setup.py", "plan.json",
+    "tf_model.h5", "flax_model.msgpack", ".gitattributes", "modeling_own.py", "setup.py", "plan.json",
     "model-00003-of-00002.safetensors", "figures/loss.png", "adapter.safetensors", "training_args.bin",
 }  # fmt: skip
 CONTENTS = {
@@ -67,12 +68,12 @@ def at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
 def test_what_is_fetched_and_what_is_left(single: bool, at: Callable[..., None]) -> None:
     # With model.safetensors the shards are a second copy of the weights: transformers loads the one file.
     weights = {"model.safetensors"} if single else {INDEX, *SHARDS}
-    with hub("org/name", repository(ALWAYS | NEVER | weights | {INDEX, *SHARDS})) as (address, fetched):
+    with hub("org/name", repository(FETCHED | NEVER | weights | {INDEX, *SHARDS})) as (address, fetched):
         at(address)
         folder = checkpoint_folder("org/name")
         assert folder.name == COMMIT
-        assert sorted(fetched) == sorted(ALWAYS | weights)  # each once
-        assert {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} == ALWAYS | weights
+        assert sorted(fetched) == sorted(FETCHED | weights)  # each once
+        assert {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} == FETCHED | weights
         assert all(stays_inside(folder, folder / name) for name in fetched)
         assert companions(folder) == ALWAYS - {"config.json"}
         assert checkpoint_folder("org/name") == folder

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Gra
 import pyprune.evaluation.perplexity
 from pyprune import InputError
 from pyprune.calibration.text import read_text, tokenize
-from pyprune.calibration.windows import consecutive_windows
+from pyprune.calibration.windows import consecutive_windows, fingerprint
 from pyprune.checkpoint.load_model import load_model
 from pyprune.evaluation.perplexity import evaluate, perplexity
 from pyprune.evaluation.predictor import Predictor
@@ -52,6 +52,8 @@ def test_perplexity_is_that_of_transformers(family: str, tiny_checkpoint: Callab
     assert result["perplexity"] == pytest.approx(perplexity_by_transformers(folder, windows), rel=RELATIVE)
     assert (result["windows"], result["sequence_length"]) == (5, 48)
     assert result["seconds"] > 0
+    assert result["tokens_per_second"] * result["seconds"] == pytest.approx(5 * 48)
+    assert result["text_fingerprint"] == fingerprint(windows)
     assert "kl_divergence" not in result
 
 
@@ -108,6 +110,8 @@ def test_a_model_does_not_diverge_from_itself(tiny_checkpoint: Callable[..., Pat
     assert result["kl_divergence"] == 0
     assert result["top1_agreement"] == 1
     assert result["perplexity"] == result["reference_perplexity"]
+    assert result["perplexity_standard_error"] == result["reference_perplexity_standard_error"] > 0
+    assert (result["perplexity_difference"], result["perplexity_difference_standard_error"]) == (0, 0)
     assert steps == [(1, 3), (2, 3), (3, 3)]
 
 

@@ -15,11 +15,13 @@ from support.bad_models import infinite
 from support.families import FAMILIES, family_checkpoint
 from support.gguf_models import change_config, pruned_copy, with_tokenizer
 
+import pyprune
 from pyprune.architectures import LayerShape
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
 from pyprune.exporters.gguf import write_gguf
 from pyprune.exporters.gguf_architecture import check_shapes
+from pyprune.exporters.gguf_export import modelfile_of
 
 gguf = pytest.importorskip("gguf")
 
@@ -352,3 +354,18 @@ def test_gguf_is_asked_for(
 
 def test_every_family_is_tried() -> None:
     assert set(FAMILIES) < set(ARCHITECTURES)
+
+
+def test_a_modelfile_stands_beside_the_file(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.1, "top_k": True}
+    expected = "FROM ./model.gguf\nPARAMETER temperature 0.6\nPARAMETER top_p 0.95\nPARAMETER repeat_penalty 1.1\n"
+    assert modelfile_of(Path("a", "model.gguf"), settings) == expected
+    assert modelfile_of(Path("model.gguf"), settings | {"do_sample": False}) == "FROM ./model.gguf\n"
+    source = with_tokenizer(tiny_checkpoint(), tmp_path / "source")
+    made = pyprune.export(source, tmp_path / "one.gguf", "gguf", verify=False)
+    assert (tmp_path / "one.Modelfile").read_text().startswith("FROM ./one.gguf\n")
+    assert any("ollama create one -f " in note for note in made["notes"])
+    (tmp_path / "two.Modelfile").write_text("mine")
+    made = pyprune.export(source, tmp_path / "two.gguf", "gguf", verify=False)
+    assert (tmp_path / "two.Modelfile").read_text() == "mine"
+    assert f"{tmp_path / 'two.Modelfile'}: kept as it was" in made["notes"]

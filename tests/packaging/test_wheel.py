@@ -112,6 +112,9 @@ def test_names_in_the_wheel(dist: Path) -> None:
     sources = {f"pyprune/{p.relative_to(ROOT / 'pyprune').as_posix()}" for p in (ROOT / "pyprune").rglob("*.py")}
     kernels = {f"pyprune/triton_kernels/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")}
     assert {name for name in files if name.endswith(".py")} == sources | kernels
+    pages = (path for path in (ROOT / "pyprune").glob("*/templates/*") if path.is_file())
+    assert {path.relative_to(ROOT).as_posix() for path in pages} <= files
+    assert {"pyprune/report/templates/report.html", "pyprune/publishing/templates/README.md"} <= files
     assert {"pyprune/py.typed", "pyprune/ops/__init__.pyi", f"{info}/licenses/LICENSE"} <= files
 
     cores = [name for name in files if re.fullmatch(r"pyprune/_core\.\S+\.so", name)]

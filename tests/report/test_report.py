@@ -1,6 +1,7 @@
 """The report: one page that holds itself together, says what the plan says, and draws it to scale."""
 
 import re
+import shlex
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,12 +10,18 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from pyprune import InputError
+from pyprune.calibration.source import described
+from pyprune.cli.options import options_given
+from pyprune.cli.prune import prune
+from pyprune.methods import make_method
 from pyprune.report import plots as report_plots
+from pyprune.report.commands import prune_command
+from pyprune.report.naming import hub_id, model_name
 from pyprune.report.page import write_report
 
-pytestmark = pytest.mark.figures
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -35,7 +42,7 @@ def make_plan(
         "format": "pyprune-plan-3",
         "model": "models/llama",
         "method": "flap",
-        "options": {"mode": "exact", "squared": False},
+        "options": make_method("flap", {"mode": "reference", "square_attention": True}).options,
         "seed": 0,
         "calibration": {"text": "valid.txt", "samples": 128, "sequence_length": 512, "fingerprint": "ab12"},
         "ratio": {"asked": 0.3, "met": 0.29984, "of_model": 0.2215},
@@ -73,6 +80,11 @@ def make_plan(
     return plan | changes
 
 
+def drawn(samples: list[dict[str, str]]) -> dict[str, Any]:
+    """Continuations as a plan's evaluation holds them."""
+    return {"seed": 3, "temperature": 0.7, "prompt_tokens": 16, "new_tokens": 32, "samples": samples}
+
+
 def page_of(plan: dict[str, Any], folder: Path) -> str:
     write_report(plan, folder / "report.html")
     return (folder / "report.html").read_text(encoding="utf-8")
@@ -92,10 +104,10 @@ def plots_of(page: str) -> list[ElementTree.Element]:
 
 
 def bar_heights(plot: ElementTree.Element, color: str) -> list[float]:
-    """Heights of the plot's filled rectangles of that colour (the last one is the legend's)."""
+    """Heights of the plot's filled rectangles of the style sheet's colour (the last one is the legend's)."""
     heights = []
     for path in plot.iter(f"{SVG}path"):
-        if f"fill: {color}" in path.get("style", ""):
+        if f"fill: var(--{color})" in path.get("style", ""):
             y = [float(pair[1]) for pair in re.findall(r"[ML] (\S+) (\S+)", path.get("d", ""))]
             heights.append(max(y) - min(y))
     return heights[:-1]
@@ -107,10 +119,10 @@ def test_the_page_says_what_the_plan_says(tmp_path: Path) -> None:
         "30.00% asked, 29.98% met, which is 22.15% of the whole model",
         "Parameters of the decoder's linears 4,423,680 3,097,284 -29.98%",
         "Parameters of the model 6,524,160 5,197,764 -20.33%",
-        "Size of the weights 12.44 MiB 9.91 MiB -20.33%",
+        "Size of the weights 13.0 MB 10.4 MB -20.33%",
         "5.2M parameters, from 6.52M",
-        "calibration 12.3 s 5.00 MiB prune 1.5 s 5.00 MiB in all 2 min 30 s 5.00 MiB",
-        "pruned by flap (mode exact, squared false)",
+        "calibration 12.3 s 5.2 MB prune 1.5 s 5.2 MB in all 2 min 30 s 5.2 MB",
+        "pruned by flap (mode reference)",
         "Calibration windows 128 windows of 512 tokens Calibration fingerprint ab12",
         "Backend of channel_moments cpu Versions pyprune 0.1.0, torch 2.11.0",
         "KV groups (2 query heads each, 32 channels a head)",
@@ -119,6 +131,7 @@ def test_the_page_says_what_the_plan_says(tmp_path: Path) -> None:
     assert "perplexity" not in text.lower()
 
 
+@pytest.mark.figures
 def test_what_may_be_absent_or_present(tmp_path: Path) -> None:
     scored = {"perplexity": 98.367, "windows": 20, "sequence_length": 1024, "seconds": 5.0}
     pruned = scored | {"perplexity": 120.5, "kl_divergence": 0.31415, "top1_agreement": 0.715}
@@ -138,7 +151,7 @@ def test_what_may_be_absent_or_present(tmp_path: Path) -> None:
         "Same most likely token as dense 71.50%",
         "Evaluated on 20 windows of 1024 tokens of test.txt.",
         "A layer kept its last unit.",
-        "calibration 12.3 s 5.00 MiB statistics from the cache",
+        "calibration 12.3 s 5.2 MB statistics from the cache",
         "Calibration none: the method needs no data",
         "Attention: heads (32 channels a head)",
     ):
@@ -152,33 +165,36 @@ def test_what_may_be_absent_or_present(tmp_path: Path) -> None:
     assert len(plots_of(page)) == 4
 
 
+@pytest.mark.figures
 @pytest.mark.parametrize("layers", [1, 6, 80])
 def test_kept_units_are_drawn_to_scale(layers: int, tmp_path: Path) -> None:
     plan = make_plan(layers)
     attention, ffn, *_ = plots_of(page_of(plan, tmp_path))
     for plot, unit, dense, color in (
-        (attention, "kv_groups", 4, report_plots.ATTENTION),
-        (ffn, "intermediate_channels", 50, report_plots.FFN),
+        (attention, "kv_groups", 4, "attention"),
+        (ffn, "intermediate_channels", 50, "ffn"),
     ):
-        whole, bars = bar_heights(plot, report_plots.DENSE), bar_heights(plot, color)
+        whole, bars = bar_heights(plot, "dense"), bar_heights(plot, color)
         assert len(whole) == len(bars) == layers
         for layer, bar, height in zip(plan["layers"], bars, whole, strict=True):
             assert bar / height == pytest.approx(len(layer[unit]) / dense, abs=1e-4)
 
 
+@pytest.mark.figures
 def test_times_are_drawn_to_scale(tmp_path: Path) -> None:
     plan = make_plan()
     for number, layer in enumerate(plan["passes"]["calibration"]["layers"]):
         layer["seconds"] = 0.1 * (number + 1)
     *_, times, memory = plots_of(page_of(plan, tmp_path))
-    survey = bar_heights(times, report_plots.ATTENTION)
+    survey = bar_heights(times, "attention")
     assert [height / survey[0] for height in survey] == pytest.approx([1, 2, 3, 4, 5, 6], rel=1e-4)
-    prune = bar_heights(times, report_plots.PRUNE)
+    prune = bar_heights(times, "prune")
     assert [height / survey[0] for height in prune] == pytest.approx([0.25 / 0.1] * 6, rel=1e-4)
     assert "milliseconds" in ElementTree.tostring(times, encoding="unicode")
-    assert "MiB" in ElementTree.tostring(memory, encoding="unicode")
+    assert "MB" in ElementTree.tostring(memory, encoding="unicode")
 
 
+@pytest.mark.figures
 def test_threshold_and_scores(tmp_path: Path) -> None:
     plan = make_plan()
     plan["layers"][2]["scores"]["kv_groups"] = [float("inf"), 1.0, float("nan"), 2.0]
@@ -199,16 +215,17 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     plan["ratio"]["note"] = evil
     scored = {"perplexity": 9.0, "windows": 2, "sequence_length": 8, "seconds": 1.0}
     plan["evaluation"] = {"text": evil, "dense": scored, "pruned": scored}
+    plan["evaluation"]["continuations"] = drawn([{"prompt": evil, "dense": evil, "pruned": evil}])
     page = page_of(plan, tmp_path)
     assert "<script" not in page
-    escaped = "&lt;script&gt;alert(&#x27;&amp;&quot;&#x27;)&lt;/script&gt;"
-    assert page.count(escaped) == page.count("alert(")
+    assert "alert('" not in page  # in command lines too, which quote it once more
     rows = text_of(page)[text_of(page).index("Settings") :]
     for name in ("Method", f"Option {evil}", "Calibration text", "fingerprint", "Device", "Data type"):
         assert f"{name} {evil}" in rows
     assert f"Backend of {evil} {evil} Versions {evil} {evil}" in rows
 
 
+@pytest.mark.figures
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     page = page_of(make_plan(), tmp_path)
     assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)", page)
@@ -218,6 +235,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', page)) <= ids.keys()
 
 
+@pytest.mark.figures
 def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
     first = page_of(make_plan(), tmp_path)
     page_of(make_plan(layers=9), tmp_path)
@@ -228,3 +246,92 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="format is 'pyprune-plan-9': this version reads 'pyprune-plan-3'"):
         write_report(make_plan(format="pyprune-plan-9"), tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_title_is_the_models_name() -> None:
+    names = {
+        "models/llama-6m-gqa": "llama-6m-gqa",
+        "org/name": "name",
+        "org/name-7B@v1.0/rc": "name-7B",
+        "/home/x/models--org--name-7B/snapshots/c0ffee": "name-7B",
+        "LlamaForCausalLM (in memory)": "LlamaForCausalLM (in memory)",
+    }
+    assert {model: model_name(model) for model in names} == names
+    assert hub_id("/home/x/models--org--name-7B/snapshots/c0ffee") == "org/name-7B"
+    assert hub_id("org/name@main") == "org/name"
+    assert (hub_id("org/name"), hub_id("/a/b"), hub_id("models/../x")) == ("org/name", None, None)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("flap", {}),
+        ("flap", {"uniform": True, "structure": "UL-UM"}),
+        ("flap", {"mode": "reference", "square_attention": False}),
+        ("obs", {"allocation": "log", "first_share": 0.5}),
+        ("slimgpt", {"uniform": True}),
+        ("sparsegpt", {"pattern": "2:4"}),
+    ],
+)
+def test_the_command_gives_the_runs_options(method: str, options: dict[str, Any]) -> None:
+    """What `pyprune prune` reads from it is what the plan holds, and options that change nothing are not in it."""
+    plan = make_plan(method=method, options=make_method(method, options).options, seed=7)
+    scored = {"perplexity": 9.0, "windows": 20, "sequence_length": 64}
+    plan["evaluation"] = {"text": "my test.txt", "dense": scored, "pruned": scored}
+    command = prune_command(plan, "out dir")
+    assert command is not None
+    words = shlex.split(command)
+    context = prune.make_context("prune", words[2:])
+    found = context.params
+    assert (words[:2], found["model"], found["output"]) == (["pyprune", "prune"], "models/llama", Path("out dir"))
+    assert make_method(method, options_given(found)).options == plan["options"]
+    assert len(options_given(found)) <= len(options)
+    asked = ("ratio", "calibration", "samples", "sequence_length", "seed", "dtype", "text", "evaluation_length")
+    assert [found[name] for name in asked] == [0.3, "valid.txt", 128, 512, 7, "bfloat16", "my test.txt", 64]
+    assert found["max_windows"] == 20
+
+
+def test_a_text_given_in_python_has_no_command() -> None:
+    assert prune_command(make_plan(model="LlamaForCausalLM (in memory)"), "OUTPUT") is None
+    plan = make_plan()
+    plan["calibration"]["text"] = described(["one", "two"])
+    assert prune_command(plan, "OUTPUT") is None
+    plan["calibration"]["text"] = described(torch.zeros(2, 8))
+    assert prune_command(plan, "OUTPUT") is None
+
+
+def test_continuations_and_self_judgement(tmp_path: Path) -> None:
+    scored = {"perplexity": 9.0, "windows": 2, "sequence_length": 64}
+    samples = [{"prompt": "It was", "dense": " a dark night", "pruned": " a dark <horse>"}]
+    plan = make_plan(evaluation={"text": "self", "dense": scored, "pruned": scored, "continuations": drawn(samples)})
+    text = text_of(page_of(plan, tmp_path))
+    assert "It was before a dark night after a dark <horse>" in text
+    assert "32 tokens after the first 16 of 1 windows of the evaluation text, sampled at temperature 0.7" in text
+    assert "perplexity, from 9.00, self-judged" in text
+    assert "Self-judged: the text was sampled from the dense model." in text
+    plan["evaluation"]["text"] = "test.txt"
+    assert "elf-judged" not in text_of(page_of(plan, tmp_path))
+
+
+@pytest.mark.figures
+def test_error_curves_are_drawn_with_their_cuts(tmp_path: Path) -> None:
+    plan = make_plan(layers=2)
+    curve = {"removed": [0, 10, 20, 30, 40, 49], "error": [0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]}
+    groups = {"removed": [0, 1, 2, 3], "error": [0.0, 1e-3, 1e-2, 1e-1]}
+    plan["error_curves"] = {"kv_groups": [groups] * 2, "intermediate_channels": [curve] * 2}
+    for layer, lost in zip(plan["layers"], (20, 0), strict=True):
+        layer["intermediate_channels"] = list(range(50 - lost))
+    page = page_of(plan, tmp_path)
+    assert "Error by units removed" in text_of(page)
+    ffn = plots_of(page)[3]
+    lines = [re.findall(r"[ML] (\S+) (\S+)", path.get("d", "")) for path in ffn.iter(f"{SVG}path")]
+    found = [[tuple(map(float, point)) for point in points] for points in lines if len(points) == 5]
+    line = next(
+        points
+        for points in found
+        if points == sorted(points, key=lambda point: point[0]) and points[0][1] > points[1][1]
+    )
+    assert np.diff([y for _, y in line]) == pytest.approx(line[1][1] - line[0][1], abs=0.01)  # a decade each
+    dots = [use for use in ffn.iter(f"{SVG}use") if "fill: var(--prune)" in use.get("style", "")]
+    cut, _ = [(float(dot.get("x", 0)), float(dot.get("y", 0))) for dot in dots]  # the last one is the legend's
+    assert cut == pytest.approx(line[1], abs=0.01)

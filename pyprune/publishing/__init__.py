@@ -1,0 +1,1 @@
+"""Publishing of a result: its model card, and its upload to the hub."""

@@ -1,0 +1,66 @@
+"""Command lines of a report: the run again, and what to do next."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.model_in_memory import IN_MEMORY
+from ..methods.options import flag_of
+from .naming import chosen_options, model_name
+
+RUN_FILE = "run.yaml"
+# `calibration.source.described` of texts that were given in Python, which no command line can name.
+_GIVEN = re.compile(r"token ids \[.*\]|\d+ documents")
+
+
+def prune_command(plan: dict[str, Any], output: str) -> str | None:
+    """The command that repeats the run on a machine like its own; None: the model or a text was given in Python."""
+    calibration, evaluation = plan["calibration"], plan.get("evaluation")
+    texts = [own["text"] for own in (calibration, evaluation) if own]
+    if plan["model"].endswith(IN_MEMORY) or any(_GIVEN.fullmatch(text) for text in texts):
+        return None
+    words = ["prune", plan["model"], output, "--method", plan["method"], "--ratio", f"{plan['ratio']['asked']:g}"]
+    words += _option_words(chosen_options(plan["method"], plan["options"]))
+    if calibration:
+        words += ["--calibration", calibration["text"], "--samples", str(calibration["samples"])]
+        words += ["--sequence-length", str(calibration["sequence_length"])]
+    if plan["seed"]:
+        words += ["--seed", str(plan["seed"])]
+    words += ["--dtype", plan["dtype"]]
+    if evaluation:
+        pruned = evaluation["pruned"]
+        words += ["--evaluate", evaluation["text"], "--evaluation-length", str(pruned["sequence_length"])]
+        words += ["--max-windows", str(pruned["windows"])]
+    processes = plan.get("identity", {}).get("processes", 1)
+    start = ["pyprune"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}", "-m", "pyprune"]
+    return shlex.join([*start, *words])
+
+
+def run_file_command(plan: dict[str, Any], output: str) -> str:
+    """The command that takes the settings from the run file in the output's folder."""
+    return shlex.join(["pyprune", "prune", plan["model"], "OUTPUT", "--config", f"{output.rstrip('/')}/{RUN_FILE}"])
+
+
+def next_steps(plan: dict[str, Any], output: str, exports: bool) -> list[tuple[str, str]]:
+    """What to do with the result: (in words, a command). exports: whether llama.cpp has an architecture for it."""
+    name = Path(output).name or model_name(plan["model"])
+    quoted, model = shlex.quote(output), shlex.quote(plan["model"].removesuffix(IN_MEMORY))
+    steps = [("Measure it on your text:", f"pyprune evaluate {quoted} --text TEXT.txt --reference {model}")]
+    if exports:
+        file = shlex.quote(f"{output.rstrip('/')}.gguf")
+        steps.append(("Make a file for llama.cpp and Ollama:", f"pyprune export {quoted} {file} --format gguf"))
+    steps.append(("See it beside another run:", f"pyprune compare {quoted} OTHER"))
+    steps.append((f"Publish it; {name}/README.md is its model card:", f"pyprune push {quoted} ORG/NAME"))
+    return steps
+
+
+def _option_words(options: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in options.items():
+        flag = flag_of(name)
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif value is not None:
+            words += [flag, str(value)]
+    return words

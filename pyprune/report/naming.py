@@ -1,0 +1,53 @@
+"""Names in a record: of models, texts and options."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..calibration.source import SELF
+from ..errors import InputError
+from ..methods import make_method
+
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/\w+/?$")
+
+
+def model_name(model: str) -> str:
+    """A model's name: the last part of a path or hub id; of a folder of the hub's cache, the repository's."""
+    snapshot = _SNAPSHOT.search(model)
+    if snapshot:
+        return snapshot[2]
+    found = hub_id(model)
+    return Path(found or model).name or model
+
+
+def hub_id(model: str) -> str | None:
+    """The hub id of a model as it was named, `org/name` without a revision; None for a folder of this machine."""
+    snapshot = _SNAPSHOT.search(model)
+    if snapshot:
+        return f"{snapshot[1]}/{snapshot[2]}"
+    named = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@.+)?", model)  # as checkpoint.hub reads it
+    return named[1] if named and not Path(model).exists() else None
+
+
+def chosen_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the others and the method's defaults do not give; all of them of a method that is not here."""
+    chosen = dict(options)
+    try:
+        for name in options:
+            others = {other: value for other, value in chosen.items() if other != name}
+            if make_method(method, others).options == options:
+                chosen = others
+    except InputError:
+        return options
+    return chosen
+
+
+def is_self_judged(evaluation: dict[str, Any]) -> bool:
+    """Whether the evaluation's text was sampled from the dense model."""
+    return bool(evaluation.get("self_judged", evaluation["text"] == SELF))
+
+
+def plain(value: Any) -> str:
+    """An option's value in words."""
+    return value if isinstance(value, str) else json.dumps(value)
