@@ -26,11 +26,12 @@ _followers: list[Callable[[Family], None]] = []
 
 def register(family: Family) -> Family:
     """Make a family known by its `name`. ValueError: another family has that name."""
-    known = FAMILIES.setdefault(family.name, family)
+    known = FAMILIES.get(family.name, family)
     if known is not family:
         raise ValueError(f"there is a family {family.name!r} already: {known.prefix}")
     for follow in _followers:
         follow(family)
+    FAMILIES[family.name] = family  # last: one that a follower refuses stays unknown
     return family
 
 
