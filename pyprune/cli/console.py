@@ -107,13 +107,13 @@ class Console:
             _proof(plan["verification"]),
             ("report", str(output / "report.html")),
         ]
+        if "evaluation" in plan:
+            rows += evaluation_rows(plan["evaluation"])
         rows += [("warning", warning) for warning in plan["warnings"]]
         for output_proj, count in plan["nonfinite"].items():
             rows.append(("counted as zero", f"{count} NaN or Inf activations in {output_proj}"))
         if "note" in ratio:
             rows.insert(2, ("", ratio["note"]))
-        if "evaluation" in plan:
-            rows += evaluation_rows(plan["evaluation"])
         self._summary(rows)
 
     def evaluated(self, result: dict[str, Any]) -> None:

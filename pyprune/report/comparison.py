@@ -167,7 +167,7 @@ def _rows(runs: list[Run]) -> list[list[str]]:
             evaluated("Same most likely token", lambda own: f"{own['pruned']['top1_agreement']:.2%}"),
         ]
     return [
-        *rows,
+        *(own for own in rows if any(own[1:])),  # all options may be the defaults
         row("Time", lambda plan: seconds_text(plan["seconds"])),
         row("Peak memory", lambda plan: bytes_text(plan["peak_memory_bytes"])),
         row("Device", lambda plan: plan["device"]),

@@ -146,7 +146,7 @@ def lines(by_name: Mapping[str, Sequence[float]], label: str, name: str, logarit
     """Lines over the layers, one for each name, which stand below the plot."""
     with matplotlib.rc_context(_REPORT_STYLE):
         rows = -(-len(by_name) // 3)
-        figure, axes = _axes(height=2.6 + 0.2 * rows, below=0.2 * rows)
+        figure, axes = _axes(height=2.7 + 0.2 * rows, below=0.1 + 0.2 * rows)
         _number_layers(axes, max(len(values) for values in by_name.values()))
         for one, values in by_name.items():
             axes.plot(range(len(values)), values, marker="o", markersize=3, linewidth=1.2, label=one)
