@@ -252,6 +252,11 @@ setup(
     ],
     package_dir={"pyprune": "pyprune", "pyprune.triton_kernels": "triton_kernels"},
     ext_modules=[Extension("pyprune._core", sources=[])] if toolchain else [],
-    package_data={"pyprune": ["py.typed"], "pyprune.report": ["templates/*"], "pyprune.publishing": ["templates/*"]},
+    package_data={
+        "pyprune": ["py.typed"],
+        "pyprune.calibration.sources": ["builtin.*"],
+        "pyprune.publishing": ["templates/*"],
+        "pyprune.report": ["templates/*"],
+    },
     cmdclass={"build_py": BuildPackages, "build_ext": BuildCore},
 )

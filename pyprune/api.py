@@ -1,13 +1,14 @@
 """The functions of `import pyprune`. The command line calls these, and adds only parsing and printing."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .calibration.packing import CONCATENATE
 from .calibration.source import Text, TokenSource
 from .calibration.text import load_tokenizer
 from .calibration.windows import fit_length
@@ -16,7 +17,7 @@ from .checkpoint.load_model import evaluation_model, load_model
 from .errors import InputError
 from .estimation.estimate import Estimate
 from .estimation.estimate import estimate as estimate_run
-from .evaluation.perplexity import evaluate as evaluate_windows
+from .evaluation.perplexity import evaluate_models, load_models
 from .evaluation.tasks import evaluate_tasks
 from .exporters import export as export_checkpoint
 from .job.config import EvaluationConfig, PruneConfig
@@ -38,6 +39,8 @@ def prune(
     ratio: float | None = None,
     *,
     calibration: Text | None = None,
+    packing: str = CONCATENATE,
+    text_column: str | None = None,
     samples: int = 128,
     sequence_length: int | None = None,
     seed: int = 0,
@@ -65,8 +68,12 @@ def prune(
         output: the folder to make; it appears whole or not at all. A model in memory needs none.
         method: a name from `list_methods()`.
         ratio: share of the decoder linears' parameters to remove, in (0, 1). None: the method's pattern says it.
-        calibration: a text: the path of a .txt or .jsonl file, "self" (sampled from the model), a list of documents,
-            or token ids, int64 [windows, tokens]. Methods that look at no activations need none.
+        calibration: a text: the name of a file (.txt, .jsonl, .json, .csv, .parquet, each also .gz), of a data set of
+            the hub (name[:config[:split]]), "builtin" (comes with the package) or "self" (sampled from the model); a
+            list of documents, a `datasets.Dataset`, or token ids, int64 [windows, tokens]. Several are pairs (text,
+            share) or a dictionary of shares by text; shares sum to 1. Methods that look at no activations need none.
+        packing: "concatenate" (windows start anywhere in the joined documents) or "separate" (each at a document).
+        text_column: column of rows with the text or the conversation. None: text, else messages or conversations.
         samples: calibration windows. Token ids that are given are all taken.
         sequence_length: tokens in a calibration window. None: 2048, or as many as the model has positions for.
         seed: of windows and of sampled text.
@@ -106,6 +113,8 @@ def prune(
         ratio=ratio,
         method_options=options,
         calibration=calibration,
+        packing=packing,
+        text_column=text_column,
         samples=samples,
         sequence_length=sequence_length or CALIBRATION_LENGTH,
         fits=sequence_length is None,
@@ -162,6 +171,8 @@ def evaluate(
     model: str | Path,
     text: Text | None = None,
     *,
+    packing: str = CONCATENATE,
+    text_column: str | None = None,
     sequence_length: int | None = None,
     max_windows: int | None = None,
     reference: str | Path | None = None,
@@ -183,7 +194,9 @@ def evaluate(
 
     Args:
         model: a checkpoint folder or a hub id of any causal language model that transformers loads.
-        text: as `calibration` of `prune`; "self" samples from `reference` if it is given, else from the model.
+        text: as `calibration` of `prune`; "self" samples from `reference` if it is given, else from the model. Several
+            are a dictionary of texts by name.
+        packing, text_column: as in `prune`.
         sequence_length: tokens in a window. None: 2048, or as many as the model has positions for.
         max_windows: windows at most. None: all; 64 for "self".
         reference: the dense model, for KL divergence (nats), top-1 agreement, and its own accuracy on the tasks.
@@ -193,7 +206,8 @@ def evaluate(
 
     Returns:
         With a text `perplexity`, `windows`, `sequence_length`, `seconds`, and with a reference `kl_divergence`,
-        `top1_agreement`, `reference_perplexity`; with tasks `task_evaluation` and `reference_task_evaluation`.
+        `top1_agreement`, `reference_perplexity`; with several texts all this by name in `texts`; with tasks
+        `task_evaluation` and `reference_task_evaluation`.
 
     Raises:
         InputError: the arguments or the input are wrong.
@@ -224,25 +238,26 @@ def evaluate(
             )
     if text is None:
         return result
-    sequence_length = _window_length(text, sequence_length)
-    length, cut = fit_length(sequence_length or PERPLEXITY_LENGTH, sequence_length is not None, config)
-    if cut is not None and note is not None:
-        note(cut)
-    source = TokenSource(text, dense or folder, config, place, compute, trust_remote_code)
-    # Sampled text must not be what a pruning with this seed was calibrated on.
-    windows = source.evaluation(
-        length, max_windows, seed + 1, lambda done, total: progress("sampling text", done, total)
-    )
-    figures = evaluate_windows(
-        folder,
-        windows,
-        reference_folder=dense,
-        device=place,
-        dtype=compute,
-        trust_remote_code=trust_remote_code,
-        progress=lambda done, total: progress("evaluate", done, total),
-    )
-    return figures | result
+    texts = text if isinstance(text, Mapping) else {"": text}
+    windows = {}
+    for name, own in texts.items():  # all are read before one is evaluated
+        asked = _window_length(own, sequence_length)
+        length, cut = fit_length(asked or PERPLEXITY_LENGTH, asked is not None, config)
+        if cut is not None and note is not None:
+            note(cut)
+        source = TokenSource(
+            own, dense or folder, config, place, compute, trust_remote_code, packing=packing, column=text_column
+        )
+        # Sampled text must not be what a pruning with this seed was calibrated on.
+        windows[name] = source.evaluation(
+            length, max_windows, seed + 1, lambda done, total: progress("sampling text", done, total)
+        )
+    models = load_models(folder, dense, place, compute, trust_remote_code)
+    figures = {
+        name: evaluate_models(models, own, progress=lambda done, total: progress("evaluate", done, total))
+        for name, own in windows.items()
+    }
+    return ({"texts": figures} if isinstance(text, Mapping) else figures[""]) | result
 
 
 def export(

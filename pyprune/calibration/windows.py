@@ -23,17 +23,32 @@ def spread_windows(tokens: torch.Tensor, samples: int, sequence_length: int, see
     torch's, it may change). InputError: fewer than sequence_length + samples - 1 tokens.
     """
     check_sizes(samples, sequence_length)
-    if seed < 0:
-        raise InputError(f"the seed is {seed}: it must be 0 or more")
     possible = len(tokens) - sequence_length + 1
     if possible < samples:
         raise InputError(_too_short(len(tokens), samples, sequence_length))
-    windows = []
+    return torch.stack([tokens[start : start + sequence_length] for start in _spread(possible, samples, seed)])
+
+
+def spread_over(windows: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
+    """Choose `samples` of `windows` [windows, length], as `spread_windows` its starts. InputError: there are fewer."""
+    if len(windows) < samples:
+        raise InputError(
+            f"the text has {len(windows)} windows of {windows.shape[1]} tokens that begin with a document, but "
+            f"{samples} are asked: give a longer text, ask for fewer, or let windows start anywhere "
+            "(--packing concatenate)"
+        )
+    return windows[_spread(len(windows), samples, seed)]
+
+
+def _spread(possible: int, samples: int, seed: int) -> list[int]:
+    """One number at random from each of `samples` equal parts of range(possible)."""
+    if seed < 0:
+        raise InputError(f"the seed is {seed}: it must be 0 or more")
+    chosen = []
     for i, raw in enumerate(np.random.PCG64(seed).random_raw(samples)):
         low, high = i * possible // samples, (i + 1) * possible // samples
-        start = low + int(raw) % (high - low)  # the modulo's bias is below 2⁻³⁰
-        windows.append(tokens[start : start + sequence_length])
-    return torch.stack(windows)
+        chosen.append(low + int(raw) % (high - low))  # the modulo's bias is below 2⁻³⁰
+    return chosen
 
 
 def _too_short(tokens: int, samples: int, sequence_length: int) -> str:

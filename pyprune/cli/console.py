@@ -122,8 +122,13 @@ class Console:
             return
         if "perplexity" in result:
             self._rows(perplexity_rows(result))
+        for text, own in result.get("texts", {}).items():
+            self._rows([("text", text), *perplexity_rows(own)])
         if "task_evaluation" in result:
             self._tasks(result["task_evaluation"], result.get("reference_task_evaluation"))
+
+    def _figures(self, figures: dict[str, Any]) -> None:
+        self._rows([(name.replace("_", " "), f"{value:.6g}") for name, value in figures.items()])
 
     def _tasks(self, model: dict[str, Any], reference: dict[str, Any] | None) -> None:
         table = Table(box=None, pad_edge=False)

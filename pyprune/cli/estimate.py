@@ -8,11 +8,13 @@ from ..estimation.time import GPU_RATES
 from .command import SETTINGS, Command, MemorySize, device_options, given, quiet_transformers
 from .console import Console
 from .options import method_options, options_given
+from .texts import text_options
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("model")
 @method_options
+@text_options
 @click.option("--on", type=click.Choice(list(GPU_RATES)), help="Ask about a GPU that is not here.")
 @click.option("--device-memory", type=MemorySize(), help="As in `pyprune prune`.")
 @device_options

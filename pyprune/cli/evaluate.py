@@ -8,11 +8,13 @@ import click
 from ..runtime.names import split_names
 from .command import SETTINGS, Command, device_options, given, quiet_transformers
 from .console import Console
+from .texts import evaluation_texts, text_options
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("model")
-@click.option("--text", metavar="TEXT", help="A .txt, a .jsonl, or `self` (sampled).")
+@click.option("--text", metavar="TEXT", multiple=True, help="A text as --calibration of `pyprune prune`. Repeatable.")
+@text_options
 @click.option("--sequence-length", type=click.IntRange(2), default=2048, help="Tokens in a window.")
 @click.option("--max-windows", type=click.IntRange(1), help="Windows at most.  [default: all; 64 for `self`]")
 @click.option("--reference", metavar="DENSE", help="Also KL divergence and top-1 agreement with this model; its tasks.")
@@ -23,9 +25,9 @@ from .console import Console
 @click.option("--batch-size", type=click.IntRange(1), default=8, help="Sequences of a task in a forward pass.")
 @device_options
 def evaluate(
-    model: str, as_json: bool, tasks: str | None, text: str | None, sequence_length: int, **options: Any
+    model: str, as_json: bool, tasks: str | None, text: tuple[str, ...], sequence_length: int, **options: Any
 ) -> None:
-    """Measure perplexity of MODEL in consecutive windows of a text, its accuracy on tasks, or both.
+    """Measure perplexity of MODEL in consecutive windows of each text, its accuracy on tasks, or both.
 
     Perplexity is exp of the mean over windows of each window's mean cross-entropy. `self` samples the text from DENSE
     if it is given, else from MODEL.
@@ -40,7 +42,7 @@ def evaluate(
     with console.progress() as progress:
         result = api.evaluate(
             model,
-            text,
+            evaluation_texts(text),
             sequence_length=given("sequence_length", sequence_length),
             tasks=split_names(tasks),
             progress=progress,

@@ -86,8 +86,10 @@ def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--samples", type=click.IntRange(1), default=128, help="Calibration windows."),
         click.option(
             "--calibration",
-            metavar="TEXT",
-            help="A .txt, a .jsonl with a `text` field, or `self`: sampled from the model (loads it whole).",
+            metavar="TEXT[=SHARE]",
+            multiple=True,
+            help="A file (.txt, .jsonl, .json, .csv, .parquet, or one of these .gz), a data set of the hub "
+            "(name[:config[:split]]), `builtin`, or `self`: sampled from the model (loads it whole). Repeatable.",
         ),
         click.option(
             "--ratio", type=float, help="Share of the decoder linears to remove, (0, 1); a pattern N:M says its own."

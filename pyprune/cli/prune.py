@@ -10,12 +10,14 @@ import click
 from .command import SETTINGS, Command, MemorySize, device_options, given, quiet_transformers
 from .console import Console
 from .options import method_options, options_given
+from .texts import text_options
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
 @method_options
+@text_options
 @click.option("--device-memory", type=MemorySize(), help="Prune within so much GPU memory, e.g. 24GB.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder of cached statistics.  [default: beside OUTPUT]")
 @click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
@@ -28,7 +30,7 @@ from .options import method_options, options_given
     show_envvar=True,
     help="Load OUTPUT in a fresh process and compare its logits.  [default: up to 8 GiB in float32]",
 )
-@click.option("--evaluate", "text", metavar="TEXT", help="Perplexity before and after on a text, or `self`.")
+@click.option("--evaluate", "text", metavar="TEXT", help="Perplexity before and after on a text, as --calibration.")
 @click.option("--evaluation-length", type=click.IntRange(2), default=1024, help="Tokens in an evaluation window.")
 @click.option("--max-windows", type=click.IntRange(1), help="Evaluation windows at most.")
 @device_options
@@ -44,9 +46,22 @@ def prune(model: str, output: Path, **options: Any) -> None:
     """
     quiet_transformers()
     from .. import api
+    from ..calibration.mixture import spelled_texts
 
     same = (
-        *("method", "ratio", "calibration", "samples", "seed", "device", "dtype", "device_memory", "cache", "resume"),
+        *(
+            "method",
+            "ratio",
+            "packing",
+            "text_column",
+            "samples",
+            "seed",
+            "device",
+            "dtype",
+            "device_memory",
+            "cache",
+            "resume",
+        ),
         *("allow_other_bits", "allow_nonfinite", "trust_remote_code", "max_windows", "verify"),
     )
     console = Console(options["as_json"])
@@ -54,6 +69,7 @@ def prune(model: str, output: Path, **options: Any) -> None:
         record = api.prune(
             model,
             output,
+            calibration=spelled_texts(options["calibration"]),
             sequence_length=given("sequence_length", options["sequence_length"]),
             evaluate_on=options["text"],
             evaluation_length=given("evaluation_length", options["evaluation_length"]),

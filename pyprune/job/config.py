@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..calibration.packing import CONCATENATE
 from ..calibration.source import Text
 
 
@@ -29,7 +30,7 @@ class PruneConfig:
     method: str
     ratio: float | None  # None: the one that the method's pattern says
     method_options: dict[str, Any] = field(default_factory=dict)
-    calibration: Text | None = None
+    calibration: Text | None = None  # one text, or several as pairs (text, share)
     samples: int = 128
     sequence_length: int = 2048
     fits: bool = False  # cut the windows to the model's positions where those are fewer, with a warning
@@ -44,3 +45,5 @@ class PruneConfig:
     evaluation: EvaluationConfig | None = None
     device_memory: int | None = None  # bytes of a CUDA device that the run stays below
     verify: bool | None = False  # load the output anew and compare its logits; None: unless it is large
+    packing: str = CONCATENATE
+    text_column: str | None = None  # of rows; None: `text`, else `messages` or `conversations`

@@ -111,7 +111,9 @@ class Job:
         """Both texts, before the first layer: one that cannot be read must not cost the whole run."""
         bad_rows = nonfinite_embeddings(self.reader)
         self.backends = operator_backends(self.method, self.dtype, self.device) if self.method.needs_text else {}
-        self.windows = run_calibration_windows(self) if self.method.needs_text else None
+        text = run_calibration_windows(self) if self.method.needs_text else None
+        self.windows = None if text is None else text.windows
+        self.sources = None if text is None else text.sources
         self.evaluation_windows = run_evaluation_windows(self)
         if bad_rows:
             self.warnings.append(check_rows_unused(self.reader, bad_rows, self.windows, self.evaluation_windows))
@@ -127,6 +129,7 @@ class Job:
             options=self.method.options,
             ratio=self.ratio,
             calibration=self.text_fingerprint,
+            sources=None if self.sources is None else [entry["fingerprint"] for entry in self.sources],
             dtype=str(self.dtype),
             backends=self.backends,
             allow_nonfinite=self.options.allow_nonfinite,

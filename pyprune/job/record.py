@@ -28,13 +28,29 @@ TOLERANCE = 0.005  # how far the ratio met may be from the ratio asked before th
 _PACKAGES = ("pyprune", "torch", "transformers", "triton", "safetensors")
 
 
+class CalibrationSource(TypedDict):
+    """One calibration text: its name, its share, its windows, a digest of what was read, and its commit on the hub."""
+
+    text: str
+    share: float
+    windows: int
+    fingerprint: str
+    revision: NotRequired[str]
+
+
 class Calibration(TypedDict):
-    """Calibration windows: the text in words, their number, their length in tokens, and a digest of their ids."""
+    """Calibration windows: the texts in words, their number, their length in tokens, and a digest of their ids.
+
+    packing, sources: of records since texts may be several; text_column: where one was named.
+    """
 
     text: str
     samples: int
     sequence_length: int
     fingerprint: str
+    packing: NotRequired[str]
+    text_column: NotRequired[str]
+    sources: NotRequired[list[CalibrationSource]]
 
 
 class Ratio(TypedDict):
@@ -109,7 +125,8 @@ class PruneRecord:
     """Record of a pruning: the contents of plan.json, format 3.
 
     model: as it was named; method, options: the method's name and all its options; seed.
-    calibration: text, samples, sequence_length (tokens) and fingerprint of the windows; None without a text.
+    calibration: text, samples, sequence_length (tokens), fingerprint of the windows, packing, and in `sources` of each
+        text its share, windows and fingerprint (and its revision on the hub); None without a text.
     ratio: `asked`, `met` (share of the decoder linears' parameters), `of_model`, and a `note` where they differ.
     parameters: before and after, of the decoder linears and of the model. bytes: before and after.
     dense: sizes of a layer of the model that was pruned. layers: by layer, indices of the kept units and scores.

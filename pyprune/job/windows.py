@@ -1,15 +1,17 @@
 """The token windows of a run. Those sampled from the model are cached: another ratio need not load it whole."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..calibration.source import SELF, Text, TokenSource
+from ..calibration.mixture import interleaved, parts_of
+from ..calibration.source import SELF, ReadWindows, Text, TokenSource, described
 from ..calibration.text import load_tokenizer
-from ..calibration.windows import checked_windows, fit_length
+from ..calibration.windows import checked_windows, fingerprint, fit_length
 from ..checkpoint import ModelInMemory, ModelSource, digest, load_cached, save_cached
 from ..errors import InputError
 from ..methods import Method
@@ -17,6 +19,9 @@ from ..runtime import distributed
 from ..runtime.environment import environment
 from ..runtime.progress import Progress
 from .config import PruneConfig
+from .record import CalibrationSource
+
+T = TypeVar("T")
 
 
 class TextJob(Protocol):
@@ -29,6 +34,7 @@ class TextJob(Protocol):
     dtype: torch.dtype
     progress: Progress
     warnings: list[str]
+    begun: dict[str, Any]
     cache: Path | None
     model_fingerprint: str
 
@@ -43,10 +49,10 @@ def check_texts(job: TextJob) -> None:
     if job.method.needs_text:
         if config.calibration is None:
             raise InputError(
-                f"method {job.method.name} looks at activations: give --calibration FILE (.txt or .jsonl), "
-                f"or --calibration {SELF} for text sampled from the model itself"
+                f"method {job.method.name} looks at activations: give --calibration TEXT (a file, a data set of the "
+                f"hub, builtin), or --calibration {SELF} for text sampled from the model itself"
             )
-        texts.append(config.calibration)
+        texts += [part.text for part in parts_of(config.calibration, config.samples)]
     if config.evaluation is not None:
         texts.append(config.evaluation.text)
     origin = job.reader.origin
@@ -54,14 +60,54 @@ def check_texts(job: TextJob) -> None:
         load_tokenizer(origin)
 
 
-def run_calibration_windows(job: TextJob) -> Tensor:
-    """Windows of the calibration text, int64 [samples, sequence_length]."""
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows to calibrate on, int64 [windows, sequence_length], and an entry of plan.json for each text."""
+
+    windows: Tensor
+    sources: list[CalibrationSource]
+
+
+def run_calibration_windows(job: TextJob) -> CalibrationText:
+    """Windows of the calibration texts. InputError: one cannot be read or is too short."""
     config = job.options
     assert config.calibration is not None
     distributed.check_windows(config.samples)
-    source, progress = _source(job, config.calibration), _progress(job)
-    samples, length, seed = config.samples, config.sequence_length, config.seed
-    return _cached(job, source, (samples, length, seed), lambda: source.calibration(samples, length, seed, progress))
+    length, seed = config.sequence_length, config.seed
+    windows: list[Tensor] = []
+    sources: list[CalibrationSource] = []
+    for part in parts_of(config.calibration, config.samples):
+        read = _read(job, part.text, part.windows, length, seed)
+        name = described(part.text)
+        entry: CalibrationSource = {
+            "text": name,
+            "share": part.share,
+            "windows": len(read.ids),
+            "fingerprint": read.fingerprint,
+        }
+        if read.revision is not None:
+            entry["revision"] = read.revision
+        sources.append(entry)
+        windows.append(read.ids)
+        if len(read.ids) < part.windows:
+            job.warnings.append(
+                f"{len(read.ids)} calibration windows of {length} tokens, not {part.windows}: {name} has no more text"
+            )
+    distributed.check_windows(sum(map(len, windows)))
+    _check_unchanged(job, sources)
+    return CalibrationText(interleaved(windows), sources)
+
+
+def _check_unchanged(job: TextJob, sources: list[CalibrationSource]) -> None:
+    """InputError: a resumed run began with another text of that place among as many."""
+    begun = job.begun.get("identity", {}).get("sources")
+    if isinstance(begun, list) and len(begun) == len(sources):
+        for entry, fingerprint in zip(sources, begun, strict=True):
+            if entry["fingerprint"] != fingerprint:
+                raise InputError(
+                    f"{entry['text']}: not the text that this run began with, or read to another length: restore it "
+                    "and repeat the first command, or start anew without --resume"
+                )
 
 
 def run_evaluation_windows(job: TextJob) -> Tensor | None:
@@ -72,7 +118,27 @@ def run_evaluation_windows(job: TextJob) -> Tensor | None:
     seed = job.options.seed + 1  # sampled text must not be the text of the calibration
     source, progress = _source(job, evaluation.text), _progress(job)
     most, length = evaluation.max_windows, evaluation.sequence_length
-    return _cached(job, source, (most, length, seed), lambda: source.evaluation(length, most, seed, progress))
+    if source.sampled:
+        return _cached(job, (most, length, seed), lambda: source.evaluation(length, most, seed, progress))
+    return _by_main_process(lambda: source.evaluation(length, most, seed))
+
+
+def _read(job: TextJob, text: Any, samples: int, length: int, seed: int) -> ReadWindows:
+    """Windows of one calibration text: sampled ones from the cache, others as the first of several processes reads."""
+    source, progress = _source(job, text), _progress(job)
+    if source.sampled:
+        windows = _cached(job, (samples, length, seed), lambda: source.calibration(samples, length, seed, progress))
+        return ReadWindows(windows, fingerprint(windows))
+    return _by_main_process(lambda: source.read_calibration(samples, length, seed))
+
+
+def _by_main_process(read: Callable[[], T]) -> T:
+    """Read in the first of several processes for all: a pipe is read once, a data set of the hub fetched once."""
+    box: list[T] = []
+    with distributed.main_process_first():  # however long the reading takes
+        if distributed.is_main_process():
+            box.append(read())
+    return distributed.broadcast_object(lambda: box[0])
 
 
 def fitted_length(job: TextJob, length: int, typed: bool) -> int:
@@ -89,17 +155,25 @@ def _sampled(text: Text) -> bool:
 
 def _source(job: TextJob, text: Any) -> TokenSource:
     reader = job.reader
-    return TokenSource(text, reader.origin, reader.config, job.device, job.dtype, job.options.trust_remote_code)
+    options = job.options
+    return TokenSource(
+        text,
+        reader.origin,
+        reader.config,
+        job.device,
+        job.dtype,
+        options.trust_remote_code,
+        options.packing,
+        options.text_column,
+    )
 
 
 def _progress(job: TextJob) -> Callable[[int, int], None]:
     return lambda done, total: job.progress("sampling text", done, total)
 
 
-def _cached(
-    job: TextJob, source: TokenSource, sizes: tuple[int | None, int, int], make: Callable[[], Tensor]
-) -> Tensor:
-    if not source.sampled or job.cache is None:
+def _cached(job: TextJob, sizes: tuple[int | None, int, int], make: Callable[[], Tensor]) -> Tensor:
+    if job.cache is None:
         return make()
     samples, length, _ = sizes
     key = {

@@ -151,14 +151,17 @@ def _record(
 
 def _calibration(job: Job) -> Calibration | None:
     o = job.options
-    if job.text_fingerprint is None:
+    if job.windows is None or job.text_fingerprint is None:
         return None
-    return {
-        "text": described(SELF if o.calibration is None else o.calibration),
-        "samples": o.samples,
+    calibration: Calibration = {
+        "text": described(o.calibration),
+        "samples": len(job.windows),
         "sequence_length": o.sequence_length,
         "fingerprint": job.text_fingerprint,
+        "packing": o.packing,
+        "sources": job.sources or [],
     }
+    return calibration if o.text_column is None else calibration | {"text_column": o.text_column}
 
 
 def _training(passes: Passes) -> TrainingHistory | None:

@@ -56,7 +56,7 @@ def write_card(plan: dict[str, Any], source: Path | None, folder: Path, name: st
             verb="set to zero" if is_sparse(plan) else "removed",
             plan=plan,
             options=", ".join(f"{option} {plain(value)}" for option, value in _chosen(plan).items()),
-            text=_named(plan["calibration"]["text"]) if plan["calibration"] else "",
+            text=_calibration(plan["calibration"]) if plan["calibration"] else "",
             rows=result_rows(plan),
             remarks=evaluation_remarks(evaluation | {"text": _named(evaluation["text"])}) if evaluation else [],
             loaders=loaders,
@@ -95,6 +95,15 @@ def _is_text(value: Any) -> bool:
 
 def _chosen(plan: dict[str, Any]) -> dict[str, Any]:
     return chosen_options(plan["method"], plan["options"])
+
+
+def _calibration(calibration: dict[str, Any]) -> str:
+    """The calibration texts, with their shares where they are several; a data set of the hub by its whole name."""
+    sources = calibration.get("sources") or [{"text": calibration["text"]}]
+    names = [own["text"] if "revision" in own else _named(own["text"]) for own in sources]
+    if len(sources) == 1:
+        return names[0]
+    return ", ".join(f"{name} ({own['share']:.0%})" for name, own in zip(names, sources, strict=True))
 
 
 def _named(text: str) -> str:

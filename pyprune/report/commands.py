@@ -5,26 +5,26 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..calibration.packing import CONCATENATE
 from ..checkpoint.model_in_memory import IN_MEMORY
 from ..methods.options import flag_of
 from .naming import chosen_options, model_name
 
 RUN_FILE = "run.yaml"
 # `calibration.source.described` of texts that were given in Python, which no command line can name.
-_GIVEN = re.compile(r"token ids \[.*\]|\d+ documents")
+_GIVEN = re.compile(r"token ids \[.*\]|\d+ documents|(Iterable)?Dataset")
 
 
 def prune_command(plan: dict[str, Any], output: str) -> str | None:
     """The command that repeats the run on a machine like its own; None: the model or a text was given in Python."""
     calibration, evaluation = plan["calibration"], plan.get("evaluation")
-    texts = [own["text"] for own in (calibration, evaluation) if own]
+    texts = [*_calibration_texts(calibration), *([evaluation["text"]] if evaluation else [])]
     if plan["model"].endswith(IN_MEMORY) or any(_GIVEN.fullmatch(text) for text in texts):
         return None
     words = ["prune", plan["model"], output, "--method", plan["method"], "--ratio", f"{plan['ratio']['asked']:g}"]
     words += _option_words(chosen_options(plan["method"], plan["options"]))
     if calibration:
-        words += ["--calibration", calibration["text"], "--samples", str(calibration["samples"])]
-        words += ["--sequence-length", str(calibration["sequence_length"])]
+        words += _calibration_words(calibration)
     if plan["seed"]:
         words += ["--seed", str(plan["seed"])]
     words += ["--dtype", plan["dtype"]]
@@ -53,6 +53,26 @@ def next_steps(plan: dict[str, Any], output: str, exports: bool) -> list[tuple[s
     steps.append(("See it beside another run:", f"pyprune compare {quoted} OTHER"))
     steps.append((f"Publish it; {name}/README.md is its model card:", f"pyprune push {quoted} ORG/NAME"))
     return steps
+
+
+def _calibration_texts(calibration: dict[str, Any] | None) -> list[str]:
+    """Names of the calibration texts; a record of one text only may have no entry for each."""
+    if calibration is None:
+        return []
+    return [own["text"] for own in calibration.get("sources", ())] or [calibration["text"]]
+
+
+def _calibration_words(calibration: dict[str, Any]) -> list[str]:
+    texts = _calibration_texts(calibration)
+    if len(texts) > 1:
+        texts = [f"{own['text']}={own['share']:.6g}" for own in calibration["sources"]]
+    words = [word for text in texts for word in ("--calibration", text)]
+    if "text_column" in calibration:
+        words += ["--text-column", calibration["text_column"]]
+    if calibration.get("packing", CONCATENATE) != CONCATENATE:
+        words += ["--packing", calibration["packing"]]
+    words += ["--samples", str(calibration["samples"])]
+    return [*words, "--sequence-length", str(calibration["sequence_length"])]
 
 
 def _option_words(options: dict[str, Any]) -> list[str]:

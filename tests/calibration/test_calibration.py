@@ -41,7 +41,7 @@ def test_jsonl_texts_are_joined_by_blank_lines(tmp_path: Path) -> None:
         ("a.txt", b" \n\t", "has no text"),
         ("a.txt", b"caf\xe9", r"not UTF-8 text \(byte 3\)"),
         ("a.txt", None, "cannot be read: No such file"),
-        ("a.csv", b"text", "a .txt file, or a .jsonl file"),
+        ("a.pdf", b"text", r"a text is a file .txt, .jsonl, .json, .csv or .parquet"),
         ("a.jsonl", b"", "has no text"),
         ("a.jsonl", b'{"text": " "}', "has no text"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"', "line 3: not valid JSON"),

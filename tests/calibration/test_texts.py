@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import pyprune.calibration.text
+import pyprune.calibration.sources.files
 from pyprune import InputError
 from pyprune.calibration.text import read_text
 
@@ -89,7 +89,7 @@ def test_names_that_are_no_texts_are_one_line(name: str, tmp_path: Path) -> None
 
 
 def test_a_text_without_end_is_not_read_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyprune.calibration.text, "_MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(pyprune.calibration.sources.files, "MOST_BYTES", 1 << 20)
     (tmp_path / "a.txt").write_bytes(b"word " * (1 << 18))
     with pytest.raises(InputError, match="more than 1 MiB of text"):
         read_text(tmp_path / "a.txt")

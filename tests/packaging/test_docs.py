@@ -23,6 +23,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 DOCS = (
     "index",
     "quickstart",
+    "texts",
     "methods",
     "loading",
     "backend",

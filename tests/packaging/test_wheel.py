@@ -116,6 +116,7 @@ def test_names_in_the_wheel(dist: Path) -> None:
     assert {path.relative_to(ROOT).as_posix() for path in pages} <= files
     assert {"pyprune/report/templates/report.html", "pyprune/publishing/templates/README.md"} <= files
     assert {"pyprune/py.typed", "pyprune/ops/__init__.pyi", f"{info}/licenses/LICENSE"} <= files
+    assert {f"pyprune/calibration/sources/builtin.{end}" for end in ("jsonl.xz", "md")} <= files
 
     cores = [name for name in files if re.fullmatch(r"pyprune/_core\.\S+\.so", name)]
     assert len(cores) == bool(COMPILERS)
@@ -169,6 +170,7 @@ def test_without_compilers(dist: Path, tmp_path: Path) -> None:
     source = only(tmp_path, "pyprune-*")
     inside = {name.removeprefix(f"{source.name}/") for name in names}
     assert {"LICENSE", "THIRD_PARTY_NOTICES", "setup.py", "csrc/bindings/module.cpp", "pyprune/py.typed"} <= inside
+    assert {f"pyprune/calibration/sources/builtin.{end}" for end in ("jsonl.xz", "md")} <= inside
     assert not [name for name in inside if name.startswith(("tests", "models")) or name.endswith((".so", ".pyc"))]
 
     # As an earlier build leaves it behind, after which a module was removed or renamed.

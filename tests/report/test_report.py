@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pyprune import InputError
+from pyprune.calibration.mixture import parts_of, spelled_texts
 from pyprune.calibration.source import described
 from pyprune.cli.options import options_given
 from pyprune.cli.prune import prune
@@ -287,8 +288,24 @@ def test_the_command_gives_the_runs_options(method: str, options: dict[str, Any]
     assert make_method(method, options_given(found)).options == plan["options"]
     assert len(options_given(found)) <= len(options)
     asked = ("ratio", "calibration", "samples", "sequence_length", "seed", "dtype", "text", "evaluation_length")
-    assert [found[name] for name in asked] == [0.3, "valid.txt", 128, 512, 7, "bfloat16", "my test.txt", 64]
+    assert [found[name] for name in asked] == [0.3, ("valid.txt",), 128, 512, 7, "bfloat16", "my test.txt", 64]
     assert found["max_windows"] == 20
+
+
+def test_the_command_gives_the_runs_texts() -> None:
+    """Several with their shares, and how they were read."""
+    plan = make_plan()
+    counts = {"a b.csv": 1, "org/set:plain": 1, "self": 1}
+    sources = [{"text": text, "share": 1 / 3, "windows": n, "fingerprint": "f"} for text, n in counts.items()]
+    plan["calibration"] |= {"sources": sources, "packing": "separate", "text_column": "body"}
+    command = prune_command(plan, "OUTPUT")
+    assert command is not None
+    found = prune.make_context("prune", shlex.split(command)[2:]).params
+    assert [(part.text, part.windows) for part in parts_of(spelled_texts(found["calibration"]), 3)] == [*counts.items()]
+    assert (found["packing"], found["text_column"]) == ("separate", "body")
+    for given in (["one", "two"], torch.zeros(2, 8)):
+        sources[1]["text"] = described(given)
+        assert prune_command(plan, "OUTPUT") is None
 
 
 def test_a_text_given_in_python_has_no_command() -> None:
