@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from pyprune.errors import InputError
+from pyprune.methods import METHODS
+from pyprune.methods.options import options_of
 
 
 def benchmark_parser(description: str | None, repeat: str) -> argparse.ArgumentParser:
@@ -33,6 +35,11 @@ def prepare_device(arguments: argparse.Namespace) -> torch.device:
     device = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(device)
     return device
+
+
+def unrounded(method: str) -> dict[str, Any]:
+    """Options with which a method keeps any number of FFN channels: measurements compare methods at equal ratios."""
+    return {"round_to": 1} if "round_to" in options_of(METHODS[method]) else {}
 
 
 def write_report(report: dict[str, Any], path: Path | None) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_report
+from common import unrounded, write_report
 from floors import disk_rates, drop_page_cache, forward_seconds
 from generated import prune_counted, prune_generated
 from layer_profile import LayerProfile
@@ -115,8 +115,9 @@ def run(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         text = Path(own) / "text.txt"
         write_text(text, samples * length)
         options = PruneConfig(
-            str(model), Path(own) / "pruned", arguments.method, arguments.ratio, calibration=str(text),
-            samples=samples, sequence_length=length, device=arguments.device, cache=Path(own) / "cache",
+            str(model), Path(own) / "pruned", arguments.method, arguments.ratio, unrounded(arguments.method),
+            calibration=str(text), samples=samples, sequence_length=length, device=arguments.device,
+            cache=Path(own) / "cache",
             device_memory=int(arguments.device_memory * 1e9) if arguments.device_memory else None,
         )  # fmt: skip
         predicted = predict(options, device)
@@ -175,7 +176,7 @@ def predict(options: PruneConfig, device: torch.device) -> dict[str, Any]:
     """What `pyprune plan` says of the run."""
     reader = CheckpointReader(Path(options.model))
     dtype = select_dtype(options.dtype, reader.dtype, device)
-    method = make_method(options.method, options.method_options)
+    method = make_method(options.method, options.method_options).fitted(reader.shapes)
     sizes = (options.ratio, options.samples, options.sequence_length)
     return estimate(reader, method, *sizes, device, dtype, options.device_memory).to_json()
 

@@ -90,7 +90,7 @@ def checkpoints(arguments: argparse.Namespace, scratch: Path) -> dict[str, Path]
     """The dense model, and it pruned in each layout."""
     folders = {DENSE: arguments.model}
     for name in arguments.layouts:
-        options = {"compensation": "none"} | LAYOUTS[name]
+        options = {"compensation": "none", "round_to": 1} | LAYOUTS[name]
         folders[name] = scratch / name
         run = PruneConfig(
             str(arguments.model), folders[name], "flap", arguments.ratio, options, str(arguments.calibration),

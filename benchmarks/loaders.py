@@ -50,7 +50,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: a pruning, its exports, and the perplexity that each loader finds."""
     pruned = folder / "pruned"
-    options: dict[str, Any] = {"compensation": compensation} | ({"uniform": True} if layout == "uniform" else {})
+    options: dict[str, Any] = {"compensation": compensation, "round_to": 1, "uniform": layout == "uniform"}
     record = prune(
         PruneConfig(
             str(model), pruned, method, arguments.ratio, options, calibration=str(arguments.calibration),

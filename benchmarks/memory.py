@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import unrounded
 
 from pyprune.benchmark.machine import describe_machine
 from pyprune.checkpoint import CheckpointReader
+from pyprune.methods.options import flag_of
 from pyprune.testing.random_checkpoint import SHAPES, make_checkpoint
 
 
@@ -74,6 +76,7 @@ def row(
         sys.executable, "-m", "pyprune", "prune", str(model), str(scratch / method), "--no-verify", "--method", method,
         "--ratio", "0.3", "--calibration", str(text), "--samples", str(arguments.samples),
         "--sequence-length", str(arguments.sequence_length), "--device", "cpu", "--dtype", "float32", "--json",
+        *(str(word) for name, value in unrounded(method).items() for word in (flag_of(name), value)),
     ]  # fmt: skip
     limited = partial(resource.setrlimit, resource.RLIMIT_DATA, (dense // 2, dense // 2))
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=limited)

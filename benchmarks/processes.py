@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_report
+from common import unrounded, write_report
 from end_to_end import METHODS, checkpoint_of, write_text
 from floors import drop_page_cache
 from safetensors.torch import load_file
 
 from pyprune.benchmark.machine import describe_machine
+from pyprune.methods.options import flag_of
 from pyprune.runtime.device import select_device
 from pyprune.testing.random_checkpoint import SHAPES
 
@@ -36,6 +37,7 @@ def pruned(model: Path, output: Path, text: Path, arguments: argparse.Namespace,
     options = [
         *("--method", arguments.method, "--ratio", arguments.ratio, "--device", arguments.device),
         *("--calibration", text, "--samples", arguments.samples, "--sequence-length", arguments.sequence_length),
+        *(word for name, value in unrounded(arguments.method).items() for word in (flag_of(name), value)),
         *("--cache", output.with_name(output.name + "-cache")),
     ]  # fmt: skip
     drop_page_cache(model)

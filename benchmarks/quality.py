@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from common import unrounded
 
 from pyprune.benchmark.machine import describe_machine
 from pyprune.calibration.source import TokenSource
@@ -138,7 +139,7 @@ def main() -> None:
                             folder,
                             method,
                             ratio,
-                            options,
+                            unrounded(method) | options,
                             arguments.calibration,
                             arguments.samples,
                             arguments.sequence_length,

@@ -247,7 +247,8 @@ def method_options(results: Path) -> str:
     meanings: dict[str, list[str]] = {}
     for name, method in list_methods().items():
         for option, declared in method["options"].items():
-            default = "–" if declared["default"] is None else f"`{declared['default']}`"
+            value = "–" if declared["default"] is None else f"`{declared['default']}`"
+            default = declared["default_text"] or value
             owners.setdefault(option, {}).setdefault(default, []).append(name)
             meaning = cell(declared["help"])
             if declared["choices"] and option != "compensation":  # which differ by method

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calibration.mixture import parts_of
 from .calibration.packing import CONCATENATE
-from .calibration.source import Text, TokenSource
+from .calibration.source import SELF, Text, TokenSource
 from .calibration.text import load_tokenizer
 from .calibration.windows import fit_length
 from .checkpoint import CheckpointReader, LoadedModel, checkpoint_folder
@@ -17,6 +18,8 @@ from .checkpoint.load_model import evaluation_model, load_model
 from .errors import InputError
 from .estimation.estimate import Estimate
 from .estimation.estimate import estimate as estimate_run
+from .estimation.target import ratio_of, target_of
+from .estimation.time import gpu_named
 from .evaluation.perplexity import evaluate_models, load_models
 from .evaluation.tasks import evaluate_tasks
 from .exporters import export as export_checkpoint
@@ -38,6 +41,8 @@ def prune(
     method: str = "obs",
     ratio: float | None = None,
     *,
+    target_size: int | None = None,
+    parameters: int | None = None,
     calibration: Text | None = None,
     packing: str = CONCATENATE,
     text_column: str | None = None,
@@ -67,7 +72,9 @@ def prune(
             pruned one is the record's `pruned_model`, on the same device and in the same type.
         output: the folder to make; it appears whole or not at all. A model in memory needs none.
         method: a name from `list_methods()`.
-        ratio: share of the decoder linears' parameters to remove, in (0, 1). None: the method's pattern says it.
+        ratio: share of the decoder linears' parameters to remove, in (0, 1). None: the method's pattern says it,
+            or one of the next two.
+        target_size, parameters: bytes of the pruned weights as stored, or their number, in place of a ratio.
         calibration: a text: the name of a file (.txt, .jsonl, .json, .csv, .parquet, each also .gz), of a data set of
             the hub (name[:config[:split]]), "builtin" (comes with the package) or "self" (sampled from the model); a
             list of documents, a `datasets.Dataset`, or token ids, int64 [windows, tokens]. Several are pairs (text,
@@ -111,6 +118,7 @@ def prune(
         output=None if output is None else Path(output),
         method=method,
         ratio=ratio,
+        target=target_of(ratio, target_size, parameters),
         method_options=options,
         calibration=calibration,
         packing=packing,
@@ -292,6 +300,9 @@ def estimate(
     method: str = "obs",
     ratio: float | None = None,
     *,
+    target_size: int | None = None,
+    parameters: int | None = None,
+    calibration: Text | None = None,
     samples: int = 128,
     sequence_length: int | None = None,
     device: str = "auto",
@@ -304,8 +315,10 @@ def estimate(
     """Predict sizes, parameters, time and peak memory of a pruning. Reads headers, writes nothing.
 
     Args:
-        model, method, ratio, samples, sequence_length, device, dtype, device_memory, options: see `prune`.
-        on: name of a GPU that is not here.
+        model, method, ratio, target_size, parameters, samples, sequence_length, device, dtype, device_memory, options:
+            see `prune`.
+        calibration: as of `prune`, and not read; "self": the estimate counts that the model writes the text.
+        on: name of a GPU that is not here: "h100", "RTX 4090".
         note: gets what the user should know beside the result.
 
     Returns:
@@ -317,15 +330,26 @@ def estimate(
     place = select_device(device)
     if device_memory is not None and on is None and place.type == "cpu":
         raise InputError("--device-memory is for a GPU: one that is here, or one named with --on")
-    made = make_method(method, options)
+    made, target = make_method(method, options), target_of(ratio, target_size, parameters)
+    named = None if on is None else gpu_named(on)
+    if target is None:
+        resolve_ratio(made, ratio)
     reader = CheckpointReader(checkpoint_folder(str(model)))
+    made = made.fitted(reader.shapes)
     compute = reader.dtype if on and dtype == "auto" else select_dtype(dtype, reader.dtype, place)
     length = sequence_length or CALIBRATION_LENGTH
     if made.needs_text:
         length, cut = fit_length(length, sequence_length is not None, reader.config)
         if cut is not None and note is not None:
             note(cut)
-    return estimate_run(reader, made, resolve_ratio(made, ratio), samples, length, place, compute, device_memory, on)
+    share = resolve_ratio(made, ratio) if target is None else ratio_of(target, reader, made)
+    sampled = made.needs_text and _names_self(calibration, samples)
+    return estimate_run(reader, made, share, samples, length, place, compute, device_memory, named, sampled)
+
+
+def _names_self(calibration: Any, samples: int) -> bool:
+    """Whether the model writes one of the texts."""
+    return any(isinstance(part.text, str) and part.text == SELF for part in parts_of(calibration, samples))
 
 
 __all__ = ["Estimate", "PruneRecord", "estimate", "evaluate", "export", "list_methods", "prune"]

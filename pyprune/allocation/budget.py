@@ -30,11 +30,16 @@ def total_cost(shapes: list[LayerShape]) -> float:
     return sum(s.cost for s in shapes)
 
 
+def most_removable(shapes: list[LayerShape], least: int = 1) -> float:
+    """The largest ratio that leaves one KV group and `least` FFN channels in every layer."""
+    return 1 - sum(s.group_cost + least for s in shapes) / total_cost(shapes)
+
+
 def check_ratio(shapes: list[LayerShape], ratio: float, least: int = 1) -> None:
     """Raise InputError unless the ratio lies in (0, 1) and what has to stay in every layer can stay."""
     if not 0 < ratio < 1:
         raise InputError(f"ratio {ratio:g} is outside (0, 1): it is the share of decoder parameters to remove")
-    most = 1 - sum(s.group_cost + least for s in shapes) / total_cost(shapes)
+    most = most_removable(shapes, least)
     if ratio > most:
         channels = "one FFN channel" if least == 1 else f"{least} FFN channels"
         raise InputError(

@@ -80,11 +80,16 @@ def layer_subset(text: str | None, total: int) -> LayerSubset:
     return LayerSubset(sorted(layers), total)
 
 
+def most_removable_of(subset: LayerSubset, shapes: list[LayerShape], least: int) -> float:
+    """The largest ratio of the whole model that the subset can give."""
+    own = subset.select(shapes)
+    return (total_cost(own) - sum(shape.group_cost + least for shape in own)) / total_cost(shapes)
+
+
 def check_layers_ratio(subset: LayerSubset, text: str, shapes: list[LayerShape], ratio: float, least: int) -> None:
     """InputError for a ratio of the whole model that the subset, named by `text`, cannot give."""
     check_ratio(shapes, ratio, least)
-    own = subset.select(shapes)
-    most = (total_cost(own) - sum(shape.group_cost + least for shape in own)) / total_cost(shapes)
+    most = most_removable_of(subset, shapes, least)
     if ratio > most:
         channels = "one FFN channel" if least == 1 else f"{least} FFN channels"
         raise InputError(

@@ -90,12 +90,13 @@ def device_section(number: int, documents: Sequence[Document]) -> str:
     plots = "".join(
         operator_plot(number, name, list(latest.values())) for name in dict.fromkeys(r["operator"] for r in rows)
     )
+    rooflines = f'<div class="block"><h3>Rooflines</h3><div class="plots">{plots}</div></div>' if plots else ""
     details = "".join(row_details(number, row, document) for row, document in latest.values())
     return f"""<h2>{escape(device_name(newest))}</h2>
 {tiles(newest, rows)}
 {machine_facts(newest)}
 <div class="block">{main_table(number, rows)}</div>
-<div class="block"><h3>Rooflines</h3><div class="plots">{plots}</div></div>
+{rooflines}
 {history(documents)}
 <div class="block"><h3>Every candidate, and the command that repeats a row</h3>{details}</div>
 """
@@ -107,7 +108,9 @@ def tiles(document: Document, rows: Sequence[Row]) -> str:
     for name in ("bfloat16", "float32", "tf32"):
         if rates[name]:
             shown.append((rate(rates[name], "FLOP/s"), f"{name} products"))
-    faster = [times for row in rows if (times := times_faster(row, PYTORCH, OTHER)) is not None]
+    # A CPU gets small sizes and has kernels of few operators: their mean is no measure of a model's speed.
+    judged = [] if document["device"] == "cpu" else rows
+    faster = [times for row in judged if (times := times_faster(row, PYTORCH, OTHER)) is not None]
     if faster:
         shown.append(
             (f"{statistics.geometric_mean(faster):.2f} ×", f"the fastest PyTorch, geometric mean of {len(faster)}")

@@ -26,7 +26,8 @@ BASELINES = (
 def roofline(rows: Sequence[Row], rates: Rates, name: str) -> str:
     """FLOP/s against FLOP a byte of the least work, both logarithmic, under what the device can do.
 
-    `name` is unlike those of other plots on the page. Rows without arithmetic are left out; "" where none is left.
+    `name` is unlike those of other plots on the page. Rows without arithmetic are left out; "" where ours is
+    in none that is left.
     """
     points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in (row for row in rows if row["flops"]):
@@ -37,7 +38,7 @@ def roofline(rows: Sequence[Row], rates: Rates, name: str) -> str:
         for style, one in drawn:
             if one is not None:
                 points.setdefault(style, []).append((row["flops"] / row["bytes"], row["flops"] / median(one) * 1e6))
-    if not points:
+    if not any(candidates(row, OURS) for row in rows if row["flops"]):
         return ""
     intensities = [x for own in points.values() for x, _ in own]
     # Two decades at least, so that each axis has labelled powers of ten.

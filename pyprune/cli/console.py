@@ -1,9 +1,8 @@
 """Print results: tables or one JSON document on stdout, progress bars on stderr."""
 
-import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..methods.options import flag_of
-from ..ops.dispatch import BackendRow
 from ..runtime import distributed, streams
 from ..runtime.progress import Progress as Advance
 from ..runtime.units import bytes_text, seconds_text
@@ -47,16 +44,21 @@ class Console:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.err, disable=not distributed.is_main_process()) as bars:
-            tasks: dict[str, Any] = {}
+        bars = Progress(*columns, console=self.err, disable=not distributed.is_main_process())
+        tasks: dict[str, Any] = {}
 
-            def advance(what: str, done: int, total: int) -> None:
-                name = what.split(":")[0]  # figures may follow, which change as it goes
-                if name not in tasks:
-                    tasks[name] = bars.add_task(what, total=total)
-                bars.update(tasks[name], completed=done, total=total, description=what)
+        def advance(what: str, done: int, total: int) -> None:
+            name = what.split(":")[0]  # figures may follow, which change as it goes
+            if name not in tasks:
+                bars.start()
+                tasks[name] = bars.add_task(what, total=total)
+            bars.update(tasks[name], completed=done, total=total, description=what)
 
+        try:
             yield advance
+        finally:
+            if tasks:  # without a bar it would print an empty line
+                bars.stop()
 
     def note(self, message: str) -> None:
         """Print a remark beside the result on stderr."""
@@ -65,7 +67,7 @@ class Console:
     def _json(self, document: Any) -> None:
         print(json.dumps(document, indent=1))
 
-    def _rows(self, rows: list[tuple[str, str]]) -> None:
+    def rows(self, rows: list[tuple[str, str]]) -> None:
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, value in rows:
             # Text: a path may hold what looks like markup; folded, never cut.
@@ -75,7 +77,7 @@ class Console:
     def _summary(self, rows: list[tuple[str, str]]) -> None:
         """Print a summary of work whose result is on the disk."""
         streams.forgive()
-        self._rows(rows)
+        self.rows(rows)
 
     def pruned(self, plan: dict[str, Any], output: Path) -> None:
         ratio = plan["ratio"]
@@ -95,13 +97,14 @@ class Console:
                 "verification": plan["verification"],
                 "calibration_cached": plan["passes"].get("calibration", {}).get("cached", False),
             }
-            self._json(summary | ({"evaluation": plan["evaluation"]} if "evaluation" in plan else {}))
+            self._json(summary | {name: plan[name] for name in ("evaluation", "target") if name in plan})
             return
         rows = [
             ("output", str(output)),
             ("ratio met", f"{ratio['met']:.4f} of the decoder linears (asked {ratio['asked']:g})"),
             ("", f"{ratio['of_model']:.4f} of the whole model"),
             ("size", " → ".join(bytes_text(n) for n in plan["bytes"])),
+            *_target_row(plan),
             ("time", seconds_text(plan["seconds"])),
             ("peak memory", bytes_text(plan["peak_memory_bytes"])),
             _proof(plan["verification"]),
@@ -121,14 +124,14 @@ class Console:
             self._json(result)
             return
         if "perplexity" in result:
-            self._rows(perplexity_rows(result))
+            self.rows(perplexity_rows(result))
         for text, own in result.get("texts", {}).items():
-            self._rows([("text", text), *perplexity_rows(own)])
+            self.rows([("text", text), *perplexity_rows(own)])
         if "task_evaluation" in result:
             self._tasks(result["task_evaluation"], result.get("reference_task_evaluation"))
 
     def _figures(self, figures: dict[str, Any]) -> None:
-        self._rows([(name.replace("_", " "), f"{value:.6g}") for name, value in figures.items()])
+        self.rows([(name.replace("_", " "), f"{value:.6g}") for name, value in figures.items()])
 
     def _tasks(self, model: dict[str, Any], reference: dict[str, Any] | None) -> None:
         table = Table(box=None, pad_edge=False)
@@ -153,7 +156,7 @@ class Console:
             ("decoder linears", f"{before / 1e6:,.2f} M → {after / 1e6:,.2f} M parameters"),
             ("size", " → ".join(bytes_text(n) for n in result["bytes"])),
             ("peak memory", f"about {bytes_text(result['peak_memory_bytes'])} on {result['device']}"),
-            ("disk", f"{result['bytes_read'] / 1e6:,.1f} MB read, {result['bytes_written'] / 1e6:,.1f} MB written"),
+            ("disk", _disk(result)),
         ]
         if "hidden_states" in result:
             host = f"about {result['host_memory_bytes'] / 1e6:,.0f} MB; hidden states: {result['hidden_states']}"
@@ -172,7 +175,7 @@ class Console:
                 rows.append(("each layer", sizes[0]))
             else:
                 rows += [(f"layer {layer}", size) for layer, size in enumerate(sizes)]
-        self._rows(rows)
+        self.rows(rows)
 
     def exported(self, result: dict[str, Any]) -> None:
         if self.as_json:
@@ -201,58 +204,33 @@ class Console:
         if self.as_json:
             self._json(document)
             return
-        table = Table(box=None, pad_edge=False)
-        for heading in rows[0]:
-            table.add_column(heading, overflow="fold")
-        for row in rows[1:]:
-            table.add_row(*(Text(cell, overflow="fold") for cell in row))
-        self.out.print(table)
+        self.table(rows[0], rows[1:])
         self._summary([("page", str(page))])
 
-    def backends(self, rows: list[BackendRow], installation: dict[str, str]) -> None:
-        if self.as_json:
-            self._json({"installation": installation, "operators": [dataclasses.asdict(row) for row in rows]})
-            return
-        self._rows(list(installation.items()))
+    def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table = Table(box=None, pad_edge=False)
-        for heading in ("operator", "device", "dtype", "runs on", "why not the others"):
+        for heading in headings:
             table.add_column(heading, overflow="fold")
         for row in rows:
-            reasons = "\n".join(f"{backend}: {reason}" for backend, reason in row.reasons.items())
-            table.add_row(row.operator, row.device, row.dtype, row.backend, reasons)
-        self.out.print(table)
-
-    def methods(self, described: dict[str, dict[str, Any]]) -> None:
-        """All methods with their options' defaults, or one method with all that its options say."""
-        if self.as_json:
-            self._json({name: _method_document(own) for name, own in described.items()})
-            return
-        if len(described) == 1:
-            self._method(*described.values())
-            return
-        table = Table(box=None, pad_edge=False)
-        for heading in ("method", "what it does", "options and defaults"):
-            table.add_column(heading, overflow="fold")
-        for name, entry in described.items():
-            options = "\n".join(f"{flag_of(option)} {own['default']}" for option, own in entry["options"].items())
-            table.add_row(name, entry["summary"], options)
-        self.out.print(table)
-
-    def _method(self, described: dict[str, Any]) -> None:
-        self._rows([("method", described["name"]), ("", described["summary"])])
-        table = Table(box=None, pad_edge=False)
-        for heading in ("option", "type", "default", "choices", "what it does"):
-            table.add_column(heading, overflow="fold")
-        for name, own in described["options"].items():
-            cells = (flag_of(name), own["type"], str(own["default"]), ", ".join(own["choices"] or ()), own["help"])
-            table.add_row(*(Text(cell) for cell in cells))
+            table.add_row(*(Text(cell, overflow="fold") for cell in row))
         self.out.print(table)
 
 
-def _method_document(described: dict[str, Any]) -> dict[str, Any]:
-    """JSON of one method: its options' defaults by name, and in `option_details` all that the options say."""
-    defaults = {name: own["default"] for name, own in described["options"].items()}
-    return described | {"options": defaults, "option_details": described["options"]}
+def _target_row(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """The size that was asked for in place of a ratio, and the one met."""
+    target = plan.get("target")
+    if target is None:
+        return []
+    unit = "bytes" if target["kind"] == "size" else "parameters"
+    return [("target", f"{target['met']:,} {unit} (asked {target['asked']:,})")]
+
+
+def _disk(result: dict[str, Any]) -> str:
+    """Bytes read, the seconds that takes, and bytes written."""
+    reading = result["reading"]
+    time = f"about {seconds_text(reading['seconds'])} at {bytes_text(reading['bytes_per_second'])}/s"
+    written = bytes_text(result["bytes_written"])
+    return f"{bytes_text(reading['bytes'])} read ({time}, beside the computing), {written} written"
 
 
 def _proof(verification: dict[str, Any]) -> tuple[str, str]:

@@ -6,31 +6,88 @@ from typing import Any
 import click
 
 from ..runtime.names import split_names
-from .command import SETTINGS, Command, device_options, given, quiet_transformers
+from .command import (
+    DEVICE,
+    EVALUATION,
+    MODEL,
+    OUTPUT,
+    SETTINGS,
+    Command,
+    device_options,
+    given,
+    option,
+    quiet_transformers,
+    seed_option,
+)
 from .console import Console
 from .texts import evaluation_texts, text_options
 
 
-@click.command(cls=Command, context_settings=SETTINGS)
+@click.command(cls=Command, groups=(MODEL, EVALUATION, DEVICE, OUTPUT), context_settings=SETTINGS)
 @click.argument("model")
-@click.option("--text", metavar="TEXT", multiple=True, help="A text as --calibration of `pyprune prune`. Repeatable.")
-@text_options
-@click.option("--sequence-length", type=click.IntRange(2), default=2048, help="Tokens in a window.")
-@click.option("--max-windows", type=click.IntRange(1), help="Windows at most.  [default: all; 64 for `self`]")
-@click.option("--reference", metavar="DENSE", help="Also KL divergence and top-1 agreement with this model; its tasks.")
-@click.option("--tasks", metavar="NAME,NAME", help="Tasks of lm-eval (pip install 'pyprune[eval]').")
-@click.option("--include-path", type=click.Path(path_type=Path), help="Folder of more tasks, in lm-eval's YAML.")
-@click.option("--limit", type=click.IntRange(1), help="Examples of each task at most.")
-@click.option("--few-shot", type=click.IntRange(0), help="Solved examples before each.  [default: as the task says]")
-@click.option("--batch-size", type=click.IntRange(1), default=8, help="Sequences of a task in a forward pass.")
+@option(
+    "--text",
+    metavar="TEXT",
+    multiple=True,
+    group=EVALUATION,
+    help="A text as --calibration of pyprune prune. Repeatable.",
+)
+@text_options(EVALUATION)
+@option(
+    "--sequence-length",
+    type=click.IntRange(2),
+    metavar="N",
+    default=2048,
+    show_default=False,
+    group=EVALUATION,
+    help="Tokens in a window.  [default: 2048, or as many as MODEL takes]",
+)
+@option(
+    "--max-windows",
+    type=click.IntRange(1),
+    metavar="N",
+    group=EVALUATION,
+    help="Windows at most.  [default: all; 64 for self]",
+)
+@option(
+    "--reference",
+    metavar="DENSE",
+    group=EVALUATION,
+    help="A model to compare with: KL divergence and agreement of the likeliest tokens on TEXT, accuracy on tasks.",
+)
+@option("--tasks", metavar="NAME,NAME", group=EVALUATION, help="Tasks of lm-eval (pip install 'pyprune[eval]').")
+@option(
+    "--include-path",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    group=EVALUATION,
+    help="Folder of more tasks, in lm-eval's YAML.",
+)
+@option("--limit", type=click.IntRange(1), metavar="N", group=EVALUATION, help="Examples of each task at most.")
+@option(
+    "--few-shot",
+    type=click.IntRange(0),
+    metavar="N",
+    group=EVALUATION,
+    help="Solved examples before each one.  [default: as the task says]",
+)
+@option(
+    "--batch-size",
+    type=click.IntRange(1),
+    metavar="N",
+    default=8,
+    group=EVALUATION,
+    help="Sequences of a task that go through the model at once.",
+)
+@seed_option("Seed of sampled text.", EVALUATION)
 @device_options
 def evaluate(
     model: str, as_json: bool, tasks: str | None, text: tuple[str, ...], sequence_length: int, **options: Any
 ) -> None:
-    """Measure perplexity of MODEL in consecutive windows of each text, its accuracy on tasks, or both.
+    """Measure perplexity of MODEL on texts, its accuracy on tasks, or both. MODEL is a checkpoint folder or hub id.
 
-    Perplexity is exp of the mean over windows of each window's mean cross-entropy. `self` samples the text from DENSE
-    if it is given, else from MODEL.
+    A window is a run of consecutive tokens; windows do not overlap. Perplexity is exp of the mean over windows of each
+    window's mean cross-entropy. self samples the text from DENSE if it is given, else from MODEL.
     """
     quiet_transformers()
     from .. import api

@@ -4,15 +4,18 @@ from pathlib import Path
 
 import click
 
-from .command import SETTINGS, Command, quiet_transformers
+from .command import SETTINGS, Choice, Command, quiet_transformers
 from .console import Console
+
+FORMATS = ("stock", "remote-code", "gguf", "padded")
+GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--format", "layout", required=True, help="stock, padded, remote-code or gguf.")
-@click.option("--dtype", help="gguf: f32, f16, bf16 or q8_0.  [default: f16]")
+@click.option("--format", "layout", type=Choice(FORMATS), metavar="NAME", required=True, help="One of the above.")
+@click.option("--dtype", type=Choice(GGUF_DTYPES), metavar="TYPE", help="gguf: f32, f16, bf16, q8_0.  [default: f16]")
 @click.option("--no-verify", is_flag=True, help="Do not load the result and compare its logits with MODEL's.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def export(model: str, output: Path, layout: str, dtype: str | None, no_verify: bool, as_json: bool) -> None:

@@ -3,13 +3,19 @@
 Commands are modules beside this one, imported when they run: `pyprune --help` imports no PyTorch.
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING
 
 import click
 
 from ..runtime.allocators import configure_allocators
 from . import program
 from .command import SETTINGS
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # command -> module of this package and its attribute, line in `pyprune --help`. None: an alias, not listed.
 COMMANDS: dict[str, tuple[str, str, str | None]] = {
@@ -20,10 +26,11 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "export": ("export", "export", "Write the pruned MODEL in a layout that other programs load."),
     "compare": ("compare", "compare", "Put the OUTPUTs of several runs side by side."),
     "push": ("push", "push", "Upload OUTPUT to the hub."),
-    "methods": ("listings", "methods", "List the pruning methods, or the options of one."),
-    "backends": ("listings", "backends", "Show which backend runs each operator here, and why the others do not."),
+    "methods": ("listings", "methods", "List the pruning methods, or explain one and its options."),
+    "backends": ("listings", "backends", "Show which backend runs each operator here."),
     "benchmark": ("benchmark", "benchmark", "Measure the operators against PyTorch and other libraries."),
     "tune": ("benchmark", "tune", "Tune the Triton kernels for this GPU."),
+    "completion": ("completion", "completion", "Print the script that completes commands in a shell."),
 }
 
 
@@ -39,6 +46,23 @@ class LazyGroup(click.Group):
         module, attribute, _ = COMMANDS[cmd_name]
         return getattr(importlib.import_module(f".{module}", __package__), attribute)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            raise click.NoSuchCommand(name, possibilities=self.list_commands(ctx), ctx=ctx)
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands by their lines above: click would import each, and PyTorch with some."""
+        from click.shell_completion import CompletionItem
+
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        listed = {name: line for name, (*_, line) in COMMANDS.items() if line is not None}
+        return [CompletionItem(name, help=line) for name, line in listed.items() if name.startswith(incomplete)]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (*_, line) in COMMANDS.items() if line is not None])
@@ -53,6 +77,8 @@ def cli() -> None:
 
     \b
         pyprune prune models/llama-6m-gqa smaller --ratio 0.3 --calibration self --sequence-length 256
+
+    Every command has --help. pyprune completion SHELL completes commands and options.
     """
 
 

@@ -7,65 +7,76 @@ from typing import Any
 
 import click
 
-from .command import SETTINGS, Command, MemorySize, device_options, given, quiet_transformers
+from .command import DEVICE, EVALUATION, OUTPUT, SETTINGS, MemorySize, device_options, given, option, quiet_transformers
 from .console import Console
-from .options import method_options, options_given
-from .texts import text_options
+from .log import log_options, logged
+from .options import options_given, prune_options
+from .run_file import FileCommand, config_option
+
+SAME = (
+    *("method", "ratio", "target_size", "parameters", "packing", "text_column", "samples", "seed", "device", "dtype"),
+    *("device_memory", "trust_remote_code"),
+)
 
 
-@click.command(cls=Command, context_settings=SETTINGS)
+@click.command(cls=FileCommand, context_settings=SETTINGS)
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@method_options
-@text_options
-@click.option("--device-memory", type=MemorySize(), help="Prune within so much GPU memory, e.g. 24GB.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Folder of cached statistics.  [default: beside OUTPUT]")
-@click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
-@click.option("--allow-other-bits", is_flag=True, help="With --resume: on another processor or other versions too.")
-@click.option("--allow-nonfinite", is_flag=True, help="Count NaN and Inf activations as zero.")
-@click.option(
+@prune_options
+@device_options
+@option("--device-memory", type=MemorySize(), metavar="SIZE", group=DEVICE, help="Use at most this GPU memory: 24GB.")
+@option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    group=DEVICE,
+    help="Folder of statistics to reuse.  [default: beside OUTPUT]",
+)
+@option(
+    "--resume",
+    is_flag=True,
+    group=DEVICE,
+    help="Finish a stopped run; --allow-other-bits: on another processor.",
+)
+@option("--allow-other-bits", is_flag=True, group=DEVICE, hidden=True)
+@option("--allow-nonfinite", is_flag=True, group=DEVICE, help="Count NaN and Inf that the layers compute as zero.")
+@config_option
+@option("--dry-run", is_flag=True, group=OUTPUT, help="Only print sizes, time and memory, as pyprune estimate does.")
+@option(
     "--verify/--no-verify",
     default=None,
     envvar="PYPRUNE_VERIFY",
-    show_envvar=True,
-    help="Load OUTPUT in a fresh process and compare its logits.  [default: up to 8 GiB in float32]",
+    group=OUTPUT,
+    help="Load OUTPUT and compare its logits.  [default: up to 8 GiB]",
 )
-@click.option("--evaluate", "text", metavar="TEXT", help="Perplexity before and after on a text, as --calibration.")
-@click.option("--evaluation-length", type=click.IntRange(2), default=1024, help="Tokens in an evaluation window.")
-@click.option("--max-windows", type=click.IntRange(1), help="Evaluation windows at most.")
-@device_options
+@log_options
+@option("--evaluate", "text", metavar="TEXT", group=EVALUATION, help="Perplexity before and after on a text, or self.")
+@option(
+    "--evaluation-length",
+    type=click.IntRange(2),
+    metavar="N",
+    default=1024,
+    show_default=False,
+    group=EVALUATION,
+    help="Tokens in a window.  [default: 1024, or as many as MODEL takes]",
+)
+@option("--max-windows", type=click.IntRange(1), metavar="N", group=EVALUATION, help="Windows at most.  [default: all]")
 def prune(model: str, output: Path, **options: Any) -> None:
-    """Prune MODEL into the new folder OUTPUT, which holds a checkpoint, plan.json and report.html.
-
-    OUTPUT appears whole or not at all. Load it with `import pyprune` and
-    AutoModelForCausalLM.from_pretrained(OUTPUT).
-
-    Started by torchrun, processes split the calibration windows, each on its own GPU:
-
-        torchrun --nproc-per-node=8 -m pyprune prune MODEL OUTPUT ...
+    """Prune MODEL, a checkpoint folder or hub id, into the new folder OUTPUT: a smaller checkpoint, plan.json and
+    report.html (results), run.yaml (options). OUTPUT appears whole or not at all.
     """
     quiet_transformers()
+    if options["dry_run"]:
+        from .estimate import print_estimate
+
+        print_estimate(model, None, options)
+        return
     from .. import api
     from ..calibration.mixture import spelled_texts
 
-    same = (
-        *(
-            "method",
-            "ratio",
-            "packing",
-            "text_column",
-            "samples",
-            "seed",
-            "device",
-            "dtype",
-            "device_memory",
-            "cache",
-            "resume",
-        ),
-        *("allow_other_bits", "allow_nonfinite", "trust_remote_code", "max_windows", "verify"),
-    )
+    same = (*SAME, "cache", "resume", "allow_other_bits", "allow_nonfinite", "max_windows", "verify")
     console = Console(options["as_json"])
-    with console.progress() as progress, _resumable(output):
+    with console.progress() as progress, _resumable(output), logged(options, progress) as progress:
         record = api.prune(
             model,
             output,

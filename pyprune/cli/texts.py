@@ -6,25 +6,28 @@ from typing import Any
 import click
 
 from ..calibration.packing import CONCATENATE, PACKINGS
+from .command import option, options
 
 
-def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How the rows of a text become windows: `--text-column` and `--packing`."""
-    for option in (
-        click.option(
-            "--packing",
-            type=click.Choice(PACKINGS),
-            default=CONCATENATE,
-            help="Windows start anywhere in the joined documents, or each at a document.",
-        ),
-        click.option(
+def text_options(group: str) -> Callable[[Any], Any]:
+    """How the rows of a text become windows: `--text-column` and `--packing`, in a group of the help."""
+    return options(
+        option(
             "--text-column",
             metavar="NAME",
-            help="Column of the rows.  [default: text, else messages or conversations, by the chat template]",
+            group=group,
+            help="Column of its rows.  [default: text, messages, conversations]",
         ),
-    ):
-        command = option(command)
-    return command
+        option(
+            "--packing",
+            type=click.Choice(PACKINGS),
+            metavar="HOW",
+            default=CONCATENATE,
+            show_default=False,
+            group=group,
+            help="concatenate: windows start anywhere (the default); separate: at documents.",
+        ),
+    )
 
 
 def evaluation_texts(words: tuple[str, ...]) -> Any:

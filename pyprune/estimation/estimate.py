@@ -13,12 +13,15 @@ from ..methods.base import Training
 from ..runtime.device import FREE_SHARE, resident_peak, usable_memory
 from .memory import plan_memory
 from .procedures import CpuRun, TrainCost, costs_of
+from .sampling import SamplingCost, cache_budget
 from .sizes import Sizes
 from .time import GPU_RATES, MEMORY, matmul_rate, measured_rates
 from .training_memory import check_fits, training_memory
 
 # Pinned memory through which layers are read and written.
 HOST_BUFFERS = 300 << 20
+# Bytes a second: the disk of the measured runs (docs/speed.md).
+READ_RATE = 1.6e9
 
 
 # "pass" is no name of an attribute.
@@ -38,11 +41,20 @@ class LayerSizes(TypedDict):
     intermediate_channels: int
 
 
+class Reading(TypedDict):
+    """Bytes read in all, and seconds at a rate."""
+
+    bytes: int
+    seconds: float
+    bytes_per_second: float
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Prediction of what a pruning does and takes.
 
     method, options, ratio: what was asked. parameters, bytes: before and after. bytes_read, bytes_written: of files.
+    reading: the time that it takes, while passes compute.
     layers: sizes by layer; None where they follow from the text. zeros: weights become zero, and every shape stays.
     passes: FLOPs and seconds of each. peak_memory_bytes: of the device. The rest is of a GPU only, else None:
     peak_memory_by_pass, windows_a_batch, hidden_states (where they lie) and rates (what seconds are computed from).
@@ -56,6 +68,7 @@ class Estimate:
     bytes: list[int]
     bytes_read: int
     bytes_written: int
+    reading: Reading
     layers: list[LayerSizes] | None
     zeros: bool
     device: str
@@ -91,15 +104,17 @@ def estimate(
     dtype: torch.dtype,
     device_memory: int | None = None,
     named: str | None = None,
+    sampled: bool = False,
 ) -> Estimate:
     """Sizes before and after, FLOPs, seconds and bytes of each pass, peak memory of device and host.
 
     device: the one present; `named`, a key of `time.GPU_RATES`, is asked about in its place. On a GPU the seconds
     follow from `procedures`, the memory, which `device_memory` bytes bound, from `memory`; on a CPU seconds are
     FLOPs over a measured rate of matrix products, and memory counts the interpreter and libraries as they are now.
-    Waiting for the disk is in neither. Sizes by layer, and with them the parameters, are known beforehand where they
-    follow from the ratio alone; otherwise `layers` is null and the ratio is taken as met. Raises InputError where the
-    run would be refused.
+    `sampled`: the model writes the text itself, which is a pass of its own. `reading` has the bytes read in all and
+    their seconds at READ_RATE; the passes compute meanwhile. Sizes by layer, and with them the parameters, are known
+    beforehand where they follow from the ratio alone; otherwise `layers` is null and the ratio is taken as met. Raises
+    InputError where the run would be refused.
     """
     method.check(reader.shapes, ratio)
     method.check_layers(reader.family, reader.config)
@@ -120,13 +135,18 @@ def estimate(
         budget = device_memory or _whole_memory(device, named)
         train = training_cost(reader, method.training, method.name, sequence_length, dtype, budget)
         flops["train"] = train.flops()
+    sampling = sampling_cost(reader, samples, sequence_length, device, dtype, named) if sampled else None
+    if sampling is not None:
+        flops = {"sampling": sampling.flops()} | flops
+    read = reader.bytes * (1 + ("calibration" in flops) + sampled + (train is not None))
     known: dict[str, Any] = {
         "method": method.name,
         "options": method.options,
         "ratio": ratio,
         "parameters": {"decoder_linears": [before, before - removed]},
         "bytes": [reader.bytes, after],
-        "bytes_read": reader.bytes * (1 + ("calibration" in flops)),
+        "bytes_read": read,
+        "reading": {"bytes": read, "seconds": round(read / READ_RATE, 1), "bytes_per_second": READ_RATE},
         "bytes_written": after,
         "layers": layers,
         "zeros": not method.shrinks,
@@ -139,13 +159,20 @@ def estimate(
         embeddings = reader.tensors[reader.family.embeddings].bytes
         run = CpuRun(micro_batch(device, sequence_length), embeddings, dtype != reader.dtype)
         peaks = [cost.cpu_bytes(run) for cost in costs.values()]
+        seconds = {name: work / rate for name, work in flops.items()}
+        if sampling is not None:
+            seconds["sampling"] = sampling.cpu_seconds(rate)
+            peaks.append(sampling.device_bytes())
         peak = resident_peak() + max(*peaks, 0 if train is None else train.device_bytes())
-        passes = pass_estimates(flops, {name: work / rate for name, work in flops.items()})
+        passes = pass_estimates(flops, seconds)
         return Estimate(**known, peak_memory_bytes=peak, host_memory_bytes=peak, passes=passes)
     memory = plan_memory(sizes, device_memory or _whole_memory(device, named))
     rates = GPU_RATES[named] if named else measured_rates(device, dtype)
     seconds = {name: cost.seconds(rates) for name, cost in working.items()}
     by_pass = memory.device_bytes
+    if sampling is not None:
+        seconds["sampling"] = sampling.seconds(rates)
+        by_pass = {"sampling": sampling.device_bytes()} | by_pass
     if train is not None:
         seconds["train"] = train.seconds(rates)
         by_pass = by_pass | {"train": train.device_bytes()}
@@ -164,6 +191,21 @@ def estimate(
 def pass_estimates(flops: dict[str, float], seconds: dict[str, float]) -> list[PassEstimate]:
     """Entries of the passes that compute anything."""
     return [{"pass": name, "flops": work, "seconds": round(seconds[name], 1)} for name, work in flops.items()]
+
+
+def sampling_cost(
+    reader: CheckpointReader,
+    samples: int,
+    sequence_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    named: str | None,
+) -> SamplingCost:
+    """Cost of the text that the model writes itself."""
+    parameters = sum(tensor.bytes // tensor.dtype.itemsize for tensor in reader.tensors.values())
+    budget = cache_budget(device, int(MEMORY[named]) if named else None)
+    weights = parameters * dtype.itemsize
+    return SamplingCost(reader.shapes, weights, samples, sequence_length, dtype.itemsize, budget)
 
 
 def training_cost(

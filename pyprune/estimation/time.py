@@ -4,6 +4,8 @@ Each term is the work of one stage over the rate that bounds it. Shares of the r
 and 70 B shapes; what no stage names (waiting for decisions, the first use of each kernel) is in OVERHEAD.
 """
 
+import difflib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..architectures import ATTENTION, FFN
+from ..errors import InputError
 from .sizes import Sizes
 
 OVERHEAD = 1.1
@@ -36,15 +39,34 @@ class Rates:
     memory: float
 
 
-# Measured on an H200; for the others scaled by the makers' figures for dense bfloat16, float32 and bandwidth.
+# Measured on an H200; for the others scaled by the makers' figures for dense bfloat16, float32 and bandwidth (B200: as
+# in an HGX, 2250 and 75 TFLOP/s, 8 TB/s; RTX 5090: 210 and 105 TFLOP/s, 1.8 TB/s).
 GPU_RATES = {
-    "h200": Rates(7.5e14, 4.7e13, 4.0e12),
-    "h100": Rates(7.2e14, 4.7e13, 2.8e12),
     "a100": Rates(2.5e14, 1.7e13, 1.7e12),
+    "h100": Rates(7.2e14, 4.7e13, 2.8e12),
+    "h200": Rates(7.5e14, 4.7e13, 4.0e12),
+    "b200": Rates(1.7e15, 5.2e13, 6.6e12),
     "l40s": Rates(2.6e14, 5.0e13, 0.75e12),
     "rtx4090": Rates(1.6e14, 5.0e13, 0.9e12),
+    "rtx5090": Rates(2.0e14, 6.3e13, 1.6e12),
 }
-MEMORY = {"h200": 141e9, "h100": 80e9, "a100": 80e9, "l40s": 48e9, "rtx4090": 24e9}  # bytes
+MEMORY = {
+    "a100": 80e9, "h100": 80e9, "h200": 141e9, "b200": 180e9, "l40s": 48e9, "rtx4090": 24e9, "rtx5090": 32e9,
+}  # fmt: skip  # bytes
+# How other makers' names begin: AMD's, Intel's and Google's.
+NO_BACKEND = ("mi", "rx", "gaudi", "tpu")
+
+
+def gpu_named(name: str) -> str:
+    """The key of GPU_RATES that a name spells: "RTX 4090", "nvidia-h100". InputError: its rates are not known."""
+    word = re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removeprefix("geforce")
+    if word in GPU_RATES:
+        return word
+    known = ", ".join(GPU_RATES)
+    if word.startswith(NO_BACKEND):
+        raise InputError(f"{name}: no backend runs on it, only on NVIDIA GPUs and CPUs; known: {known}")
+    near = difflib.get_close_matches(word, GPU_RATES, n=1)
+    raise InputError(f"{name}: no GPU whose rates are known{f'; did you mean {near[0]}?' if near else ''} ({known})")
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -33,12 +33,19 @@ class TrainingMemory:
 
 def training_memory(reader: ModelSource, method: Training, sequence_length: int, dtype: torch.dtype) -> TrainingMemory:
     """Predict the memory of training on the checkpoint in a compute type, with windows of `sequence_length`."""
-    shapes, itemsize = reader.shapes, dtype.itemsize
-    weights = sum(tensor.bytes // tensor.dtype.itemsize for tensor in reader.tensors.values()) * itemsize
+    parameters = sum(tensor.bytes // tensor.dtype.itemsize for tensor in reader.tensors.values())
+    return memory_of(reader.shapes, parameters, reader.config.vocab_size, method, sequence_length, dtype.itemsize)
+
+
+def memory_of(
+    shapes: list[LayerShape], parameters: int, vocabulary: int, method: Training, sequence_length: int, itemsize: int
+) -> TrainingMemory:
+    """`training_memory` of a model of these layers, parameters in all and vocabulary; itemsize: of the compute type."""
+    weights = parameters * itemsize
     tokens = method.rows * sequence_length * (1 if method.backward else MASKS)
     layer = max(layer_activations(shape, tokens, itemsize) for shape in shapes)
     # Logits in the compute type and in float32, their log-softmax, and going backward the gradient of both.
-    logits = tokens * reader.config.vocab_size * (itemsize + 8 + (4 + itemsize if method.backward else 0))
+    logits = tokens * vocabulary * (itemsize + 8 + (4 + itemsize if method.backward else 0))
     if not method.backward:
         learner = 16 * sum(shape.kv_groups + shape.intermediate_channels for shape in shapes)
         return TrainingMemory(weights, layer // 2, layer // 2, logits, learner)  # nothing is kept for a way back

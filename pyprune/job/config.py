@@ -6,6 +6,7 @@ from typing import Any
 
 from ..calibration.packing import CONCATENATE
 from ..calibration.source import Text
+from ..estimation.target import Target
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PruneConfig:
     model: str
     output: Path | None
     method: str
-    ratio: float | None  # None: the one that the method's pattern says
+    ratio: float | None  # None: the one that `target` or the method's pattern says
     method_options: dict[str, Any] = field(default_factory=dict)
     calibration: Text | None = None  # one text, or several as pairs (text, share)
     samples: int = 128
@@ -44,6 +45,7 @@ class PruneConfig:
     trust_remote_code: bool = False
     evaluation: EvaluationConfig | None = None
     device_memory: int | None = None  # bytes of a CUDA device that the run stays below
+    target: Target | None = None  # size of the output, in place of a ratio
     verify: bool | None = False  # load the output anew and compare its logits; None: unless it is large
     packing: str = CONCATENATE
     text_column: str | None = None  # of rows; None: `text`, else `messages` or `conversations`

@@ -22,6 +22,7 @@ from ..checkpoint import (
 )
 from ..checkpoint.special_ids import check_generation_config, check_special_ids, generation_fields
 from ..errors import InputError
+from ..estimation.target import ratio_of
 from ..forward.layer_forward import LayerForward
 from ..methods import Method, make_method, resolve_ratio
 from ..runtime import distributed
@@ -50,7 +51,8 @@ class Job:
         """model: the one in memory that is pruned; None: the one that the options name."""
         self.start = perf_counter()
         self.method: Method = make_method(options.method, options.method_options)
-        self.ratio = resolve_ratio(self.method, options.ratio)
+        if options.target is None:
+            resolve_ratio(self.method, options.ratio)  # before the model is looked at
         self.progress = progress
         self.warnings: list[str] = []
         # Before anything is computed, since a resumed run goes on as it began.
@@ -58,6 +60,11 @@ class Job:
         take_threads(self.begun.get("identity", {}).get("threads"))
         self.device = distributed.local_device(options.device)
         self.reader: ModelSource = model or self._open(options)
+        self.method = self.method.fitted(self.reader.shapes)
+        if options.target is None:
+            self.ratio = resolve_ratio(self.method, options.ratio)
+        else:
+            self.ratio = ratio_of(options.target, self.reader, self.method)
         self.options = options = self._fitted(options)
         self.dtype = select_dtype(options.dtype, self.reader.dtype, self.device)
         self.method.check(self.reader.shapes, self.ratio)

@@ -120,6 +120,14 @@ class TrainingHistory(TypedDict):
     kept: list[float]
 
 
+class MetTarget(TypedDict):
+    """Size in place of a ratio. kind: "size" (bytes of the weights as stored) or "parameters"."""
+
+    kind: str
+    asked: int
+    met: int
+
+
 @dataclass
 class PruneRecord:
     """Record of a pruning: the contents of plan.json, format 3.
@@ -127,6 +135,7 @@ class PruneRecord:
     model: as it was named; method, options: the method's name and all its options; seed.
     calibration: text, samples, sequence_length (tokens), fingerprint of the windows, packing, and in `sources` of each
         text its share, windows and fingerprint (and its revision on the hub); None without a text.
+    target: `kind` (size in bytes, or parameters), `asked` and `met`, where one was given in place of a ratio.
     ratio: `asked`, `met` (share of the decoder linears' parameters), `of_model`, and a `note` where they differ.
     parameters: before and after, of the decoder linears and of the model. bytes: before and after.
     dense: sizes of a layer of the model that was pruned. layers: by layer, indices of the kept units and scores.
@@ -170,6 +179,7 @@ class PruneRecord:
     evaluation: Evaluation | None = None
     training: TrainingHistory | None = None
     error_curves: dict[str, list[ErrorCurve]] | None = None
+    target: MetTarget | None = None
     output: Path | None = dataclasses.field(default=None, metadata={"stored": False})
     pruned_model: Any = dataclasses.field(default=None, metadata={"stored": False}, repr=False)
 
@@ -195,7 +205,7 @@ class PruneRecord:
         return cls(**{name: document[name] for name in stored if name in document}, output=output)
 
 
-_OPTIONAL = ("evaluation", "training", "error_curves")
+_OPTIONAL = ("evaluation", "training", "error_curves", "target")
 
 
 def parameter_counts(source: ModelSource, after: int) -> Parameters:

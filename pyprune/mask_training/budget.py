@@ -22,12 +22,17 @@ def kept_share(shapes: list[LayerShape], counts: Sequence[Mapping[str, Count]]) 
     return kept / dense
 
 
+def most_selected_away(shapes: list[LayerShape], multiple: int) -> float:
+    """The largest ratio that leaves `multiple` channels, or all, in every selection."""
+    least = [{name: min(multiple, width(shape, name)) for name in SELECTIONS} for shape in shapes]
+    return 1 - kept_share(shapes, least)
+
+
 def check_selections(shapes: list[LayerShape], ratio: float, multiple: int) -> None:
     """InputError unless the ratio lies in (0, 1) and leaves `multiple` channels, or all, in every selection."""
     if not 0 < ratio < 1:
         raise InputError(f"ratio {ratio:g} is outside (0, 1): it is the share of decoder parameters to remove")
-    least = [{name: min(multiple, width(shape, name)) for name in SELECTIONS} for shape in shapes]
-    most = 1 - kept_share(shapes, least)
+    most = most_selected_away(shapes, multiple)
     if ratio > most:
         channels = "one channel stays" if multiple == 1 else f"{multiple} channels stay"
         raise InputError(

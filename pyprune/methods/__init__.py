@@ -8,7 +8,7 @@ from ..errors import InputError
 from .base import LayerStatistics, Method, ScoringMethod, UnitMethod
 from .mask_learning import LearnedMethod
 from .options import flag_of, options_of
-from .registry import METHODS, describe, load_entry_points, register
+from .registry import METHODS, describe, load_entry_points, methods_with, register
 from .second_order import SecondOrderMethod
 from .weight_sparsity import SemiStructuredMethod
 
@@ -32,7 +32,9 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
         own = aliases.get(option, option)
         if own not in known:
             flags = ", ".join(flag_of(each) for each in sorted(known)) or "none"
-            raise InputError(f"method {name} has no option {flag_of(option)}; its options: {flags}")
+            having = [other for other, _ in methods_with(option)]
+            others = f", which {', '.join(having)} {'has' if len(having) == 1 else 'have'}" if having else ""
+            raise InputError(f"method {name} has no option {flag_of(option)}{others}; its options: {flags}")
         if own in given:
             raise InputError(f"{flag_of(own)} is given twice, by its old name too; leave one of them out")
         given[own] = value
@@ -51,7 +53,10 @@ def resolve_ratio(method: Method, ratio: float | None) -> float:
     if ratio is not None:
         return ratio
     if method.implied_ratio is None:
-        raise InputError("Missing option '--ratio': the share of the decoder linears to remove, in (0, 1)")
+        raise InputError(
+            "Missing option '--ratio': the share of the decoder layers' weights to remove, in (0, 1); or give "
+            "--target-size or --parameters"
+        )
     return method.implied_ratio
 
 

@@ -1,20 +1,32 @@
 """Base classes of pruning methods: statistics, scores and choice of units."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
-from ..allocation.budget import KeptUnits, RemovedCounts, UnitScores, check_ratio, choose_by_counts, uniform_counts
+from ..allocation.budget import (
+    KeptUnits,
+    RemovedCounts,
+    UnitScores,
+    check_ratio,
+    choose_by_counts,
+    most_removable,
+    uniform_counts,
+)
 from ..allocation.common_size import common_counts, common_sizes
-from ..allocation.layers import LayerSubset, check_layers_ratio, layer_subset, parse_layers
+from ..allocation.layers import LayerSubset, check_layers_ratio, layer_subset, most_removable_of, parse_layers
 from ..allocation.rounding import check_multiple, rounded_counts
 from ..architectures import SUBLAYERS, Family, LayerShape
 from ..calibration.channel_statistics import ChannelStatistics
 from ..errors import InputError
 from .options import option, options_of
 from .registry import methods_of_choice
+
+# A multiple that fills the tiles of GPU matrix products, and the channels of a layer from which on it costs little: on
+# smaller layers it would move the ratio.
+ROUNDED, ROUNDED_FROM = 128, 4096
 
 LayerStatistics = dict[str, ChannelStatistics]  # sublayer -> statistics of its output projection
 
@@ -42,13 +54,15 @@ class Method(ABC):
     Every field is declared by `option`, every concrete class is `register`ed under its `name`; the docstring's first
     line is what `pyprune methods` prints.
 
-    `procedure`: which passes the method runs: a key of `passes.PASSES` and of `estimation.procedures.PROCEDURES`.
+    `source`: the paper, for `pyprune methods NAME`. `procedure`: which passes the method runs: a key of
+    `passes.PASSES` and of `estimation.procedures.PROCEDURES`.
     `needs_text`: it looks at activations. `sequential`: each layer is judged on the output of the pruned layers before
     it (else all layers are judged on the dense model, in one calibration pass). `shrinks`: it makes matrices smaller,
     and does not leave zeros in their place. `uniform_defaults`: option defaults that apply with `uniform`.
     """
 
     name: ClassVar[str]
+    source: ClassVar[str] = ""
     procedure: ClassVar[str]
     needs_text: ClassVar[bool] = True
     shrinks: ClassVar[bool] = True
@@ -99,8 +113,16 @@ class Method(ABC):
         """InputError for a ratio or sizes that cannot be met, as far as the shapes alone tell."""
         check_ratio(shapes, ratio)
 
+    def most_removable(self, shapes: list[LayerShape]) -> float:
+        """The largest ratio, as far as what has to stay in every layer says it."""
+        return most_removable(shapes)
+
     def check_layers(self, family: Family, config: Any) -> None:  # noqa: B027 (most methods ask nothing more)
         """InputError for layers that the method cannot prune at any ratio."""
+
+    def fitted(self, shapes: list[LayerShape]) -> Self:
+        """The method with the option defaults that follow from the model's sizes."""
+        return self
 
     @property
     def options(self) -> dict[str, Any]:
@@ -127,11 +149,13 @@ class UnitMethod(Method):
     uniform: bool = option(
         False, help="The same number of KV groups and FFN channels in every layer, as stock model classes need."
     )
-    round_to: int = option(
-        1,
+    round_to: int | None = option(
+        None,
         minimum=1,
-        help="Keep FFN channels in multiples of this, or all of a layer's: 128 suits GPUs, 256 llama.cpp's K-quants.",
+        help="Keep FFN channels in multiples of this, or all of a layer's: GPUs multiply such sizes at full speed; "
+        "256 suits llama.cpp's K-quants.",
         meaning="it is a number of FFN channels",
+        default_text=f"{ROUNDED} from {ROUNDED_FROM} FFN channels in a layer on, else 1",
     )
     compensation: str = compensation_option("none")
     layers: str | None = option(
@@ -148,6 +172,19 @@ class UnitMethod(Method):
                 raise InputError(
                     f"--uniform makes all layers alike, --layers {self.layers} does not: leave one of them out"
                 )
+
+    def fitted(self, shapes: list[LayerShape]) -> Self:
+        return self if self.round_to is not None else replace(self, round_to=self.default_multiple(shapes))
+
+    def default_multiple(self, shapes: list[LayerShape]) -> int:
+        """The value of `round_to` where none is given."""
+        channels = [shape.intermediate_channels for shape in shapes]
+        return ROUNDED if max(channels) >= ROUNDED_FROM and min(channels) >= ROUNDED else 1
+
+    @property
+    def multiple(self) -> int:
+        """FFN channels are kept in multiples of this."""
+        return self.round_to or 1
 
     @property
     def adds_bias(self) -> bool:
@@ -180,29 +217,32 @@ class UnitMethod(Method):
 
     def counts_within(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         if self.uniform:
-            return common_counts(shapes, ratio, self.round_to)
-        return rounded_counts(self.unrounded_counts(shapes, ratio), shapes, ratio, self.round_to)
+            return common_counts(shapes, ratio, self.multiple)
+        return rounded_counts(self.unrounded_counts(shapes, ratio), shapes, ratio, self.multiple)
 
     def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
-        """Units that each layer loses before channels are rounded; at least `round_to` of them stay."""
-        return uniform_counts(shapes, ratio, least=self.round_to)
+        """Units that each layer loses before channels are rounded; at least `multiple` of them stay."""
+        return uniform_counts(shapes, ratio, least=self.multiple)
 
     def check(self, shapes: list[LayerShape], ratio: float) -> None:
         subset = self.subset(shapes)
         if self.layers is None:
             self.check_within(shapes, ratio)
             return
-        check_layers_ratio(subset, self.layers, shapes, ratio, self.round_to)
+        check_layers_ratio(subset, self.layers, shapes, ratio, self.multiple)
         try:
             self.check_within(subset.select(shapes), subset.ratio(shapes, ratio))
         except InputError as error:
             raise InputError(f"{error} (ratios are those of --layers {self.layers} alone)") from error
 
+    def most_removable(self, shapes: list[LayerShape]) -> float:
+        return most_removable_of(self.subset(shapes), shapes, self.multiple)
+
     def check_within(self, shapes: list[LayerShape], ratio: float) -> None:
-        check_multiple(shapes, self.round_to)
-        check_ratio(shapes, ratio, self.round_to)
+        check_multiple(shapes, self.multiple)
+        check_ratio(shapes, ratio, self.multiple)
         if self.uniform:
-            common_sizes(shapes, ratio, self.round_to)
+            common_sizes(shapes, ratio, self.multiple)
         if self.sizes_known:
             self.counts_within(shapes, ratio)
 

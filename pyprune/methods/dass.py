@@ -20,6 +20,7 @@ class Dass(InputNormMethod):
     """
 
     name = "dass"
+    source = "arXiv 2405.01943 (DaSS, Guo et al.)"
 
     def compared_axis(self, family: Family, name: str) -> int:
         return 0 if name in family.gate_up else 1

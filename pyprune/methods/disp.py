@@ -2,7 +2,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..architectures import LayerShape
-from ..mask_training.budget import check_selections
+from ..mask_training.budget import check_selections, most_selected_away
 from ..mask_training.gates import GATES
 from .base import compensation_option
 from .mask_learning import LearnedMethod
@@ -23,6 +23,7 @@ class Disp(LearnedMethod):
     """
 
     name = "disp"
+    source = "arXiv 2410.11988 (DISP-LLM, Gao et al.)"
     procedure: ClassVar[str] = "train-selections"
     round_to: int = option(
         1,
@@ -43,6 +44,9 @@ class Disp(LearnedMethod):
     @property
     def backward(self) -> bool:
         return True
+
+    def most_removable(self, shapes: list[LayerShape]) -> float:
+        return most_selected_away(shapes, self.round_to)
 
     def check(self, shapes: list[LayerShape], ratio: float) -> None:
         check_selections(shapes, ratio, self.round_to)

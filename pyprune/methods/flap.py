@@ -44,6 +44,7 @@ class Flap(ScoringMethod):
     """
 
     name = "flap"
+    source = "arXiv 2312.11983 (FLAP, An et al.)"
     uniform_defaults: ClassVar[dict[str, Any]] = {"structure": "UL-UM"}
     compensation: str = compensation_option("bias", "none")
     metric: str = option("WIFV", choices=METRICS, help="Importance of a channel.")
@@ -69,6 +70,9 @@ class Flap(ScoringMethod):
             raise InputError("attention_ratio goes with the structures UL-MM and AL-MM only")
         if self.square_attention is None:
             object.__setattr__(self, "square_attention", self.mode == "reference")  # the class is frozen
+
+    def default_multiple(self, shapes: list[LayerShape]) -> int:
+        return 1 if self.mode == "reference" else super().default_multiple(shapes)
 
     @property
     def by_window(self) -> bool:
@@ -104,11 +108,11 @@ class Flap(ScoringMethod):
 
     def counts_within(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         if self.uniform:
-            return common_counts(shapes, ratio, self.round_to, self.attention_ratio)
+            return common_counts(shapes, ratio, self.multiple, self.attention_ratio)
         return super().counts_within(shapes, ratio)
 
     def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
-        return uniform_counts(shapes, ratio, self.attention_ratio, self.round_to)
+        return uniform_counts(shapes, ratio, self.attention_ratio, self.multiple)
 
     def check_within(self, shapes: list[LayerShape], ratio: float) -> None:
         super().check_within(shapes, ratio)
@@ -119,23 +123,23 @@ class Flap(ScoringMethod):
         if self.sizes_known:
             return super().choose_within(scores, shapes, ratio)
         choice = self._choose_adaptively(scores, shapes, ratio)
-        if self.round_to == 1:
+        if self.multiple == 1:
             return choice
-        counts = rounded_counts(counts_of(choice, shapes), shapes, ratio, self.round_to, worth_by_scores(scores))
+        counts = rounded_counts(counts_of(choice, shapes), shapes, ratio, self.multiple, worth_by_scores(scores))
         return choose_by_counts(scores, counts)
 
     def _choose_adaptively(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> KeptUnits:
-        """The structures AL: over the whole model; at least `round_to` channels stay in every layer."""
-        check_ratio(shapes, ratio, self.round_to)
+        """The structures AL: over the whole model; at least `multiple` channels stay in every layer."""
+        check_ratio(shapes, ratio, self.multiple)
         if self.structure == "AL-AM":
             if self.mode == "reference":
-                return choose_above(scores, shapes, reference_threshold(scores, shapes, ratio), self.round_to)
-            return choose_globally(scores, shapes, ratio * total_cost(shapes), least=self.round_to)
+                return choose_above(scores, shapes, reference_threshold(scores, shapes, ratio), self.multiple)
+            return choose_globally(scores, shapes, ratio * total_cost(shapes), least=self.multiple)
         # AL-MM: the same number of units of each sublayer as with uniform layers, taken from the whole model.
         counts = self.unrounded_counts(shapes, ratio)
         attention = sum(c[ATTENTION] * s.group_cost for c, s in zip(counts, shapes, strict=True))
         groups = choose_globally(scores, shapes, attention, (ATTENTION,))
-        channels = choose_globally(scores, shapes, sum(c[FFN] for c in counts), (FFN,), self.round_to)
+        channels = choose_globally(scores, shapes, sum(c[FFN] for c in counts), (FFN,), self.multiple)
         return KeptUnits(
             [{ATTENTION: g[ATTENTION], FFN: c[FFN]} for g, c in zip(groups.layers, channels.layers, strict=True)]
         )

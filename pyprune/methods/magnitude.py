@@ -13,6 +13,7 @@ class Magnitude(ScoringMethod):
     """Magnitude-sp: the norm of each output projection column, uniform over layers; looks at no text (baseline)."""
 
     name = "magnitude"
+    source = "a baseline: the norm of a channel's weights alone"
     needs_text = False
 
     def channel_scores(self, statistics: ChannelStatistics, sublayer: str) -> Tensor:

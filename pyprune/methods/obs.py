@@ -37,6 +37,7 @@ class Obs(SecondOrderMethod):
     """
 
     name = "obs"
+    source = "this project, from Optimal Brain Surgeon (Hassibi and Stork, 1993)"
     compensation: str = compensation_option("weights", "bias", "none")
     allocation: str = option(
         "residual",
@@ -100,7 +101,7 @@ class Obs(SecondOrderMethod):
         return self.dense_statistics == NONE
 
     def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
-        return incremental_counts(shapes, ratio, self.allocation, self.first_share, self.round_to)
+        return incremental_counts(shapes, ratio, self.allocation, self.first_share, self.multiple)
 
     def allocate_within(
         self,
@@ -111,9 +112,9 @@ class Obs(SecondOrderMethod):
     ) -> RemovedCounts:
         if curves is not None:
             allocated = cheapest_counts if self.uniform else residual_counts
-            return allocated(curves, shapes, ratio, self.round_to)
+            return allocated(curves, shapes, ratio, self.multiple)
         if moments is not None:
-            flap = Flap(round_to=self.round_to)
+            flap = Flap(round_to=self.multiple)
             return counts_of(flap.choose(flap.scores(moments, shapes), shapes, ratio), shapes)
         return self.counts_within(shapes, ratio)
 

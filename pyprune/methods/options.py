@@ -46,9 +46,10 @@ class Option:
         return flag_of(self.name)
 
     def describe(self) -> dict[str, Any]:
-        """Default, choices, help and type, for listings and documents."""
+        """Default, the same in words where the value does not say it, choices, help and type."""
         return {
             "default": self.default,
+            "default_text": self.default_text,
             "choices": None if self.choices is None else list(self.choices),
             "help": self.help,
             "type": self.kind.__name__ + (" or null" if self.nullable else ""),

@@ -21,6 +21,7 @@ class Policy(LearnedMethod):
     """
 
     name = "policy"
+    source = "arXiv 2406.10576 (Bypass Back-propagation, Gao et al.)"
     procedure: ClassVar[str] = "train-units"
     learning_rate: float = learning_rate_option(0.02, "Adam")
     compensation: str = compensation_option("none", "bias")

@@ -49,10 +49,11 @@ def methods_of_choice(option: str, value: Any) -> list[str]:
 
 
 def describe(method: "type[Method]") -> dict[str, Any]:
-    """Name, summary and options of a method class: {name: {default, choices, help, type}}."""
+    """Name, summary, source and options of a method class: {name: {default, default_text, choices, help, type}}."""
     return {
         "name": method.name,
         "summary": (method.__doc__ or "").strip().splitlines()[0],
+        "source": method.source,
         "needs_text": method.needs_text,
         "options": {name: own.describe() for name, own in options_of(method).items()},
     }

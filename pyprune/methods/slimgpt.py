@@ -30,6 +30,7 @@ class SlimGpt(SecondOrderMethod):
     """
 
     name = "slimgpt"
+    source = "arXiv 2412.18110 (SlimGPT, Ling et al.)"
     uniform_defaults: ClassVar[dict[str, Any]] = {"schedule": "uniform"}
     compensation: str = compensation_option("weights")
     schedule: str = option("log", choices=SCHEDULES, help="How ratios rise with depth.")
@@ -43,7 +44,7 @@ class SlimGpt(SecondOrderMethod):
             )
 
     def unrounded_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
-        return incremental_counts(shapes, ratio, self.schedule, self.first_share, self.round_to)
+        return incremental_counts(shapes, ratio, self.schedule, self.first_share, self.multiple)
 
     def allocate_within(
         self,

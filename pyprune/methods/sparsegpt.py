@@ -21,6 +21,7 @@ class SparseGpt(SemiStructuredMethod):
     """
 
     name = "sparsegpt"
+    source = "arXiv 2301.00774 (SparseGPT, Frantar and Alistarh)"
     from_hessian: ClassVar[bool] = True
     damping: float = damping_option()
 

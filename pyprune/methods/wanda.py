@@ -10,3 +10,4 @@ class Wanda(InputNormMethod):
     """Wanda: weight times input norm, compared within a row; zeroes single weights (arXiv 2306.11695)."""
 
     name = "wanda"
+    source = "arXiv 2306.11695 (Wanda, Sun et al.)"

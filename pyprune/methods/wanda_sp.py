@@ -13,6 +13,7 @@ class WandaSp(ScoringMethod):
     """Wanda-sp: mean weight times input norm, uniform over layers, on pruned inputs (baseline)."""
 
     name = "wanda-sp"
+    source = "arXiv 2306.11695 (Wanda), summed over channels as a baseline in arXiv 2312.11983"
     sequential = True
 
     def channel_scores(self, statistics: ChannelStatistics, sublayer: str) -> Tensor:

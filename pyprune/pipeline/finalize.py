@@ -17,6 +17,7 @@ from ..checkpoint import CheckpointWriter, Digests, ModelInMemory
 from ..checkpoint.load_model import load_model
 from ..checkpoint.memory_writer import MemoryWriter
 from ..errors import InputError, VerificationError
+from ..estimation.target import SIZE
 from ..evaluation.continuations import sample_continuations
 from ..evaluation.perplexity import evaluate_models, load_models
 from ..evaluation.roundtrip import Verification, verify_roundtrip
@@ -26,6 +27,8 @@ from ..job.record import (
     FORMAT,
     Calibration,
     Evaluation,
+    MetTarget,
+    Parameters,
     Pass,
     PruneRecord,
     TrainingHistory,
@@ -37,6 +40,7 @@ from ..job.record import (
     write_record,
 )
 from ..job.result import PruneResult
+from ..job.run_file import write_run_file
 from ..mask_training.training import FILE as TRAINING
 from ..modeling.saving import save_config
 from ..passes import Passes
@@ -77,6 +81,7 @@ def finalize(job: Job, writer: CheckpointWriter, passes: Passes, outcome: PruneR
     record.warnings += write_card(record.to_json(), source, partial, output.absolute().name)
     record.seconds = round(perf_counter() - job.start, 3)
     write_record(record, partial)
+    write_run_file(job, partial)
     from ..report.page import write_report  # here: matplotlib would take 25 MB all through the passes
 
     write_report(record.to_json(), partial / "report.html", str(output))
@@ -145,6 +150,7 @@ def _record(
         verification={"verified": False, "reason": "nothing was written"},
         seconds=0.0,
         training=_training(passes),
+        target=_target(job, parameters, bytes_after),
         error_curves=error_curves_entry(passes.curves, layers) if passes.curves else None,
     )
 
@@ -167,6 +173,15 @@ def _calibration(job: Job) -> Calibration | None:
 def _training(passes: Passes) -> TrainingHistory | None:
     history = passes.history
     return {"loss": [loss for loss, _ in history], "kept": [kept for _, kept in history]} if history else None
+
+
+def _target(job: Job, parameters: Parameters, bytes_after: int) -> MetTarget | None:
+    """The size that was asked for in place of a ratio, and the one met."""
+    target = job.options.target
+    if target is None:
+        return None
+    met = bytes_after if target.kind == SIZE else parameters["model"][1]
+    return {"kind": target.kind, "asked": target.amount, "met": met}
 
 
 def _verify(job: Job, partial: Path, stored_bytes: int, outcome: PruneResult) -> Verification:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ from ..runtime.environment import split
 from ..runtime.faults import explain
 from ..runtime.progress import Progress, silent
 from .finalize import finalize, finalize_in_memory
+
+logger = logging.getLogger(__name__)
 
 
 def prune(options: PruneConfig, progress: Progress = silent, model: LoadedModel | None = None) -> PruneRecord:
@@ -70,6 +73,9 @@ def _run_in_memory(job: Job) -> PruneRecord:
 
 
 def _run(job: Job, output: Path) -> PruneRecord:
+    backends = ", ".join(f"{name} {backend}" for name, backend in job.backends.items())
+    logger.info("%s at ratio %.6g on %s in %s", job.method.name, job.ratio, job.device, job.dtype)
+    logger.info("micro-batches of %d windows; backends: %s", job.memory.batch, backends or "none")
     writer = _writer(job, output)
     fresh = not job.begun
     try:

@@ -94,7 +94,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _chosen(plan: dict[str, Any]) -> dict[str, Any]:
-    return chosen_options(plan["method"], plan["options"])
+    return chosen_options(plan)
 
 
 def _calibration(calibration: dict[str, Any]) -> str:

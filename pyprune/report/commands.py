@@ -21,8 +21,8 @@ def prune_command(plan: dict[str, Any], output: str) -> str | None:
     texts = [*_calibration_texts(calibration), *([evaluation["text"]] if evaluation else [])]
     if plan["model"].endswith(IN_MEMORY) or any(_GIVEN.fullmatch(text) for text in texts):
         return None
-    words = ["prune", plan["model"], output, "--method", plan["method"], "--ratio", f"{plan['ratio']['asked']:g}"]
-    words += _option_words(chosen_options(plan["method"], plan["options"]))
+    words = ["prune", plan["model"], output, "--method", plan["method"], *_amount_words(plan)]
+    words += _option_words(chosen_options(plan))
     if calibration:
         words += _calibration_words(calibration)
     if plan["seed"]:
@@ -35,6 +35,14 @@ def prune_command(plan: dict[str, Any], output: str) -> str | None:
     processes = plan.get("identity", {}).get("processes", 1)
     start = ["pyprune"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}", "-m", "pyprune"]
     return shlex.join([*start, *words])
+
+
+def _amount_words(plan: dict[str, Any]) -> list[str]:
+    """How much to remove, as it was asked."""
+    target = plan.get("target")
+    if target is None:
+        return ["--ratio", f"{plan['ratio']['asked']:g}"]
+    return ["--target-size" if target["kind"] == "size" else "--parameters", str(target["asked"])]
 
 
 def run_file_command(plan: dict[str, Any], output: str) -> str:

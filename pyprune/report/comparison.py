@@ -175,7 +175,7 @@ def _rows(runs: list[Run]) -> list[list[str]]:
 
 
 def _options(plan: dict[str, Any]) -> str:
-    chosen = chosen_options(plan["method"], plan["options"])
+    chosen = chosen_options(plan)
     return ", ".join(f"{name} {plain(value)}" for name, value in chosen.items())
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..architectures import LayerShape
 from ..calibration.source import SELF
 from ..errors import InputError
 from ..methods import make_method
@@ -30,13 +31,16 @@ def hub_id(model: str) -> str | None:
     return named[1] if named and not Path(model).exists() else None
 
 
-def chosen_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+def chosen_options(plan: dict[str, Any]) -> dict[str, Any]:
     """The options that the others and the method's defaults do not give; all of them of a method that is not here."""
+    method, options = plan["method"], plan["options"]
+    sizes = ("hidden_size", "head_dim", "kv_groups", "heads_per_group", "intermediate_channels")
+    shape = LayerShape(*(plan["dense"][name] for name in sizes))
     chosen = dict(options)
     try:
         for name in options:
             others = {other: value for other, value in chosen.items() if other != name}
-            if make_method(method, others).options == options:
+            if make_method(method, others).fitted([shape]).options == options:
                 chosen = others
     except InputError:
         return options

@@ -21,7 +21,7 @@ def write_report(plan: dict[str, Any], path: str | Path, output: str = "OUTPUT")
     if plan.get("format") != FORMAT:
         raise InputError(f"the plan's format is {plan.get('format')!r}: this version reads {FORMAT!r}")
     evaluation = plan.get("evaluation")
-    chosen = chosen_options(plan["method"], plan["options"])
+    chosen = chosen_options(plan)
     page = render(
         "report.html",
         title=model_name(plan["model"]),

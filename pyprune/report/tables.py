@@ -108,7 +108,7 @@ def pass_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
 def setting_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """The settings that matter: of the options, those that are not the method's defaults."""
     calibration = plan["calibration"]
-    chosen = chosen_options(plan["method"], plan["options"])
+    chosen = chosen_options(plan)
     rows = [("Method", plan["method"]), *((f"Option {name}", plain(value)) for name, value in chosen.items())]
     if len(chosen) < len(plan["options"]):
         rows.append(("Other options", "the defaults, which plan.json holds"))

@@ -396,7 +396,19 @@ def test_other_sizes_are_another_run(pruned: Pruned, tmp_path: Path) -> None:
 def test_refused_on_the_command_line(
     demo_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ("prune", demo_model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, "--device", "cpu")
+    command = (
+        "prune",
+        demo_model,
+        tmp_path / "out",
+        "--method",
+        "flap",
+        "--ratio",
+        0.3,
+        "--calibration",
+        text,
+        "--device",
+        "cpu",
+    )
     for words, message in (
         (("--uniform", "--structure", "AL-AM"), "leave one of them out"),
         (("--round-to", 705), "--round-to 705 is more than the 704 FFN channels"),

@@ -115,6 +115,19 @@ def test_page_is_whole_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert page.source == page_of(capsys, tmp_path, usual("2026-01-01", 1000.0)).source
 
 
+def test_small_sizes_make_no_headline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A CPU gets a small model and few operators: no mean over them. Where none of ours was timed, no roofline."""
+    whole = usual("2026-01-01", 1000.0)
+    assert "geometric mean" in " ".join(page_of(capsys, tmp_path, whole).texts)
+    cpu = page_of(capsys, tmp_path, whole | {"device": "cpu"})
+    assert "geometric mean" not in " ".join(cpu.texts)
+    assert "Rooflines" in cpu.texts
+    untimed = document("2026-01-01", row(HESSIAN, candidate("plain", "pytorch", 2000.0)))
+    page = page_of(capsys, tmp_path, untimed)
+    assert "Rooflines" not in page.texts
+    assert "<svg" not in page.source
+
+
 def test_what_a_row_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = page_of(capsys, tmp_path, usual("2026-01-01", 1000.0))
     text = " ".join(page.texts)

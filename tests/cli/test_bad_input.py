@@ -77,7 +77,7 @@ def test_text(refused: Callable[..., str], model: Path, text: Path, tmp_path: Pa
     def line(source: object, *sizes: object) -> str:
         return refused("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", source, *sizes)
 
-    assert "method flap looks at activations: give --calibration" in refused(
+    assert "method obs looks at activations: give --calibration" in refused(
         "prune", model, tmp_path / "out", "--ratio", 0.3
     )
     assert "missing.txt" in line(tmp_path / "missing.txt")
@@ -122,13 +122,14 @@ def test_no_space(refused: Callable[..., str], model: Path, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "lottery"), "unknown method 'lottery'; known: magnitude, wanda-sp, flap"),
+        (("--method", "lottery"), "'lottery' is not one of magnitude, wanda-sp, flap"),
         (("--method", "magnitude", "--metric", "IFV"), "method magnitude has no option --metric"),
         (("--device", "tpu"), "tpu"),
         (("--device", "cuda:99"), "cuda:99"),
-        (("--dtype", "int4"), "unknown dtype 'int4'; one of auto, float32, bfloat16, float16"),
-        (("--structure", "AL"), "flap has no structure 'AL'"),
-        (("--sampels", "3"), "No such option"),
+        (("--dtype", "float23"), "'float23' is not one of auto, float32, bfloat16, float16; did you mean float32?"),
+        (("--structure", "AL-M"), "'AL-M' is not one of UL-UM, UL-MM, AL-MM, AL-AM; did you mean AL-MM?"),
+        (("--metric", "IFV"), "method obs has no option --metric, which flap has; its options: --allocation"),
+        (("--sampels", "3"), "No such option '--sampels'. (Did you mean one of: '--samples'"),
         (("--samples", "many"), "not a valid integer"),
     ],
 )
@@ -147,7 +148,8 @@ def test_options(
 def test_unknown_backend(
     refused: Callable[..., str], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *SMALL, "--device", "cpu")
+    flap = ("--method", "flap", "--ratio", 0.3, "--calibration", text, *SMALL, "--device", "cpu")
+    command = ("prune", model, tmp_path / "out", *flap)
     monkeypatch.setenv("PYPRUNE_BACKEND", "rocm")
     assert "PYPRUNE_BACKEND=rocm is not a backend; choose cuda, triton, cpu, reference" in refused(*command)
     monkeypatch.setenv("PYPRUNE_BACKEND", "triton")
@@ -156,6 +158,7 @@ def test_unknown_backend(
 
 def test_commands(refused: Callable[..., str], model: Path, text: Path, tmp_path: Path) -> None:
     assert "No such command 'shrink'" in refused("shrink", model)
+    assert "No such command 'prun'. Did you mean 'prune'?" in refused("prun", model)
     assert "Missing argument 'OUTPUT'" in refused("prune", model, "--ratio", 0.3)
     assert "Missing option '--ratio'" in refused("prune", model, tmp_path / "out")
     assert "there is nothing to evaluate on" in refused("evaluate", model)
@@ -173,7 +176,7 @@ def test_attention_ratio_is_checked_before_the_survey(
 ) -> None:
     line = refused(
         *("prune", model, tmp_path / "out", "--ratio", 0.3, "--calibration", text),
-        *("--structure", "UL-MM", "--attention-ratio", 2),
+        *("--method", "flap", "--structure", "UL-MM", "--attention-ratio", 2),
     )
     assert "attention ratio 2 is outside [0, 1)" in line
 
@@ -203,7 +206,7 @@ def test_a_refused_resume_keeps_what_was_done(
 ) -> None:
     from pyprune.checkpoint import CheckpointWriter
 
-    rest = ("--calibration", text, *SMALL, "--device", "cpu")
+    rest = ("--method", "flap", "--calibration", text, *SMALL, "--device", "cpu")
     command = ("prune", model, tmp_path / "out", "--ratio", 0.3, *rest)
     write = CheckpointWriter.write
 

@@ -134,8 +134,8 @@ def test_sizes_on_the_command_line(demo_model: Path, tmp_path: Path, capsys: pyt
     assert (wrong.status, "no size" in wrong.err) == (2, True)
     here = run(capsys, *plan, "--device", "cpu", "--device-memory", "2GB")
     assert (here.status, "--on" in here.err) == (2, True)
-    pruned = run(capsys, "prune", demo_model, tmp_path / "out", "--ratio", 0.3, "--device", "cpu", "--device-memory",
-                "2GB", "--calibration", "self")  # fmt: skip
+    pruned = run(capsys, "prune", demo_model, tmp_path / "out", "--method", "flap", "--ratio", 0.3, "--device", "cpu",
+                "--device-memory", "2GB", "--calibration", "self")  # fmt: skip
     assert (pruned.status, "CUDA" in pruned.err) == (2, True)
     assert not list(tmp_path.iterdir())
 

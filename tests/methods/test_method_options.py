@@ -38,6 +38,7 @@ def test_what_a_method_says_of_itself() -> None:
             assert own["choices"] is None or own["default"] in own["choices"]
     json.dumps([describe(method) for method in METHODS.values()])
     assert describe(METHODS["flap"])["options"]["metric"] == {
+        "default_text": None,
         "default": "WIFV", "choices": ["IFV", "WIFV", "WIFN"], "help": "Importance of a channel.", "type": "str",
     }  # fmt: skip
     assert describe(METHODS["obs"])["options"]["first_share"]["type"] == "float or null"
@@ -81,12 +82,15 @@ def test_an_old_name_of_an_option(demo_model: Path, capsys: pytest.CaptureFixtur
     assert "--survey-samples" not in run(capsys, "plan", "--help").out
 
 
-def test_one_flag_for_an_option_of_several_methods(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = " ".join(run(capsys, "prune", "--help").out.split())
-    for name in {name for method in METHODS.values() for name in options_of(method)}:
-        assert f"--{name.replace('_', '-')}" in shown
-    assert "slimgpt, obs, sparsegpt: Added to H's diagonal" in shown
-    assert "[default: 0.001 for disp, 0.02 for policy]" in shown
+def test_each_methods_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, method in METHODS.items():
+        shown = " ".join(run(capsys, "methods", name).out.split())
+        for own in options_of(method).values():
+            assert own.flag in shown
+            assert " ".join(own.help.split()) in shown
+        assert f"Source {method.source}" in shown
+        assert "Cost Llama-2-7B" in shown
+    assert "unknown method 'wandas'" in run(capsys, "methods", "wandas").err
     listed = run(capsys, "methods", "--json").json
     assert listed["flap"]["options"]["metric"] == "WIFV"
     assert listed["flap"]["option_details"]["metric"]["choices"] == ["IFV", "WIFV", "WIFN"]
@@ -246,9 +250,10 @@ PROCEDURES["toy"] = slice_costs
 
 def test_a_method_in_a_file_of_its_own(demo_model: Path, tmp_path: Path) -> None:
     toy = Extension(tmp_path, "pyprune_toy", "pyprune.methods", TOY).forked
-    shown = " ".join(toy("prune", "--help").out.read_text().split())
-    assert "toy, toy-passes: Of the norm. [default: 2]" in shown
-    assert "toy, toy-passes: Which go first. One of low, high. [default: low]" in shown
+    assert "dass, toy, toy-passes;" in " ".join(toy("prune", "--help").out.read_text().split())
+    shown = " ".join(toy("methods", "toy").out.read_text().split())
+    assert "Of the norm. [default: 2.0]" in shown
+    assert "Which go first. One of low, high. [default: low]" in shown
     listed = json.loads(toy("methods", "--json").out.read_text())
     assert listed["toy"]["summary"] == "Toy: the norm of each column to a power."
     assert listed["toy"]["options"]["power"] == 2.0

@@ -248,7 +248,10 @@ def test_plan_says_what_it_takes(method: str, model: Path, capsys: pytest.Captur
         (("sparsegpt", "--pattern", "unstructured", "--ratio", 1.2), "ratio 1.2 is outside (0, 1)"),
         (("sparsegpt", "--pattern", "3:7"), "--pattern 3:7 does not divide the weights of layer 0 (self_attn.q_proj)"),
         (("dass", "--pattern", "2:64"), "--pattern 2:64 does not divide the weights of layer 0 (mlp.gate_proj)"),
-        (("dass", "--uniform"), "method dass has no option --uniform; its options: --pattern"),
+        (
+            ("dass", "--uniform"),
+            "method dass has no option --uniform, which magnitude, wanda-sp, flap",
+        ),
         (("flap", "--pattern", "2:4", "--ratio", 0.3), "method flap has no option --pattern"),
         (("wanda", "--damping", 0.1), "method wanda has no option --damping"),
         (("wanda", "--compensation", "weights"), "method wanda has no option --compensation"),

@@ -68,8 +68,11 @@ def test_pages() -> None:
 
 
 @each_page
-def test_commands_parse(page: Path) -> None:
+def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command of a shell block is taken by the command line as far as its options and their values go."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smaller").mkdir()
+    (tmp_path / "smaller" / "run.yaml").write_text("model: dense\nratio: 0.3\n")
     for words in shell_lines(page):
         if words[0] == "pyprune":
             command(words[1]).make_context(words[1], words[2:]).close()

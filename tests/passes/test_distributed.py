@@ -35,7 +35,7 @@ METHODS = {
 
 def pruning(model: Path, text: Path, output: Path, *more: object, patch: Callable[[], None] | None = None) -> Any:
     """`pyprune prune` of a small model on 7 windows of 32 tokens, for `run_together`."""
-    arguments = ("prune", model, output, "--ratio", 0.3, "--calibration", text, "--samples", 7)
+    arguments = ("prune", model, output, "--method", "flap", "--ratio", 0.3, "--calibration", text, "--samples", 7)
     arguments += ("--sequence-length", 32, "--device", "cpu", "--dtype", "float32", *more)
     return partial(command, varied(*arguments), patch)
 
@@ -242,7 +242,7 @@ def test_resume_after_a_kill(model: Path, text: Path, tmp_path: Path, method: st
 def test_torchrun(model: Path, tmp_path: Path) -> None:
     """The command as it is typed, on text that the first process samples, with an evaluation; then a wrong one."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    torchrun += ["-m", "pyprune", "prune", str(model), str(tmp_path / "out")]
+    torchrun += ["-m", "pyprune", "prune", str(model), str(tmp_path / "out"), "--method", "flap"]
     environment = os.environ | {"PYTHONPATH": str(Path(distributed.__file__).parent.parent)}
 
     def launch(*arguments: str) -> Any:

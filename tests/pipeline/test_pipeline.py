@@ -36,7 +36,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.figures
 def test_flap_end_to_end(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "pruned"
-    outcome = run(capsys, "prune", demo_model, output, "--ratio", 0.3, *SMALL, "--json",
+    outcome = run(capsys, "prune", demo_model, output, "--method", "flap", "--ratio", 0.3, *SMALL, "--json",
                   "--evaluate", "self", "--evaluation-length", 32, "--max-windows", 8)  # fmt: skip
     assert outcome.status == 0, outcome.err
     result, plan = outcome.json, read_plan(output)
@@ -100,17 +100,19 @@ def prune_in_memory(model_folder: Path, plan: dict[str, Any], survey_file: Path)
 def test_another_ratio_runs_no_forward(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(capsys, "prune", demo_model, tmp_path / "a", "--ratio", 0.2, *SMALL, "--json").json
+    first = run(capsys, "prune", demo_model, tmp_path / "a", "--method", "flap", "--ratio", 0.2, *SMALL, "--json").json
     calls: list[int] = []
     forward = LayerForward.run
     monkeypatch.setattr(LayerForward, "run", lambda *a, **k: (calls.append(1), forward(*a, **k)))
     load = sampling.load_model
     monkeypatch.setattr(sampling, "load_model", lambda *a, **k: (calls.append(1), load(*a, **k))[1])
-    second = run(capsys, "prune", demo_model, tmp_path / "b", "--ratio", 0.5, *SMALL, "--json").json
+    second = run(capsys, "prune", demo_model, tmp_path / "b", "--method", "flap", "--ratio", 0.5, *SMALL, "--json").json
     assert not calls
     assert (first["calibration_cached"], second["calibration_cached"]) == (False, True)
     # Another seed is another text: the cache must not answer for it.
-    other = run(capsys, "prune", demo_model, tmp_path / "c", "--ratio", 0.5, *SMALL, "--seed", 1, "--json").json
+    other = run(
+        capsys, "prune", demo_model, tmp_path / "c", "--method", "flap", "--ratio", 0.5, *SMALL, "--seed", 1, "--json"
+    ).json
     assert other["calibration_cached"] is False
     assert calls
 
@@ -122,6 +124,8 @@ def test_seed_makes_the_result_repeatable(demo_model: Path, tmp_path: Path, caps
             "prune",
             demo_model,
             tmp_path / name,
+            "--method",
+            "flap",
             "--ratio",
             0.4,
             *SMALL,
@@ -183,7 +187,9 @@ def test_half_precision_models_and_computation(
     for dtype in ("float16", "bfloat16", "float32"):
         model = tiny_checkpoint(family="qwen2", dtype=dtype, tokenizer=demo_model)
         output = tmp_path / dtype
-        outcome = run(capsys, "prune", model, output, "--ratio", 0.3, *SMALL, "--dtype", dtype, "--json")
+        outcome = run(
+            capsys, "prune", model, output, "--method", "flap", "--ratio", 0.3, *SMALL, "--dtype", dtype, "--json"
+        )
         assert outcome.status == 0, outcome.err
         reader = CheckpointReader(output)
         assert str(reader.dtype) == f"torch.{dtype}"
@@ -207,7 +213,7 @@ def test_evaluate_and_plan_and_lists(demo_model: Path, tmp_path: Path, capsys: p
     before, after = estimated["parameters"]["decoder_linears"]
     assert after == before / 2
     assert estimated["peak_memory_bytes"] > 0
-    flap = run(capsys, "plan", demo_model, "--ratio", 0.5, "--json").json
+    flap = run(capsys, "plan", demo_model, "--method", "flap", "--ratio", 0.5, "--json").json
     # 2 FLOPs a parameter and token; scores and weighted values over half of the window, 256 wide in 6 layers.
     assert flap["passes"][0]["flops"] == 128 * 2048 * (2 * before + 6 * 2 * 256 * 2048)
 
@@ -236,7 +242,9 @@ def test_allow_nonfinite_counts_them_as_zero(
     text = tmp_path / "text.txt"
     text.write_text("A plain text about nothing in particular. " * 60)
     arguments = ("--calibration", text, "--samples", 4, "--sequence-length", 16)
-    outcome = run(capsys, "prune", model, tmp_path / "out", "--ratio", 0.3, *arguments, "--allow-nonfinite")
+    outcome = run(
+        capsys, "prune", model, tmp_path / "out", "--method", "flap", "--ratio", 0.3, *arguments, "--allow-nonfinite"
+    )
     assert outcome.status == 0, outcome.err
     # Channel 7 is Inf at every token, times a finite gate: all 64 tokens of layer 1, and nothing after it.
     counted = read_plan(tmp_path / "out")["nonfinite"]
@@ -250,7 +258,7 @@ def test_what_pyprune_wrote_can_be_pruned_again(
 ) -> None:
     """Uneven layers and biases of the first pruning survive the second, whatever the method."""
     once = tmp_path / "once"
-    run(capsys, "prune", demo_model, once, "--ratio", 0.2, *SMALL)
+    run(capsys, "prune", demo_model, once, "--method", "flap", "--ratio", 0.2, *SMALL)
     for method in ("flap", "wanda-sp", "magnitude"):
         twice = tmp_path / method
         text = () if method == "magnitude" else SMALL
@@ -267,7 +275,20 @@ def test_a_survey_answers_only_for_what_it_was_made_of(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("A plain text about nothing in particular. " * 60)
-    fixed = ("--calibration", text, "--samples", 4, "--sequence-length", 16, "--device", "cpu", "--ratio", 0.3)
+    fixed = (
+        "--calibration",
+        text,
+        "--samples",
+        4,
+        "--sequence-length",
+        16,
+        "--device",
+        "cpu",
+        "--method",
+        "flap",
+        "--ratio",
+        0.3,
+    )
 
     def cached(name: str, *changes: object, seed: int = 0) -> bool:
         model = tiny_checkpoint(family="llama", dtype="float32", tokenizer=demo_model, seed=seed)
@@ -293,8 +314,10 @@ def test_plan_shows_what_prune_does(demo_model: Path, tmp_path: Path, capsys: py
     manual = ("--structure", "UL-MM", "--attention-ratio", 0)
     (expected,) = {
         tuple(layer.values())
-        for layer in run(capsys, "plan", demo_model, "--ratio", 0.3, *manual, "--json").json["layers"]
+        for layer in run(capsys, "plan", demo_model, "--method", "flap", "--ratio", 0.3, *manual, "--json").json[
+            "layers"
+        ]
     }
-    run(capsys, "prune", demo_model, tmp_path / "out", "--ratio", 0.3, *manual, *SMALL)
+    run(capsys, "prune", demo_model, tmp_path / "out", "--method", "flap", "--ratio", 0.3, *manual, *SMALL)
     for layer in read_plan(tmp_path / "out")["layers"]:
         assert (len(layer["kv_groups"]), len(layer["intermediate_channels"])) == expected == (4, 416)

@@ -11,7 +11,7 @@ def deepest(sizes: Sizes[SecondOrderMethod]) -> float:
     method = sizes.method
     share = deepest_cut(method.ratio_within(sizes.shapes, sizes.ratio)) / 10
     if method.uniform:  # layers of several sizes are cut to one
-        common = common_sizes(sizes.shapes, sizes.ratio, method.round_to)
+        common = common_sizes(sizes.shapes, sizes.ratio, method.multiple)
         share = max(share, 1 - min(s.channels for s in common) / sizes.shape.intermediate_channels)
     return share
 
