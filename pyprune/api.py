@@ -11,7 +11,7 @@ from torch import Tensor
 from .calibration.source import Text, TokenSource
 from .calibration.text import load_tokenizer
 from .calibration.windows import fit_length
-from .checkpoint import CheckpointReader, LoadedModel, checkpoint_folder
+from .checkpoint import SHARD_SIZE, CheckpointReader, LoadedModel, checkpoint_folder
 from .checkpoint.load_model import evaluation_model, load_model
 from .errors import InputError
 from .estimation.estimate import Estimate
@@ -44,6 +44,7 @@ def prune(
     device: str = "auto",
     dtype: str = "auto",
     device_memory: int | None = None,
+    shard_size: int | None = None,
     cache: str | Path | None = None,
     resume: bool = False,
     allow_other_bits: bool = False,
@@ -72,6 +73,7 @@ def prune(
         seed: of windows and of sampled text.
         device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto", "float32", "bfloat16" or "float16".
         device_memory: bytes of the GPU that the run stays below.
+        shard_size: bytes of tensors in a file of the output at most; a larger tensor has its own file. None: 5 GB.
         cache: folder of statistics of the dense model. None: `.pyprune-cache` beside the output.
         resume: finish a run that was stopped, to the same bits. allow_other_bits: on another processor or other
             versions too.
@@ -119,6 +121,7 @@ def prune(
         trust_remote_code=trust_remote_code,
         evaluation=evaluation,
         device_memory=device_memory,
+        shard_size=SHARD_SIZE if shard_size is None else shard_size,
         verify=verify,
     )
     if isinstance(model, torch.nn.Module):
@@ -251,6 +254,7 @@ def export(
     format: str,
     *,
     dtype: str | None = None,
+    shard_size: int | None = None,
     verify: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -261,6 +265,7 @@ def export(
         format: "stock" (a transformers class that every engine knows; all layers alike), "remote-code" (as it is, with
             its model code beside it), "gguf" (llama.cpp, Ollama) or "padded" (zeros up to the widest layer).
         dtype: of gguf: "f32", "f16" (default), "bf16" or "q8_0".
+        shard_size: bytes of tensors in a file at most, as in `prune`; a GGUF file is one.
         verify: load the result in a fresh process and compare its logits with the model's.
 
     Returns:
@@ -269,7 +274,8 @@ def export(
     Raises:
         InputError: it cannot be exported so. VerificationError: what was written is not the model. Nothing is left.
     """
-    return export_checkpoint(checkpoint_folder(str(model)), Path(output), format, dtype, progress, verified=verify)
+    folder = checkpoint_folder(str(model))
+    return export_checkpoint(folder, Path(output), format, dtype, progress, verified=verify, shard_size=shard_size)
 
 
 def estimate(

@@ -54,6 +54,11 @@ class MemorySize(click.ParamType):
         return int(float(match[1]) * self.units[match[2]])
 
 
+shard_size_option = click.option(
+    "--shard-size", type=MemorySize(), help="Size of the safetensors files, at most.  [default: 5GB]"
+)
+
+
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),

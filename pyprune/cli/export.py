@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .command import SETTINGS, Command, quiet_transformers
+from .command import SETTINGS, Command, quiet_transformers, shard_size_option
 from .console import Console
 
 
@@ -13,9 +13,12 @@ from .console import Console
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--format", "layout", required=True, help="stock, padded, remote-code or gguf.")
 @click.option("--dtype", help="gguf: f32, f16, bf16 or q8_0.  [default: f16]")
+@shard_size_option
 @click.option("--no-verify", is_flag=True, help="Do not load the result and compare its logits with MODEL's.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def export(model: str, output: Path, layout: str, dtype: str | None, no_verify: bool, as_json: bool) -> None:
+def export(
+    model: str, output: Path, layout: str, dtype: str | None, shard_size: int | None, no_verify: bool, as_json: bool
+) -> None:
     """Write the pruned MODEL as OUTPUT in a layout that other programs load.
 
     \b
@@ -31,5 +34,7 @@ def export(model: str, output: Path, layout: str, dtype: str | None, no_verify: 
 
     console = Console(as_json)
     with console.progress() as progress:
-        result = api.export(model, output, layout, dtype=dtype, verify=not no_verify, progress=progress)
+        result = api.export(
+            model, output, layout, dtype=dtype, shard_size=shard_size, verify=not no_verify, progress=progress
+        )
     console.exported(result)

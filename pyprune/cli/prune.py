@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .command import SETTINGS, Command, MemorySize, device_options, given, quiet_transformers
+from .command import SETTINGS, Command, MemorySize, device_options, given, quiet_transformers, shard_size_option
 from .console import Console
 from .options import method_options, options_given
 
@@ -17,6 +17,7 @@ from .options import method_options, options_given
 @click.argument("output", type=click.Path(path_type=Path))
 @method_options
 @click.option("--device-memory", type=MemorySize(), help="Prune within so much GPU memory, e.g. 24GB.")
+@shard_size_option
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder of cached statistics.  [default: beside OUTPUT]")
 @click.option("--resume", is_flag=True, help="Finish a run that was killed or ran out of disk space.")
 @click.option("--allow-other-bits", is_flag=True, help="With --resume: on another processor or other versions too.")
@@ -46,8 +47,19 @@ def prune(model: str, output: Path, **options: Any) -> None:
     from .. import api
 
     same = (
-        *("method", "ratio", "calibration", "samples", "seed", "device", "dtype", "device_memory", "cache", "resume"),
-        *("allow_other_bits", "allow_nonfinite", "trust_remote_code", "max_windows", "verify"),
+        *(
+            "method",
+            "ratio",
+            "calibration",
+            "samples",
+            "seed",
+            "device",
+            "dtype",
+            "device_memory",
+            "shard_size",
+            "cache",
+        ),
+        *("resume", "allow_other_bits", "allow_nonfinite", "trust_remote_code", "max_windows", "verify"),
     )
     console = Console(options["as_json"])
     with console.progress() as progress, _resumable(output):
@@ -67,8 +79,7 @@ def prune(model: str, output: Path, **options: Any) -> None:
 @contextmanager
 def _resumable(output: Path) -> Iterator[None]:
     """A run that is stopped within it says how to go on, once there is something to go on with."""
-    from ..checkpoint import JOURNAL
-    from ..checkpoint.writer import partial_of
+    from ..checkpoint import JOURNAL, partial_of
 
     try:
         yield

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.source import Text
+from ..checkpoint import SHARD_SIZE
 
 
 @dataclass(frozen=True)
@@ -43,4 +44,5 @@ class PruneConfig:
     trust_remote_code: bool = False
     evaluation: EvaluationConfig | None = None
     device_memory: int | None = None  # bytes of a CUDA device that the run stays below
+    shard_size: int = SHARD_SIZE  # bytes of tensors in a file of the output, unless it is a single tensor
     verify: bool | None = False  # load the output anew and compare its logits; None: unless it is large
