@@ -27,9 +27,9 @@ $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*.* csrc/*/*/*.*)
 demo: $(VENV)/installed
 	rm -rf $(DEMO) $(DEMO).partial
 	mkdir -p $(dir $(DEMO))
-	$(BIN)/pyprune prune models/llama-6m-gqa $(DEMO) --method flap --ratio 0.3 \
-		--calibration self --samples 128 --sequence-length 256 \
-		--evaluate self --evaluation-length 256 --max-windows 64
+	$(BIN)/pyprune prune models/llama-6m-gqa $(DEMO) --method obs --ratio 0.3 \
+		--calibration builtin --samples 128 --sequence-length 256 \
+		--evaluate builtin --evaluation-length 256 --max-windows 64
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=40

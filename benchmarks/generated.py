@@ -102,33 +102,29 @@ class GeneratedJob(Job):
 
 
 class DiscardingWriter(CheckpointWriter):
-    """Copies every shard to the host in the writer's own thread and way, and drops it there."""
+    """Copies every part to the host in the writer's own thread and way, and drops it there: its files stay empty."""
 
-    def _write(self, shard: int, tensors: dict[str, Tensor], record: Any, sources: Digests) -> None:
-        size = sum(len(part) for _, part in _host_bytes(iter(tensors.items()), self._stream))
-        self.done[shard] = {
-            "shard": shard,
-            "file": self.file(shard).name,
+    def _write(self, part: int, tensors: dict[str, Tensor], record: Any, sources: Digests) -> None:
+        size = sum(len(view) for _, view in _host_bytes(iter(tensors.items()), self._stream))
+        self.done[part] = {
+            "part": part,
             "checksums": dict.fromkeys(tensors, ""),
-            "shapes": {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             "tensor_bytes": size,
-            "bytes": size,
             "sources": sources,
             "record": record,
         }
         self.bytes_written += size
 
     def prove(self) -> dict[str, StoredTensor]:
-        """Where each tensor would be: the shapes are right, and there are no bytes to compare."""
+        """Where each tensor would be: there are no bytes to compare."""
         self.flush()
-        shapes = {name: shape for entry in self.done.values() for name, shape in entry["shapes"].items()}
-        return {name: StoredTensor(Path(), name, shape, "BF16", 0, 0) for name, shape in shapes.items()}
+        return self.plan.tensors
 
 
 def prune_generated(options: PruneConfig, progress: Progress) -> tuple[PruneRecord, dict[str, Any]]:
     """As `pyprune.pipeline.run.prune` of a folder of headers; the record, and the traffic (see `traffic`)."""
     job = GeneratedJob(options, progress)
-    writer = DiscardingWriter(options.output, job.reader.layers + 2, job.identity, resume=False)
+    writer = DiscardingWriter(options.output, job.identity, resume=False)
     passes = make_passes(job, writer)
     writer.begin()
     with memory_limit(job.device, options.device_memory):
@@ -158,7 +154,7 @@ def prune_counted(options: PruneConfig, progress: Progress) -> tuple[PruneRecord
 
 
 def traffic(loaders: Sequence[LayerPrefetcher | GeneratedLoader], writer: CheckpointWriter) -> dict[str, Any]:
-    """Bytes of the layers read, in all passes, and of the shards written; seconds that the passes waited for either."""
+    """Bytes of the layers read, in all passes, and of the files written; seconds that the passes waited for either."""
     return {
         "bytes_read": sum(loader.bytes_read for loader in loaders),
         "bytes_written": writer.bytes_written,

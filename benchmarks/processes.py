@@ -21,9 +21,9 @@ import torch
 from common import unrounded, write_report
 from end_to_end import METHODS, checkpoint_of, write_text
 from floors import drop_page_cache
-from safetensors.torch import load_file
 
 from pyprune.benchmark.machine import describe_machine
+from pyprune.checkpoint import CheckpointReader
 from pyprune.methods.options import flag_of
 from pyprune.runtime.device import select_device
 from pyprune.testing.random_checkpoint import SHAPES
@@ -54,10 +54,11 @@ def comparison(one: Path, several: Path, plans: list[dict[str, Any]]) -> dict[st
         units += sum(len(a[name]) for name in ("kv_groups", "intermediate_channels"))
         differing += apart
         if not apart:
-            same.append(layer + 1)  # shards: embeddings, layers, head
+            same.append(layer)
     farthest = 0.0
-    for shard in same:
-        first, second = (load_file(sorted(folder.glob("*.safetensors"))[shard]) for folder in (one, several))
+    readers = [CheckpointReader(folder) for folder in (one, several)]
+    for layer in same:
+        first, second = (reader.read_layer(layer) for reader in readers)
         for name, tensor in first.items():
             norm = torch.linalg.vector_norm(tensor.float())
             distance = torch.linalg.vector_norm(tensor.float() - second[name].float()) / norm

@@ -13,7 +13,8 @@ from .calibration.packing import CONCATENATE
 from .calibration.source import SELF, Text, TokenSource
 from .calibration.text import load_tokenizer
 from .calibration.windows import fit_length
-from .checkpoint import CheckpointReader, LoadedModel, checkpoint_folder
+from .checkpoint import SHARD_SIZE, CheckpointReader, LoadedModel, checkpoint_folder
+from .checkpoint.hub import at_revision
 from .checkpoint.load_model import evaluation_model, load_model
 from .errors import InputError
 from .estimation.estimate import Estimate
@@ -41,6 +42,7 @@ def prune(
     method: str = "obs",
     ratio: float | None = None,
     *,
+    revision: str | None = None,
     target_size: int | None = None,
     parameters: int | None = None,
     calibration: Text | None = None,
@@ -52,6 +54,7 @@ def prune(
     device: str = "auto",
     dtype: str = "auto",
     device_memory: int | None = None,
+    shard_size: int | None = None,
     cache: str | Path | None = None,
     resume: bool = False,
     allow_other_bits: bool = False,
@@ -74,6 +77,7 @@ def prune(
         method: a name from `list_methods()`.
         ratio: share of the decoder linears' parameters to remove, in (0, 1). None: the method's pattern says it,
             or one of the next two.
+        revision: branch, tag or commit of a model of the hub; "org/name@revision" says the same.
         target_size, parameters: bytes of the pruned weights as stored, or their number, in place of a ratio.
         calibration: a text: the name of a file (.txt, .jsonl, .json, .csv, .parquet, each also .gz), of a data set of
             the hub (name[:config[:split]]), "builtin" (comes with the package) or "self" (sampled from the model); a
@@ -86,6 +90,7 @@ def prune(
         seed: of windows and of sampled text.
         device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto", "float32", "bfloat16" or "float16".
         device_memory: bytes of the GPU that the run stays below.
+        shard_size: bytes of tensors in a file of the output at most; a larger tensor has its own file. None: 5 GB.
         cache: folder of statistics of the dense model. None: `.pyprune-cache` beside the output.
         resume: finish a run that was stopped, to the same bits. allow_other_bits: on another processor or other
             versions too.
@@ -114,7 +119,7 @@ def prune(
         fits = evaluation_length is None
         evaluation = EvaluationConfig(evaluate_on, evaluation_length or EVALUATION_LENGTH, max_windows, fits)
     config = PruneConfig(
-        model="" if isinstance(model, torch.nn.Module) else str(model),
+        model="" if isinstance(model, torch.nn.Module) else at_revision(str(model), revision),
         output=None if output is None else Path(output),
         method=method,
         ratio=ratio,
@@ -136,6 +141,7 @@ def prune(
         trust_remote_code=trust_remote_code,
         evaluation=evaluation,
         device_memory=device_memory,
+        shard_size=SHARD_SIZE if shard_size is None else shard_size,
         verify=verify,
     )
     if isinstance(model, torch.nn.Module):
@@ -179,6 +185,7 @@ def evaluate(
     model: str | Path,
     text: Text | None = None,
     *,
+    revision: str | None = None,
     packing: str = CONCATENATE,
     text_column: str | None = None,
     sequence_length: int | None = None,
@@ -202,6 +209,7 @@ def evaluate(
 
     Args:
         model: a checkpoint folder or a hub id of any causal language model that transformers loads.
+        revision: branch, tag or commit of a model of the hub.
         text: as `calibration` of `prune`; "self" samples from `reference` if it is given, else from the model. Several
             are a dictionary of texts by name.
         packing, text_column: as in `prune`.
@@ -222,7 +230,7 @@ def evaluate(
     """
     if text is None and not tasks:
         raise InputError("there is nothing to evaluate on: give --text TEXT, --tasks NAME,NAME or both")
-    folder = checkpoint_folder(str(model))
+    folder = checkpoint_folder(at_revision(str(model), revision))
     dense = checkpoint_folder(str(reference)) if reference is not None else None
     if dense is not None:
         evaluation_model(dense, trust_remote_code)  # says what is wrong with it in our words
@@ -273,17 +281,20 @@ def export(
     output: str | Path,
     format: str,
     *,
+    revision: str | None = None,
     dtype: str | None = None,
+    shard_size: int | None = None,
     verify: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write a pruned checkpoint in a layout that other programs load.
 
     Args:
-        model: a checkpoint folder or a hub id. output: the folder to make, or the file for gguf.
+        model: a checkpoint folder or a hub id. revision: as in `evaluate`. output: the folder to make, or gguf's file.
         format: "stock" (a transformers class that every engine knows; all layers alike), "remote-code" (as it is, with
             its model code beside it), "gguf" (llama.cpp, Ollama) or "padded" (zeros up to the widest layer).
         dtype: of gguf: "f32", "f16" (default), "bf16" or "q8_0".
+        shard_size: bytes of tensors in a file at most, as in `prune`; a GGUF file is one.
         verify: load the result in a fresh process and compare its logits with the model's.
 
     Returns:
@@ -292,7 +303,8 @@ def export(
     Raises:
         InputError: it cannot be exported so. VerificationError: what was written is not the model. Nothing is left.
     """
-    return export_checkpoint(checkpoint_folder(str(model)), Path(output), format, dtype, progress, verified=verify)
+    folder = checkpoint_folder(at_revision(str(model), revision))
+    return export_checkpoint(folder, Path(output), format, dtype, progress, verified=verify, shard_size=shard_size)
 
 
 def estimate(
@@ -300,6 +312,7 @@ def estimate(
     method: str = "obs",
     ratio: float | None = None,
     *,
+    revision: str | None = None,
     target_size: int | None = None,
     parameters: int | None = None,
     calibration: Text | None = None,
@@ -315,8 +328,8 @@ def estimate(
     """Predict sizes, parameters, time and peak memory of a pruning. Reads headers, writes nothing.
 
     Args:
-        model, method, ratio, target_size, parameters, samples, sequence_length, device, dtype, device_memory, options:
-            see `prune`.
+        model, revision, method, ratio, target_size, parameters, samples, sequence_length, device, dtype, device_memory,
+            options: see `prune`.
         calibration: as of `prune`, and not read; "self": the estimate counts that the model writes the text.
         on: name of a GPU that is not here: "h100", "RTX 4090".
         note: gets what the user should know beside the result.
@@ -334,7 +347,7 @@ def estimate(
     named = None if on is None else gpu_named(on)
     if target is None:
         resolve_ratio(made, ratio)
-    reader = CheckpointReader(checkpoint_folder(str(model)))
+    reader = CheckpointReader(checkpoint_folder(at_revision(str(model), revision)))
     made = made.fitted(reader.shapes)
     compute = reader.dtype if on and dtype == "auto" else select_dtype(dtype, reader.dtype, place)
     length = sequence_length or CALIBRATION_LENGTH

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
+from ..runtime.faults import is_limit
 from ..runtime.files import parse_json, reason_of
 from .content import digest_of
+from .headers import open_safetensors
 
 _DIGEST, _IDENTITY = "digest", "identity"
 
@@ -58,12 +60,14 @@ def load_cached(
         FileNotFoundError: there is none.
     """
     try:
-        with safe_open(file, framework="pt") as f:
+        with open_safetensors(file) as f:
             tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
             metadata = dict(f.metadata() or {})
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if is_limit(error):
+            raise
         raise InputError(f"{file}: damaged {what} ({reason_of(error)}); delete it") from error
     if metadata.pop(_DIGEST, None) != _digest(tensors, metadata):
         raise InputError(f"{file}: damaged {what} (not what a run wrote there); delete it")

@@ -12,8 +12,10 @@ from pathlib import Path
 import xxhash
 from torch import Tensor
 
-from ..errors import InputError
-from .headers import StoredTensor
+from ..errors import InputError, VerificationError
+from ..runtime.faults import is_limit
+from ..runtime.files import reason_of
+from .headers import StoredTensor, read_header
 
 LEAF_BYTES = 1 << 20
 _READERS = 4
@@ -91,6 +93,29 @@ def _digest_of_stored(stored: StoredTensor) -> str:
             digest.update(buffer[:count])
             left -= count
     return digest.hex()
+
+
+def prove_files(folder: Path, checksums: Mapping[str, Digests]) -> dict[str, StoredTensor]:
+    """The tensors of a folder's files, by name, whose digests are these, by file.
+
+    Raises:
+        VerificationError: one is missing, or another.
+        OSError: a limit of the system keeps this process from reading them.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for name, digests in checksums.items():
+        try:
+            stored = read_header(folder / name)
+            found = digests_of_files(stored)
+        except (InputError, OSError) as error:
+            if is_limit(error):
+                raise
+            raise VerificationError(f"{folder / name}: not what was written: {reason_of(error)}") from error
+        damaged = next((n for n in sorted(found.keys() | digests) if found.get(n) != digests.get(n)), None)
+        if damaged is not None:
+            raise VerificationError(f"{folder / name}: tensor {damaged} is not what was written")
+        tensors |= stored
+    return tensors
 
 
 def file_states(files: Iterable[Path]) -> FileStates:

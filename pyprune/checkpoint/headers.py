@@ -1,14 +1,17 @@
 """Find a checkpoint's weight files and the place of each tensor. Safetensors only: no pickle is opened."""
 
+import errno
 import json
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..errors import InputError
 from ..runtime.files import parse_json, read_json, reason_of
@@ -103,21 +106,70 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Read every tensor's header by name; of a name in two files the last one counts, as in transformers.
 
     Raises:
-        InputError: naming the file, which is no safetensors file, or is cut short.
+        InputError: naming the file, which is no safetensors file, is cut short, or cannot be read.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt"):  # checks the header and the file's length against it
-                entries, start = header_of(file)
-        except SafetensorError as error:
-            raise InputError(f"{file}: {explain(file, error)}") from error
+            tensors |= read_header(file)
         except (OSError, MemoryError) as error:
             raise InputError(f"{file}: cannot be read: {reason_of(error)}") from error
-        for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = StoredTensor(file, name, tuple(entry["shape"]), entry["dtype"], start + begin, end - begin)
     return tensors
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a file, by name.
+
+    Raises:
+        InputError: naming the file, which is no safetensors file, or is cut short.
+        OSError: the system refuses to read it.
+    """
+    try:
+        with open_safetensors(file):  # checks the header and the file's length against it
+            entries, start = header_of(file)
+    except SafetensorError as error:
+        raise InputError(f"{file}: {explain(file, error)}") from error
+    tensors = {}
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = StoredTensor(file, name, tuple(entry["shape"]), entry["dtype"], start + begin, end - begin)
+    return tensors
+
+
+def open_safetensors(file: Path) -> Any:
+    """Open a file as safetensors' safe_open does. OSError: with the file's name and the system's reason.
+
+    safe_open (0.8.0) raises FileNotFoundError without a number whatever the system said, a lack of descriptors too.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        os.close(os.open(file, os.O_RDONLY))  # for the reason
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(file)) from error  # another thread's file is closed
+
+
+def load_stored(tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Tensors by the names given, on the CPU, as views of mapped files.
+
+    A file is opened anew on every call, so that dropping the tensors drops the mapping. OSError, with the file's name:
+    it cannot be read, or is not what it was when its header was.
+    """
+    by_file: dict[Path, list[str]] = {}
+    for name, stored in tensors.items():
+        by_file.setdefault(stored.file, []).append(name)
+    loaded: dict[str, Tensor] = {}
+    for file, names in by_file.items():
+        try:
+            with open_safetensors(file) as f:
+                loaded |= {name: f.get_tensor(tensors[name].name) for name in names}
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"changed since it was opened: {explain(file, error)}", str(file)) from error
+    return loaded
+
+
+def on_meta(tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Tensors of the same names, shapes and types without contents, to follow what becomes of them."""
+    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
 
 
 def header_of(file: Path) -> tuple[dict[str, Any], int]:

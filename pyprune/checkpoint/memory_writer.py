@@ -1,6 +1,6 @@
 """Writer that keeps what it is given in memory, for a pruning without an output."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ from . import CheckpointWriter
 
 
 class MemoryWriter(CheckpointWriter):
-    """Collects the tensors of all shards in `tensors`, by full name, on the CPU; no shard counts as one to resume."""
+    """Collects the tensors of all parts in `tensors`, by full name, on the CPU; no part counts as one to resume."""
 
-    def __init__(self, shards: int) -> None:
-        self.shards = shards
+    def __init__(self) -> None:
         self.done = {}
         self.tensors: dict[str, Tensor] = {}
         self.bytes_written, self.wait_seconds = 0, 0.0
@@ -25,9 +24,12 @@ class MemoryWriter(CheckpointWriter):
     def begin(self) -> None:
         pass
 
+    def lay_out(self, parts: Sequence[Mapping[str, Tensor]], shard_size: int) -> None:
+        pass
+
     def write(
         self,
-        shard: int,
+        part: int,
         tensors: dict[str, Tensor],
         record: Any = None,
         sources: Mapping[str, str] | None = None,

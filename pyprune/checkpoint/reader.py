@@ -1,19 +1,17 @@
 """Reads a Hugging Face checkpoint folder one decoder layer at a time."""
 
-import errno
 import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
 from ..runtime.files import read_json, reason_of
 from .auxiliary_files import copy_companions
 from .content import Digests, FileStates, digests_of_files, file_states
-from .headers import explain, header_of, read_headers, weight_files
+from .headers import header_of, load_stored, read_headers, weight_files
 from .model_config import prunable_family, refused
 from .names import check_layer_count
 from .source import ModelSource
@@ -43,17 +41,7 @@ class CheckpointReader(ModelSource):
         They are views of a mapped file: pages count as memory only while the tensors live. A file is opened
         anew on every call, so that dropping the tensors drops the mapping.
         """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        tensors: dict[str, Tensor] = {}
-        for file, inside in by_file.items():
-            try:
-                with safe_open(file, framework="pt") as f:
-                    tensors |= {name: f.get_tensor(self.tensors[name].name) for name in inside}
-            except SafetensorError as error:  # it was whole when this reader was made
-                raise OSError(errno.EIO, f"changed since it was opened: {explain(file, error)}", str(file)) from error
-        return tensors
+        return load_stored({name: self.tensors[name] for name in names})
 
     def file_states(self) -> FileStates:
         return file_states(tensor.file for tensor in self.tensors.values())

@@ -1,9 +1,7 @@
-"""Writes one safetensors file piece by piece, from tensors in host or device memory."""
+"""Writes tensors from host or device memory to their places in safetensors files."""
 
-import json
 import os
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,61 +9,111 @@ import torch
 from torch import Tensor
 
 from .content import Digest, Digests, memory_of
+from .headers import StoredTensor
 from .host_buffer import HostBuffer
 
-# safetensors' own order: wide types first, so that every tensor is aligned without gaps; then by name.
-STORED = {torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_RANK = {dtype: rank for rank, dtype in enumerate(STORED)}
 # Bytes of a device tensor that travel at once. A few MiB saturate PCIe; two buffers of it are pinned.
 PIECE_BYTES = 16 << 20
 
 
-def write_shard(file: Path, tensors: dict[str, Tensor], stream: torch.cuda.Stream | None = None) -> tuple[int, Digests]:
-    """Write tensors of the types in STORED, of any shape, strides and device.
+def is_reserved(file: Path, header: bytes, size: int) -> bool:
+    """Return whether a file begins with this header and has this size."""
+    if not file.is_file() or file.stat().st_size != size:
+        return False
+    with file.open("rb") as f:
+        return f.read(len(header)) == header
 
-    Returns the file's bytes, and the digest of every tensor: of what was in memory when it was written.
 
-    `tensors` is emptied as they are written. `stream` copies CUDA tensors of its device; it must have been told to wait
-    for their values. The bytes, those that safetensors' save_file would write, have reached the disk on return.
+def reserve_shard(file: Path, header: bytes, size: int) -> None:
+    """Make a file of `size` bytes that begins with the header; on return it has reached the disk.
 
-    Contiguous CPU tensors are written from where they are, others in pieces of 16 MiB through two buffers, so that one
-    is filled while the other is written. OSError, with the file's name, if the system refuses; then no half file stays.
+    What follows the header takes no space before it is written. OSError, with the file's name, if the system refuses;
+    then no file stays.
     """
-    order = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
-    digests = {name: Digest() for name in order}
     file.unlink(missing_ok=True)  # of a killed run: it may have other permissions
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            position = _write(descriptor, memoryview(_header(tensors, order)), 0)
-            with ThreadPoolExecutor(1, thread_name_prefix="digest") as hashing:
-                for name, part in _host_bytes(((name, tensors.pop(name).detach()) for name in order), stream):
-                    hashed = hashing.submit(digests[name].update, part)  # while the system takes the bytes
-                    position = _write(descriptor, part, position)
-                    hashed.result()
+            os.ftruncate(descriptor, size)
+            _write(descriptor, memoryview(header), 0)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
-        file.unlink(missing_ok=True)  # on a full disk the rest of the run may still need that space
+        file.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def write_tensors(
+    places: Mapping[str, StoredTensor], tensors: dict[str, Tensor], stream: torch.cuda.Stream | None = None
+) -> Digests:
+    """Write tensors of any strides and device to their places in files that are there.
+
+    Returns the digest of every tensor: of what was in memory when it was written.
+
+    `tensors` is emptied as they are written. `stream` copies CUDA tensors of its device; it must have been told to wait
+    for their values. The bytes have reached the disk on return.
+
+    Contiguous CPU tensors are written from where they are, others in pieces of 16 MiB through two buffers, so that one
+    is filled while the other is written. OSError, with the file's name, if the system refuses.
+    """
+    order = sorted(tensors, key=lambda name: (places[name].file, places[name].offset))
+    digests = {name: Digest() for name in order}
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="digest") as hashing, _Target() as target:
+            for name, part in _host_bytes(((name, tensors.pop(name).detach()) for name in order), stream):
+                hashed = hashing.submit(digests[name].update, part)  # while the system takes the bytes
+                target.write(places[name], part)
+                hashed.result()
+            target.sync()
     finally:
         if stream is not None:
             stream.synchronize()  # after an error a copy may still read a tensor, which is freed from here on
-    return position, {name: digest.hex() for name, digest in digests.items()}
+    return {name: digest.hex() for name, digest in digests.items()}
 
 
-def _header(tensors: dict[str, Tensor], order: list[str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in order:
-        tensor = tensors[name]
-        offsets = [position, position + tensor.nbytes]
-        entries[name] = {"dtype": STORED[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        position += tensor.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+class _Target:
+    """The file that is written, one at a time, and the place in it."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+        self._place: StoredTensor | None = None
+        self._position = 0
+
+    def __enter__(self) -> "_Target":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def write(self, place: StoredTensor, part: memoryview) -> None:
+        """Write the tensor's next bytes."""
+        if self._place is not place:
+            self._begin(place)
+        assert self._descriptor is not None
+        try:
+            self._position = _write(self._descriptor, part, self._position)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(place.file)) from error
+
+    def _begin(self, place: StoredTensor) -> None:
+        if self._place is None or self._place.file != place.file:
+            self.sync()
+            self._descriptor = os.open(place.file, os.O_WRONLY)
+        self._place, self._position = place, place.offset
+
+    def sync(self) -> None:
+        """Bring the file to the disk, and close it."""
+        if self._descriptor is None:
+            return
+        assert self._place is not None
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._place.file)) from error
+        self.__exit__()
 
 
 def _host_bytes(

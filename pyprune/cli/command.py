@@ -163,6 +163,10 @@ class ParameterCount(Amount):
     units: ClassVar[dict[str, int]] = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
+revision_option = option(
+    "--revision", metavar="NAME", group=MODEL, help="Branch, tag or commit of MODEL on the hub; or MODEL@NAME."
+)
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 device_options = options(
@@ -174,9 +178,19 @@ device_options = options(
         group=MODEL,
         help="To compute in: auto, float32, bfloat16, float16.",
     ),
+    revision_option,
     option("--trust-remote-code", is_flag=True, group=MODEL, help="Run Python code that comes with the model."),
     option("--device", type=Device(), metavar="NAME", default="auto", group=DEVICE, help="auto, cpu, cuda or cuda:N."),
     option("--json", "as_json", is_flag=True, group=OUTPUT, help="Print one JSON document on stdout."),
+)
+
+
+shard_size_option = option(
+    "--shard-size",
+    type=MemorySize(),
+    metavar="SIZE",
+    group=OUTPUT,
+    help="Bytes in a file of weights at most.  [default: 5GB]",
 )
 
 

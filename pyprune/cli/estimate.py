@@ -9,7 +9,7 @@ from .console import Console
 from .options import options_given, prune_options
 from .run_file import FileCommand, config_option
 
-ASKED = ("method", "ratio", "target_size", "parameters", "samples", "device", "dtype", "device_memory")
+ASKED = ("revision", "method", "ratio", "target_size", "parameters", "samples", "device", "dtype", "device_memory")
 
 
 class Gpu(click.ParamType):

@@ -64,7 +64,7 @@ CALIBRATION_OPTIONS = options(
         metavar="TEXT",
         multiple=True,
         group=CALIBRATION,
-        help="File, hub data set, builtin, or self: MODEL writes it; several: TEXT=0.3.",
+        help="File, hub data set, builtin or self; several with shares: TEXT=0.3.",
     ),
     text_options(CALIBRATION),
     option(

@@ -7,13 +7,25 @@ from typing import Any
 
 import click
 
-from .command import DEVICE, EVALUATION, OUTPUT, SETTINGS, MemorySize, device_options, given, option, quiet_transformers
+from .command import (
+    DEVICE,
+    EVALUATION,
+    OUTPUT,
+    SETTINGS,
+    MemorySize,
+    device_options,
+    given,
+    option,
+    quiet_transformers,
+    shard_size_option,
+)
 from .console import Console
 from .log import log_options, logged
 from .options import options_given, prune_options
 from .run_file import FileCommand, config_option
 
 SAME = (
+    "revision",
     *("method", "ratio", "target_size", "parameters", "packing", "text_column", "samples", "seed", "device", "dtype"),
     *("device_memory", "trust_remote_code"),
 )
@@ -42,6 +54,7 @@ SAME = (
 @option("--allow-nonfinite", is_flag=True, group=DEVICE, help="Count NaN and Inf that the layers compute as zero.")
 @config_option
 @option("--dry-run", is_flag=True, group=OUTPUT, help="Only print sizes, time and memory, as pyprune estimate does.")
+@shard_size_option
 @option(
     "--verify/--no-verify",
     default=None,
@@ -74,7 +87,7 @@ def prune(model: str, output: Path, **options: Any) -> None:
     from .. import api
     from ..calibration.mixture import spelled_texts
 
-    same = (*SAME, "cache", "resume", "allow_other_bits", "allow_nonfinite", "max_windows", "verify")
+    same = (*SAME, "cache", "resume", "allow_other_bits", "allow_nonfinite", "max_windows", "verify", "shard_size")
     console = Console(options["as_json"])
     with console.progress() as progress, _resumable(output), logged(options, progress) as progress:
         record = api.prune(
@@ -94,8 +107,7 @@ def prune(model: str, output: Path, **options: Any) -> None:
 @contextmanager
 def _resumable(output: Path) -> Iterator[None]:
     """A run that is stopped within it says how to go on, once there is something to go on with."""
-    from ..checkpoint import JOURNAL
-    from ..checkpoint.writer import partial_of
+    from ..checkpoint import JOURNAL, partial_of
 
     try:
         yield

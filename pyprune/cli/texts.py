@@ -25,7 +25,7 @@ def text_options(group: str) -> Callable[[Any], Any]:
             default=CONCATENATE,
             show_default=False,
             group=group,
-            help="concatenate: windows start anywhere (the default); separate: at documents.",
+            help="concatenate: windows start anywhere (default); separate: at documents.",
         ),
     )
 

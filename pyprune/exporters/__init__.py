@@ -4,13 +4,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ..calibration.tokenizer_check import check_tokenizer
-from ..checkpoint import CheckpointReader, CheckpointWriter, check_disk_space, check_output_free
+from ..checkpoint import (
+    SHARD_SIZE,
+    CheckpointReader,
+    CheckpointWriter,
+    check_disk_space,
+    check_output_free,
+    check_shard_size,
+    partial_of,
+)
 from ..checkpoint.auxiliary_files import copy_companions
+from ..checkpoint.headers import on_meta
 from ..checkpoint.special_ids import check_generation_config, check_special_ids, generation_fields
-from ..checkpoint.writer import partial_of
 from ..errors import InputError, VerificationError
 from ..evaluation.roundtrip import Verification, verify_roundtrip
 from ..modeling.saving import save_config
@@ -38,17 +46,22 @@ def export(
     dtype: str | None = None,
     progress: Progress = silent,
     verified: bool = True,
+    shard_size: int | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint `source` as `output` in one of FORMATS: a folder, or for gguf a file.
 
     dtype: gguf's only (f32, f16, bf16, q8_0); the others keep the stored types. `verified`: compare its logits with the
-    source's before it becomes `output`.
+    source's before it becomes `output`. shard_size: bytes of tensors in a file at most; None: SHARD_SIZE.
 
     Returns `output`, `format`, `class` (or gguf's architecture), `bytes` (before, after), `notes` and `verification`
     (`verify_roundtrip`'s). InputError: what cannot be exported so; VerificationError: our failure. Both leave nothing.
     """
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if shard_size is not None:
+        check_shard_size(shard_size)
+        if format == "gguf":
+            raise InputError("--shard-size is for folders of safetensors: gguf is one file")
     reader = CheckpointReader(source)
     check_generation_config(source)
     check_special_ids(reader.config, generation_fields(source), source)
@@ -62,10 +75,12 @@ def export(
         raise InputError(f"{partial}: what a killed run left; delete that folder")
     make, loader = _LAYOUTS[format]
     layout = make(reader)
-    check_disk_space(output, _bytes(reader, layout))
-    writer = CheckpointWriter(output, reader.layers + 2, {"source": str(source), "format": format}, resume=False)
+    parts = _parts(reader, layout)
+    check_disk_space(output, sum(tensor.nbytes for part in parts for tensor in part.values()))
+    writer = CheckpointWriter(output, {"source": str(source), "format": format}, resume=False)
     try:
         writer.begin()
+        writer.lay_out(parts, SHARD_SIZE if shard_size is None else shard_size)
     except InputError:  # another process has begun it: that folder is not ours
         writer.close()
         raise
@@ -112,14 +127,14 @@ def _write(reader: CheckpointReader, layout: Layout, writer: CheckpointWriter, p
     return left_out
 
 
-def _bytes(reader: CheckpointReader, layout: Layout) -> int:
-    """Bytes of the output's tensors."""
-    total = sum(reader.tensors[name].bytes for name in reader.outside_layers())
+def _parts(reader: CheckpointReader, layout: Layout) -> list[dict[str, Tensor]]:
+    """The output's tensors without contents: embeddings, each layer, the rest."""
+    parts = [on_meta({name: reader.tensors[name]}) for name in reader.outside_layers()[:1]]
     for layer in range(reader.layers):
-        stored = reader.layer_tensors(layer)
-        tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in stored.items()}
-        total += sum(tensor.nbytes for tensor in layout.convert(tensors).values())
-    return total
+        prefix = reader.layer_prefix(layer)
+        converted = layout.convert(on_meta(reader.layer_tensors(layer)))
+        parts.append({prefix + name: tensor for name, tensor in converted.items()})
+    return [*parts, on_meta({name: reader.tensors[name] for name in reader.outside_layers()[1:]})]
 
 
 __all__ = ["FORMATS", "VerificationError", "export", "verify_roundtrip"]

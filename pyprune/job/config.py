@@ -6,6 +6,7 @@ from typing import Any
 
 from ..calibration.packing import CONCATENATE
 from ..calibration.source import Text
+from ..checkpoint import SHARD_SIZE
 from ..estimation.target import Target
 
 
@@ -46,6 +47,7 @@ class PruneConfig:
     evaluation: EvaluationConfig | None = None
     device_memory: int | None = None  # bytes of a CUDA device that the run stays below
     target: Target | None = None  # size of the output, in place of a ratio
+    shard_size: int = SHARD_SIZE  # bytes of tensors in a file of the output, unless it is a single tensor
     verify: bool | None = False  # load the output anew and compare its logits; None: unless it is large
     packing: str = CONCATENATE
     text_column: str | None = None  # of rows; None: `text`, else `messages` or `conversations`

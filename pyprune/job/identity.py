@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import changes, digest
-from ..checkpoint.writer import partial_of
+from ..checkpoint import changes, digest, partial_of
 from ..errors import InputError
 from ..forward.fused import OPERATORS as FORWARD_OPERATORS
 from ..methods import Method

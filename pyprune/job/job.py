@@ -16,6 +16,7 @@ from ..checkpoint import (
     begun,
     check_cache,
     check_output_creatable,
+    check_shard_size,
     checkpoint_folder,
     layer_loader,
     metadata_of,
@@ -50,6 +51,7 @@ class Job:
     def __init__(self, options: PruneConfig, progress: Progress, model: LoadedModel | None = None) -> None:
         """model: the one in memory that is pruned; None: the one that the options name."""
         self.start = perf_counter()
+        check_shard_size(options.shard_size)
         self.method: Method = make_method(options.method, options.method_options)
         if options.target is None:
             resolve_ratio(self.method, options.ratio)  # before the model is looked at
@@ -141,6 +143,7 @@ class Job:
             backends=self.backends,
             allow_nonfinite=self.options.allow_nonfinite,
             batch=self.memory.batch,
+            shard_size=self.options.shard_size,
         )
         other = unrepeatable(self.begun, self.identity, self.options.output, self.options.allow_other_bits)
         if other:

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..allocation.budget import KeptUnits, UnitScores
 from ..architectures import ATTENTION, FFN, LayerShape
 from ..architectures.channel_selection import (
-    ATTENTION_IN,
     ATTENTION_OUT,
     FFN_MIDDLE,
     FFN_OUT,
@@ -20,13 +18,12 @@ from ..architectures.channel_selection import (
     selected_parameters,
 )
 from ..checkpoint import ModelSource
-from ..checkpoint.headers import INDEX
+from ..checkpoint.headers import load_stored, read_headers, weight_files
 from ..evaluation.roundtrip import Change
 from ..mask_training.masked_model import hook_points, selection_masks
 from ..modeling.config import registered_config
 from ..modeling.selected import selected_config
 from ..modeling.stock import find_stock
-from ..runtime.files import read_json
 from .entries import LayerEntry, SparseEntry, kept_shapes, layer_entry, selection_entry
 
 
@@ -45,7 +42,7 @@ class PruneResult(ABC):
 
     @abstractmethod
     def config(self, reader: ModelSource, biases: dict[str, bool]) -> tuple[Any, dict[str, Tensor]]:
-        """Configuration of the pruned model, and what tensors its class needs beside those of the shards."""
+        """Configuration of the pruned model, and what tensors its class needs beside the written ones."""
 
     def proof(self, reader: ModelSource, partial: Path) -> tuple[Path | ModelSource, Change | None]:
         """What the output's logits have to be those of: a model, and what to make of each of its layers.
@@ -130,18 +127,17 @@ class SelectionResult(PruneResult):
 
         def change(layer: int, block: nn.Module) -> None:
             selection = self.selections[layer]
-            shard = partial / weight_map[reader.layer_prefix(layer) + ATTENTION_IN]
-            with safe_open(shard, framework="pt") as f:
-                for sublayer, rows in ((ATTENTION, ATTENTION_OUT), (FFN, FFN_OUT)):
-                    name = family.output_proj(sublayer) + ".weight"
-                    weight = block.get_parameter(name).data
-                    columns = selection[FFN_MIDDLE] if sublayer == FFN else torch.arange(weight.shape[1])
-                    written = f.get_tensor(reader.layer_prefix(layer) + name)
-                    weight[selection[rows][:, None], columns] = written.to(weight.dtype)
+            for sublayer, rows in ((ATTENTION, ATTENTION_OUT), (FFN, FFN_OUT)):
+                name = family.output_proj(sublayer) + ".weight"
+                weight = block.get_parameter(name).data
+                columns = selection[FFN_MIDDLE] if sublayer == FFN else torch.arange(weight.shape[1])
+                full = reader.layer_prefix(layer) + name
+                written = load_stored({full: stored[full]})[full]
+                weight[selection[rows][:, None], columns] = written.to(weight.dtype)
             masks = selection_masks(reader.shapes[layer], selection, torch.device("cpu"), torch.float32)
             hook_points(
                 block, family, lambda hook_point, value: value * masks[hook_point] if hook_point in masks else value
             )
 
-        weight_map = read_json(partial / INDEX)["weight_map"]
+        stored = read_headers(weight_files(partial, {}))
         return reader, change

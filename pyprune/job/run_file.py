@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..calibration.mixture import is_mixture
+from ..checkpoint import SHARD_SIZE
 from ..checkpoint.model_in_memory import IN_MEMORY
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def run_options(job: "Job") -> dict[str, Any]:
         "device": job.device.type,
         "dtype": str(job.dtype).removeprefix("torch."),
         "device-memory": own.device_memory,
+        "shard-size": None if own.shard_size == SHARD_SIZE else own.shard_size,
         "allow-nonfinite": own.allow_nonfinite or None,
         "trust-remote-code": own.trust_remote_code or None,
         "verify": own.verify,

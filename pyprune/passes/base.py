@@ -7,23 +7,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..allocation.budget import Kept, UnitScores
+from ..allocation.budget import Kept, KeptUnits, UnitScores
 from ..allocation.residual import ErrorCurves
 from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from ..checkpoint import CheckpointWriter
 from ..checkpoint.finite import check_finite
+from ..checkpoint.headers import on_meta
 from ..errors import InputError
 from ..forward.forward_check import check_forward
 from ..forward.layer_forward import LayerForward
-from ..job.entries import LayerEntry, kept_from_entry, scores_from_entry
+from ..job.entries import LayerEntry, kept_from_entry, kept_shapes, scores_from_entry
 from ..job.job import Job
-from ..job.result import PruneResult
+from ..job.result import PruneResult, config_of
 from ..mask_training.training import History
+from ..runtime import distributed
 from ..runtime.device import Meter
-from .rewrite import pad_channels
+from .rewrite import pad_channels, rewrite_layer
 
 # On a GPU a pruned layer's forward has an FFN in multiples of this: a whole tile of every type.
 ROUND_CHANNELS = 64
@@ -62,7 +63,7 @@ def stored_layers(job: Job, what: str, meter: Meter, first: int = 0) -> Iterator
 
 
 class Passes(ABC):
-    """Passes of one job. They write every shard: embeddings, one shard a layer, final norm and head.
+    """Passes of one job. They write every part: embeddings, the layers, final norm and head.
 
     After `execute`: `meters` by pass; `cached`, whether the calibration pass came from the cache; `nonfinite`, by
     output projection, the NaN and Inf counted as zero; `warnings`, what the user should know of the result; `history`,
@@ -110,8 +111,7 @@ class Passes(ABC):
     def written(self, layer: int) -> tuple[Any, dict[str, Tensor]]:
         """The entry, of whatever method's, and the tensors, named within the layer, of one that a killed run wrote."""
         prefix = self.reader.layer_prefix(layer)
-        with safe_open(self.writer.file(layer + 1), framework="pt") as f:
-            tensors = {name.removeprefix(prefix): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in self.writer.read(layer + 1).items()}
         return self.writer.record(layer + 1), tensors
 
     def restored(self, layer: int) -> tuple[Kept, UnitScores, dict[str, Tensor]]:
@@ -152,6 +152,38 @@ class Passes(ABC):
             tensors = {family.output_proj(sublayer) + ".bias": zeros for sublayer in SUBLAYERS} | tensors
         return forward.build(tensors.items(), layer, config)
 
+    def lay_out(self, layers: Sequence[Mapping[str, Tensor]], more: Mapping[str, Tensor]) -> None:
+        """Plan the output's files, before the first layer is written.
+
+        layers: the tensors that will be written of each, named within it; only shapes and types matter. more: those
+        that the output's class needs beside them, `PruneResult.config`'s.
+        """
+        reader, outside = self.reader, self.reader.outside_layers()
+        parts = [
+            on_meta({name: reader.tensors[name] for name in outside[:1]}),
+            *({reader.layer_prefix(k) + name: t for name, t in own.items()} for k, own in enumerate(layers)),
+            on_meta({name: reader.tensors[name] for name in outside[1:]}),
+            *([more] if more else []),
+        ]
+        self.writer.lay_out(parts, self.job.options.shard_size)
+        self.writer.done = distributed.broadcast_object(lambda: self.writer.done)
+
+    def lay_out_kept(self, layers: Sequence[Kept]) -> None:
+        """As `lay_out`, from the units that each layer keeps, of which the numbers matter."""
+        reader, job = self.reader, self.job
+        written = []
+        for layer, (shape, kept) in enumerate(zip(reader.shapes, layers, strict=True)):
+            sublayers = SUBLAYERS if job.method.adds_bias else ()
+            bias = {sublayer: torch.empty(shape.hidden_size, device="meta") for sublayer in sublayers}
+            written.append(rewrite_layer(reader.family, on_meta(reader.layer_tensors(layer)), shape, kept, bias))
+        _, more = config_of(reader, kept_shapes(reader.shapes, KeptUnits(list(layers))), job.biases)
+        self.lay_out(written, more)
+
+    def lay_out_counts(self, counts: Sequence[Mapping[str, int]]) -> None:
+        """As `lay_out`, from the number of units that are removed of each layer."""
+        pairs = zip(self.reader.shapes, counts, strict=True)
+        self.lay_out_kept([{m: torch.arange(shape.units(m) - own[m]) for m in SUBLAYERS} for shape, own in pairs])
+
     def write_layer(self, layer: int, tensors: dict[str, Tensor], entry: LayerEntry) -> None:
         check_finite({name: t for name, t in tensors.items() if t.is_floating_point()}, f"layer {layer} as pruned")
         prefix = self.reader.layer_prefix(layer)
@@ -164,10 +196,10 @@ class Passes(ABC):
     def copy_head(self) -> None:
         self._copy(self.reader.layers + 1, self.reader.outside_layers()[1:])
 
-    def _copy(self, shard: int, names: list[str]) -> None:
-        if shard not in self.writer.done:
-            self._write(shard, self.reader.read(names), names)
+    def _copy(self, part: int, names: list[str]) -> None:
+        if part not in self.writer.done:
+            self._write(part, self.reader.read(names), names)
 
-    def _write(self, shard: int, tensors: dict[str, Tensor], sources: list[str], record: Any = None) -> None:
+    def _write(self, part: int, tensors: dict[str, Tensor], sources: list[str], record: Any = None) -> None:
         digests = self.reader.content.digests
-        self.writer.write(shard, tensors, record, {name: digests[name] for name in sources})
+        self.writer.write(part, tensors, record, {name: digests[name] for name in sources})

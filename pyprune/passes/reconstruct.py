@@ -56,6 +56,7 @@ class ReconstructionPasses(Passes):
         self.warn_of_few_tokens(widest_output_proj(self.reader.shapes))
         counts = self._counts()
         self.meter = self.meters["prune"] = Meter(self.device)
+        self.lay_out_counts(counts)
         self.copy_embeddings()
         forward, last = self.job.forward(), self.reader.layers - 1
         hidden = forward.embed()

@@ -46,9 +46,10 @@ class SlicingPasses(Passes):
         meter = self.meters["prune"] = Meter(self.device)
         if self.device.type == "cuda":  # where the layers are on the device, with room: no forward runs
             self.writer.in_flight = self.writer.MOST_IN_FLIGHT
+        self.lay_out_kept(choice.layers)
         self.copy_embeddings()
         records = [layer_entry(kept, own) for kept, own in zip(choice.layers, scores, strict=True)]
-        # A shard of a killed run counts only if it keeps the same units as this choice.
+        # A layer of a killed run counts only if it keeps the same units as this choice.
         missing = [layer for layer, record in enumerate(records) if self.writer.record(layer + 1) != record]
         first = missing[0] if missing else len(records)
         for layer, source in stored_layers(self.job, "prune", meter, first):
@@ -91,8 +92,9 @@ class ScoringPasses(SlicingPasses):
     def _prune_in_sequence(self) -> tuple[KeptUnits, list[UnitScores]]:
         """Score, slice and propagate layer by layer: each sees the output of the pruned layers before it."""
         meter = self.meters["prune"] = Meter(self.device)
-        self.copy_embeddings()
         counts = self.method.removed_counts(self.reader.shapes, self.job.ratio)
+        self.lay_out_counts(counts)
+        self.copy_embeddings()
         forward, last = self.job.forward(), self.reader.layers - 1
         hidden = forward.embed()
         layers: list[Kept] = []

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from ..calibration.channel_statistics import ChannelObserver, column_norms
 from ..calibration.second_moments import HessianObserver
 from ..checkpoint import CheckpointWriter
+from ..checkpoint.headers import on_meta
 from ..forward.hidden_states import HiddenStates
 from ..forward.layer_forward import LayerForward, Observe
 from ..job.entries import SparseEntry, sparse_entry
 from ..job.job import Job
-from ..job.result import PruneResult, SparseResult
+from ..job.result import PruneResult, SparseResult, config_of
 from ..methods.weight_sparsity import LinearInputs, SemiStructuredMethod, inputs_of, linears_of
 from ..runtime import distributed
 from ..runtime.device import Meter
@@ -30,6 +31,8 @@ class SparsifyingPasses(Passes):
             hidden_size = max(shape.hidden_size for shape in self.reader.shapes)
             self.warn_of_few_tokens(max(hidden_size, widest_output_proj(self.reader.shapes)), "a linear layer's input")
         self.meter = self.meters["prune"] = Meter(self.device)
+        stored = [on_meta(self.reader.layer_tensors(layer)) for layer in range(self.reader.layers)]
+        self.lay_out(stored, config_of(self.reader, self.reader.shapes, self.job.biases)[1])
         self.copy_embeddings()
         forward, last = self.job.forward(), self.reader.layers - 1
         hidden = forward.embed()

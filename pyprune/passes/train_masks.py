@@ -10,6 +10,7 @@ from ..allocation.budget import choose_globally, total_cost
 from ..architectures.channel_selection import FFN_MIDDLE, SELECTIONS, ChannelSelection, select_layer, width
 from ..checkpoint import CheckpointWriter
 from ..checkpoint.finite import check_finite
+from ..checkpoint.headers import on_meta
 from ..checkpoint.load_model import load_model
 from ..job.entries import selection_entry
 from ..job.job import Job
@@ -111,6 +112,7 @@ class SelectionPasses(Passes):
         meter = self.meters["prune"] = Meter(self.device)
         family = self.reader.family
         refit = Refit(self.job.forward()) if self.method.compensation == "weights" else None
+        self._lay_out_selected(selections)
         self.copy_embeddings()
         for layer, source in stored_layers(self.job, "prune", meter):
             selection = selections[layer]
@@ -125,6 +127,14 @@ class SelectionPasses(Passes):
                     tensors |= {name: new.to(tensors[name].dtype) for name, new in fitted.items()}
                     self.write_layer(layer, tensors | index_tensors(selection, self.device), record)
         self.copy_head()
+
+    def _lay_out_selected(self, selections: list[ChannelSelection]) -> None:
+        meta = torch.device("meta")
+        layers = []
+        for layer, selection in enumerate(selections):
+            stored = on_meta(self.reader.layer_tensors(layer))
+            layers.append(select_layer(self.reader.family, stored, selection) | index_tensors(selection, meta))
+        self.lay_out(layers, {})
 
 
 class PolicyPasses(SlicingPasses):

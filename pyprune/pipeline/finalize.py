@@ -53,12 +53,13 @@ VERIFIED_BYTES = 8 << 30
 
 
 def finalize(job: Job, writer: CheckpointWriter, passes: Passes, outcome: PruneResult) -> PruneRecord:
-    """Complete the partial folder, whose shards are all written, and make it the output."""
+    """Complete the partial folder, whose weights are all written, and make it the output."""
     partial = writer.partial
     config, more = outcome.config(job.reader, job.biases)
     save_config(config, partial)
-    if more and writer.shards not in writer.done:
-        writer.write(writer.shards, more)
+    part = job.reader.layers + 2  # after embeddings, layers and head
+    if more and part not in writer.done:
+        writer.write(part, more)
     passes.warnings += job.reader.write_companions(partial)
     writer.write_index()
     check_state_dict(partial, writer.prove())
@@ -94,7 +95,7 @@ def finalize(job: Job, writer: CheckpointWriter, passes: Passes, outcome: PruneR
 def finalize_in_memory(job: Job, writer: MemoryWriter, passes: Passes, outcome: PruneResult) -> PruneRecord:
     """Make a model of the tensors that the writer was given; it becomes the record's `pruned_model`."""
     config, more = outcome.config(job.reader, job.biases)
-    writer.write(writer.shards, more)
+    writer.write(job.reader.layers + 2, more)
     given = job.reader.origin
     assert isinstance(given, ModelInMemory)
     pruned = dataclasses.replace(given, name=f"{given.name}, pruned", config=config, state=writer.tensors)

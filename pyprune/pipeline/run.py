@@ -30,7 +30,7 @@ from ..passes.train_masks import training_file
 from ..runtime import distributed
 from ..runtime.device import memory_limit, oom_summary
 from ..runtime.environment import split
-from ..runtime.faults import explain
+from ..runtime.faults import explain, is_limit
 from ..runtime.progress import Progress, silent
 from .finalize import finalize, finalize_in_memory
 
@@ -64,7 +64,7 @@ def prune(options: PruneConfig, progress: Progress = silent, model: LoadedModel 
 
 
 def _run_in_memory(job: Job) -> PruneRecord:
-    writer = MemoryWriter(job.reader.layers + 2)
+    writer = MemoryWriter()
     with _explained(job, writer):
         passes = make_passes(job, writer)
         with memory_limit(job.device, job.options.device_memory):
@@ -86,8 +86,8 @@ def _run(job: Job, output: Path) -> PruneRecord:
                 with memory_limit(job.device, job.options.device_memory):
                     outcome = passes.execute()
                 writer.flush()
-            except InputError:
-                if fresh:  # this model cannot be pruned so: nothing to resume
+            except InputError as error:
+                if fresh and not is_limit(error.__cause__):  # this model cannot be pruned so: nothing to resume
                     writer.discard()
                 raise
             record = None
@@ -109,7 +109,7 @@ def _run(job: Job, output: Path) -> PruneRecord:
 def _worth_resuming(writer: CheckpointWriter) -> bool:
     """Return whether a layer is finished, or masks are trained in part; the statistics of layers are in the cache."""
     training = training_file(writer)
-    return any(1 <= shard < writer.shards - 1 for shard in writer.done) or (training is not None and training.exists())
+    return any(part > 0 for part in writer.done) or (training is not None and training.exists())
 
 
 @contextmanager
@@ -123,10 +123,14 @@ def _explained(job: Job, writer: CheckpointWriter) -> Iterator[None]:
             raise InputError(
                 f"{place}: no space left on the device; free some and repeat{_resuming(writer)}"
             ) from error
+        _raise_limit(error, writer)
         if error.filename is None:
-            _raise_limit(error, writer)
             raise  # a closed terminal, say
         raise InputError(f"{error.filename}: {error.strerror}; {_kept(writer)}repeat{_resuming(writer)}") from error
+    except InputError as error:
+        if error.__cause__ is not None and is_limit(error.__cause__):
+            _raise_limit(error.__cause__, writer)
+        raise
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"{job.device}: out of memory: {oom_summary(error)}; {_kept(writer)}free some and "
@@ -183,16 +187,13 @@ def _finished(job: Job, output: Path) -> PruneRecord:
 
 
 def _writer(job: Job, output: Path) -> CheckpointWriter:
-    """Make this process's writer: the first process writes, the others know the shards that were there before."""
-    reader = job.reader
-    # The first shard holds the embeddings, the last the final norm and the head, one each a layer.
-    shards = reader.layers + 2
+    """Make this process's writer: the first process writes, the others know the parts that were there before."""
     if not distributed.is_main_process():
-        return NullWriter(output, shards, distributed.broadcast_object(dict))
+        return NullWriter(output, distributed.broadcast_object(dict))
     source: dict[str, Any] = {"files": job.source_files, "digests": {}}
     if job.method.training is not None and not job.begun:
-        source["digests"] = reader.all_digests()  # training sees the whole model, and its state may outlive a kill
-    writer = CheckpointWriter(output, shards, job.identity, job.options.resume, source)
+        source["digests"] = job.reader.all_digests()  # training sees the whole model, and its state may outlive a kill
+    writer = CheckpointWriter(output, job.identity, job.options.resume, source)
     try:
         check_disk_space(writer.output, _bytes_to_write(job, writer))
         _compare_source(job, writer)
@@ -204,7 +205,7 @@ def _writer(job: Job, output: Path) -> CheckpointWriter:
 
 
 def _compare_source(job: Job, writer: CheckpointWriter) -> None:
-    """Refuse to go on with shards of another checkpoint: at once where its files are not those, else as it is read."""
+    """Refuse to go on with layers of another checkpoint: at once where its files are not those, else as it is read."""
     sources, before = writer.sources(), writer.head["source"]
     changed = job.reader.differing(sources) if before.get("files") != job.source_files else None
     if changed is not None:
@@ -219,4 +220,4 @@ def _compare_source(job: Job, writer: CheckpointWriter) -> None:
 def _bytes_to_write(job: Job, writer: CheckpointWriter) -> int:
     outside = sum(job.reader.tensors[n].bytes for n in job.reader.outside_layers())
     removed = job.ratio * (job.reader.bytes - outside) if job.method.shrinks else 0.0
-    return max(0, int(job.reader.bytes - removed) - sum(entry["bytes"] for entry in writer.done.values()))
+    return max(0, int(job.reader.bytes - removed) - writer.tensor_bytes)

@@ -44,6 +44,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def is_limit(error: BaseException | None) -> bool:
+    """Return whether the system refused something to this process, and not what a file holds is to blame."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _LIMITS)
+
+
 def _device(error: BaseException) -> tuple[str, int]:
     assert isinstance(error, torch.OutOfMemoryError)
     return f"the device is out of memory: {oom_summary(error)}; free some, or give --device-memory", 2

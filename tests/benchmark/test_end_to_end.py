@@ -92,10 +92,13 @@ def test_on_a_gpu(measured: Measured, method: str) -> None:
 
 @pytest.mark.gpu
 def test_what_is_written_is_copied_to_the_host(tmp_path: Path) -> None:
-    writer = DiscardingWriter(tmp_path / "out", 2, {}, resume=False)
+    writer = DiscardingWriter(tmp_path / "out", {}, resume=False)
+    writer.begin()
     whole = {"a": torch.ones(300, 7, device="cuda"), "b": torch.ones(5, device="cuda")}
-    for shard in range(2):
-        writer.write(shard, whole)
+    parts = [{f"{name} {part}": tensor for name, tensor in whole.items()} for part in range(2)]
+    writer.lay_out(parts, 10**6)
+    for part, tensors in enumerate(parts):
+        writer.write(part, tensors)
     writer.flush()
     assert writer.tensor_bytes == 2 * (300 * 7 + 5) * 4
 

@@ -5,17 +5,22 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyprune.checkpoint import CheckpointReader, CheckpointWriter, check_disk_space, checkpoint_folder
+from pyprune.checkpoint import CheckpointReader, CheckpointWriter, begun, check_disk_space, checkpoint_folder
+from pyprune.checkpoint.headers import StoredTensor, read_header
+from pyprune.checkpoint.journal import journal_line
+from pyprune.checkpoint.unfinished import restore
 from pyprune.errors import InputError, VerificationError
 
 
@@ -173,18 +178,32 @@ IDENTITY = {"ratio": 0.3, "method": "flap"}
 
 
 def writer(output: Path, resume: bool = False, **changes: object) -> CheckpointWriter:
-    made = CheckpointWriter(output, 2, IDENTITY | changes, resume)
+    made = CheckpointWriter(output, IDENTITY | changes, resume)
     made.begin()
     return made
 
 
+def laid_out(
+    output: Path, *parts: dict[str, torch.Tensor], shard_size: int = 1, resume: bool = False
+) -> CheckpointWriter:
+    """A writer of these parts, each tensor in a file of its own unless a size is given."""
+    made = writer(output, resume)
+    made.lay_out(parts, shard_size)
+    return made
+
+
+def file_of(w: CheckpointWriter, name: str) -> Path:
+    return w.plan.tensors[name].file
+
+
 def test_output_appears_whole(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    w = writer(output)
-    w.write(0, {"a": torch.arange(6.0).reshape(2, 3).T})
-    with pytest.raises(RuntimeError, match=r"shards \[1\]"):
+    a, b = torch.arange(6.0).reshape(2, 3).T, torch.ones(4, dtype=torch.bfloat16)
+    w = laid_out(output, {"a": a}, {"b": b})
+    w.write(0, {"a": a})
+    with pytest.raises(RuntimeError, match=r"parts \[1\]"):
         w.write_index()
-    w.write(1, {"b": torch.ones(4, dtype=torch.bfloat16)})
+    w.write(1, {"b": b})
     assert not output.exists()
     w.write_index()
     w.finish()
@@ -194,7 +213,7 @@ def test_output_appears_whole(tmp_path: Path) -> None:
         "metadata": {"total_size": 32},
         "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
     }
-    assert torch.equal(load_file(output / index["weight_map"]["a"])["a"], torch.arange(6.0).reshape(2, 3).T)
+    assert torch.equal(load_file(output / index["weight_map"]["a"])["a"], a)
     assert sorted(p.name for p in output.iterdir()) == sorted(
         [*set(index["weight_map"].values()), "model.safetensors.index.json"]
     )
@@ -203,63 +222,123 @@ def test_output_appears_whole(tmp_path: Path) -> None:
     assert (output / index["weight_map"]["a"]).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
+def test_one_file_has_no_index(tmp_path: Path) -> None:
+    w = laid_out(tmp_path / "out", {"a": torch.ones(3)}, {"b": torch.ones(4)}, shard_size=28)
+    w.write(1, {"b": torch.ones(4)})
+    w.write(0, {"a": torch.ones(3)})
+    w.write_index()
+    w.finish()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == {"a", "b"}
+
+
 def test_resume_keeps_what_is_done_and_drops_what_is_half_done(tmp_path: Path) -> None:
-    w = writer(tmp_path / "out")
+    parts = {"a": torch.ones(3)}, {"b": torch.ones(3)}
+    w = laid_out(tmp_path / "out", *parts)
     w.write(0, {"a": torch.ones(3)}, record={"kept": [1, 2]})
     w.write(1, {"b": torch.ones(3)})
     w.flush()
     journal = w.partial / "journal.jsonl"
     with pytest.raises(InputError, match="an unfinished run; add --resume"):
-        CheckpointWriter(tmp_path / "out", 2, IDENTITY, resume=False)
+        CheckpointWriter(tmp_path / "out", IDENTITY, resume=False)
     w.close()
     os.truncate(journal, journal.stat().st_size - 5)  # killed in the middle of the last line
-    again = writer(tmp_path / "out", resume=True)
+    again = laid_out(tmp_path / "out", *parts, resume=True)
     assert again.done.keys() == {0}
     assert again.done[0]["record"] == {"kept": [1, 2]}
     again.close()
-    os.truncate(again.file(0), 10)  # and a shard whose bytes never reached the disk
+    os.truncate(file_of(again, "a"), 10)  # and a file whose bytes never reached the disk
     for text in (None, ""):
         if text is not None:
             journal.write_text(text)
-        once_more = writer(tmp_path / "out", resume=True)
+        once_more = laid_out(tmp_path / "out", *parts, resume=True)
         assert once_more.done == {}
         once_more.close()
 
 
-def test_a_shard_whose_bytes_changed_does_not_count(tmp_path: Path) -> None:
-    w = writer(tmp_path / "out")
-    w.write(0, {"a": torch.ones(300), "b": torch.ones(2, 0)})
+def test_a_part_whose_bytes_changed_does_not_count(tmp_path: Path) -> None:
+    """Nor do others in its file suffer."""
+    first = {"a": torch.ones(300), "b": torch.ones(2, 0)}
+    parts = first, {"c": torch.ones(3)}
+    w = laid_out(tmp_path / "out", *parts, shard_size=10_000)
+    w.write(0, dict(first))
     w.write(1, {"c": torch.ones(3)})
     w.flush()
     w.close()
-    with w.file(0).open("r+b") as f:
-        f.seek(-5, os.SEEK_END)
-        f.write(b"x")
-    again = writer(tmp_path / "out", resume=True)
+    damage(w, "a")
+    again = laid_out(tmp_path / "out", *parts, shard_size=10_000, resume=True)
     assert again.done.keys() == {1}
-    again.write(0, {"a": torch.ones(300), "b": torch.ones(2, 0)})
+    again.write(0, dict(first))
     assert again.prove().keys() == {"a", "b", "c"}
-    with w.file(1).open("r+b") as f:
-        f.seek(-1, os.SEEK_END)
-        f.write(b"x")
+    damage(w, "c")
     with pytest.raises(VerificationError, match="tensor c is not what was written"):
         again.prove()
 
 
+def damage(w: CheckpointWriter, name: str) -> None:
+    with file_of(w, name).open("r+b") as f:
+        f.seek(w.plan.tensors[name].offset + 5)
+        f.write(b"x")
+
+
+def test_an_unfinished_run_of_another_version(tmp_path: Path) -> None:
+    """The first one's journal named no format, and had a file a layer."""
+    (tmp_path / "out.partial").mkdir()
+    head = {"identity": IDENTITY, "source": {}}
+    (tmp_path / "out.partial" / "journal.jsonl").write_text(journal_line(head))
+    said = f"{tmp_path / 'out.partial'}: begun by another version of pyprune; delete that folder to start anew"
+    for look in (lambda: writer(tmp_path / "out", resume=True), lambda: begun(tmp_path / "out")):
+        with pytest.raises(InputError, match=re.escape(said)):
+            look()
+
+
+@pytest.mark.parametrize("what", ["resume", "prove"])
+def test_a_limit_of_the_system_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Too many open files: nothing that was finished is made anew for it, and no output is said to be damaged."""
+    w = laid_out(tmp_path / "out", {"a": torch.ones(3)})
+    w.write(0, {"a": torch.ones(3)})
+    w.flush()
+    module = "unfinished" if what == "resume" else "content"
+
+    def limited(file: Path) -> dict[str, StoredTensor]:
+        with no_more_open_files():
+            return read_header(file)
+
+    monkeypatch.setattr(f"pyprune.checkpoint.{module}.read_header", limited)
+    with pytest.raises(OSError, match=re.escape(os.strerror(errno.EMFILE))) as refused:
+        restore(w.partial, w.head) if what == "resume" else w.prove()
+    assert refused.value.errno == errno.EMFILE
+    assert str(refused.value.filename).startswith(str(w.partial))
+
+
+@contextmanager
+def no_more_open_files() -> Iterator[None]:
+    """No more than there are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     """Whoever comes second is told so and removes nothing; what came into being meanwhile is not replaced."""
-    first = writer(tmp_path / "out")
+    parts = {"0": torch.ones(3)}, {"1": torch.ones(3)}
+    first = laid_out(tmp_path / "out", *parts)
     for resume in (True, False):
         with pytest.raises(InputError, match="another run is at work there" if resume else "an unfinished run"):
-            CheckpointWriter(tmp_path / "out", 2, IDENTITY, resume)
-    late = CheckpointWriter(tmp_path / "other", 2, IDENTITY, resume=False)
+            CheckpointWriter(tmp_path / "out", IDENTITY, resume)
+    late = CheckpointWriter(tmp_path / "other", IDENTITY, resume=False)
     other = writer(tmp_path / "other")
     with pytest.raises(InputError, match="another run began there just now"):
         late.begin()
     late.discard()
     assert other.partial.is_dir()
-    for shard in (0, 1):
-        first.write(shard, {str(shard): torch.ones(3)})
+    for part in (0, 1):
+        first.write(part, dict(parts[part]))
     first.write_index()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
@@ -269,21 +348,22 @@ def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     first.close()
     (tmp_path / "out" / "mine").unlink()
     (tmp_path / "out").rmdir()
-    again = writer(tmp_path / "out", resume=True)
+    again = laid_out(tmp_path / "out", *parts, resume=True)
     again.write_index()
     again.finish()
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
 
 
 def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    w, fsync, synced = writer(tmp_path / "out"), os.fsync, []
+    parts = {"0": torch.ones(3)}, {"1": torch.ones(3)}
+    w, fsync, synced = laid_out(tmp_path / "out", *parts), os.fsync, []
 
     def watched(descriptor: int) -> None:
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    for shard in (0, 1):
-        w.write(shard, {str(shard): torch.ones(3)})
+    for part in (0, 1):
+        w.write(part, dict(parts[part]))
     w.write_index()
     (w.partial / "additional").mkdir()
     for name in ("config.json", "additional/template.jinja"):
@@ -298,33 +378,33 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
 def test_resume_with_other_settings_says_which(tmp_path: Path) -> None:
     writer(tmp_path / "out").close()
     with pytest.raises(InputError, match=r"cannot resume with other settings: ratio \(was 0.3, now 0.5\)"):
-        CheckpointWriter(tmp_path / "out", 2, IDENTITY | {"ratio": 0.5}, resume=True)
+        CheckpointWriter(tmp_path / "out", IDENTITY | {"ratio": 0.5}, resume=True)
 
 
 def test_output_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(InputError, match="exists and is not an empty folder"):
-            CheckpointWriter(taken, 2, IDENTITY, resume=False)
+            CheckpointWriter(taken, IDENTITY, resume=False)
     with pytest.raises(InputError, match="is not a folder that can be written"):
-        CheckpointWriter(tmp_path / "file" / "out", 2, IDENTITY, resume=False)
+        CheckpointWriter(tmp_path / "file" / "out", IDENTITY, resume=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(InputError, match="cannot be replaced; name a new folder inside it"):
-        CheckpointWriter(Path("."), 2, IDENTITY, resume=False)
+        CheckpointWriter(Path("."), IDENTITY, resume=False)
     with pytest.raises(InputError, match="too long a name"):
-        CheckpointWriter(tmp_path / ("x" * 250), 2, IDENTITY, resume=False)
+        CheckpointWriter(tmp_path / ("x" * 250), IDENTITY, resume=False)
     (tmp_path / "way.partial").write_text("a file")
     with pytest.raises(InputError, match="is in the way"):
-        CheckpointWriter(tmp_path / "way", 2, IDENTITY, resume=True)
+        CheckpointWriter(tmp_path / "way", IDENTITY, resume=True)
     (tmp_path / "torn.partial").mkdir()
     (tmp_path / "torn.partial" / "journal.jsonl").write_text("not JSON\n")
     with pytest.raises(InputError, match="not a journal of pyprune"):
-        CheckpointWriter(tmp_path / "torn", 2, IDENTITY, resume=True)
+        CheckpointWriter(tmp_path / "torn", IDENTITY, resume=True)
     (tmp_path / "target").mkdir()
     (tmp_path / "empty").symlink_to(tmp_path / "target")
-    w = writer(tmp_path / "empty")
+    w = laid_out(tmp_path / "empty", {"a": torch.ones(1)}, {"b": torch.ones(1)})
     w.write(0, {"a": torch.ones(1)})
     w.write(1, {"b": torch.ones(1)})
     w.write_index()
@@ -345,15 +425,15 @@ def test_a_full_disk_is_an_enospc_error_and_loses_nothing(tmp_path: Path) -> Non
     if mounted.returncode:
         pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
     try:
-        w = writer(disk / "out")
+        w = laid_out(disk / "out", {"a": torch.ones(1000)}, {"b": torch.ones(200_000)}, shard_size=10**6)
         w.write(0, {"a": torch.ones(1000)})
         w.write(1, {"b": torch.ones(200_000)})
         with pytest.raises(OSError, match=re.escape(os.strerror(errno.ENOSPC))) as full:
             w.flush()
         assert full.value.errno == errno.ENOSPC
-        assert full.value.filename == str(w.file(1).with_suffix(".tmp"))
+        assert full.value.filename == str(file_of(w, "b"))
         w.close()
-        again = writer(disk / "out", resume=True)
+        again = CheckpointWriter(disk / "out", IDENTITY, resume=True)
         assert again.done.keys() == {0}
         again.close()
     finally:

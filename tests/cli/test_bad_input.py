@@ -210,10 +210,10 @@ def test_a_refused_resume_keeps_what_was_done(
     command = ("prune", model, tmp_path / "out", "--ratio", 0.3, *rest)
     write = CheckpointWriter.write
 
-    def killed(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
-        if shard == 2:
+    def killed(self: CheckpointWriter, part: int, *arguments: Any, **named: Any) -> None:
+        if part == 2:
             raise KeyboardInterrupt
-        write(self, shard, *arguments, **named)
+        write(self, part, *arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "write", killed)

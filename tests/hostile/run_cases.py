@@ -1,4 +1,4 @@
-"""Damage to what runs leave and later ones read: the journal, the shards, the caches, plan.json."""
+"""Damage to what runs leave and later ones read: the journal, the weights, the caches, plan.json."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from pyprune.checkpoint.journal import journal_line
 
 JOURNAL = "out.partial/journal.jsonl"
 ENTRY_PLACES: tuple[Place, ...] = (
-    ("shard",), ("file",), ("checksums",), ("bytes",), ("record",), ("tensor_bytes",), ("sources",)
+    ("part",), ("checksums",), ("record",), ("tensor_bytes",), ("sources",)
 )  # fmt: skip
 IDENTITY_PLACES: tuple[Place, ...] = (("identity",), ("identity", "model"), ("identity", "batch"))
 PLAN_PLACES: tuple[Place, ...] = (
@@ -31,7 +31,7 @@ def resumed(scene: str) -> tuple[str, ...]:
 
 
 def lines(change: Callable[[Lines], Lines]) -> Damage:
-    """Of the journal: its head, then one a shard."""
+    """Of the journal: its head, then one a part."""
 
     def changed(text: bytes) -> bytes:
         return b"".join(line + b"\n" for line in change(text.splitlines()))
@@ -58,11 +58,17 @@ def sealed(change: Change) -> Change:
     return changed
 
 
+def dropped(text: bytes, name: str) -> bytes:
+    document = json.loads(text)
+    del document[name]
+    return json.dumps(document).encode()
+
+
 def entry(number: int = 2, **values: Any) -> Damage:
     return line(number, sealed(lambda text: json.dumps(json.loads(text) | values).encode()))
 
 
-def shards(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
     return sorted((folder / "out.partial").glob("model-*.safetensors"))
 
 
@@ -74,7 +80,7 @@ def rotted(file: Path) -> None:
 
 def of_last(change: Callable[[Path], object]) -> Damage:
     def damage(folder: Path) -> None:
-        change(shards(folder)[-1])
+        change(files(folder)[-1])
 
     return damage
 
@@ -87,7 +93,7 @@ def added(name: str) -> Damage:
 
 
 def exchanged(file: Path) -> None:
-    """The last shard is the first one."""
+    """The last file is the first one."""
     replace(file, min(file.parent.glob("model-*.safetensors")).read_bytes())
 
 
@@ -96,7 +102,7 @@ def cut(file: Path) -> None:
 
 
 JOURNALS: dict[str, Damage] = {
-    "half-line-at-the-end": by(lambda text: text + b'{"shard": 2, "file": "mod', JOURNAL),
+    "half-line-at-the-end": by(lambda text: text + b'{"part": 2, "checksu', JOURNAL),
     "half-line-within": line(1, lambda text: text[: len(text) // 2]),
     "blank-line": lines(lambda found: [found[0], b"", *found[1:]]),
     "nuls-within": line(2, lambda text: bytes(len(text))),
@@ -105,32 +111,29 @@ JOURNALS: dict[str, Damage] = {
     "turned": lines(lambda found: [found[0], *found[:0:-1]]),
     "each-twice": lines(lambda found: [found[0], *found[1:], *found[1:]]),
     "crlf": by(lambda text: text.replace(b"\n", b"\r\n"), JOURNAL),
-    "shard-of-text": entry(shard="1"),
-    "shard-beyond": entry(shard=10**9),
-    "shard-negative": entry(shard=-1),
-    "shard-of-another": entry(shard=3),
-    "file-upwards": entry(file="../model/model.safetensors"),
-    "file-absolute": entry(file="/etc/passwd"),
-    "file-of-another": entry(file="model-00001-of-00004.safetensors"),
-    "file-long": entry(file="x" * 5000),
-    "file-nul": entry(file="a\0b"),
-    "file-surrogate": entry(file="\ud800"),
-    "bytes-wrong": entry(bytes=1),
+    "part-of-text": entry(part="1"),
+    "part-beyond": entry(part=10**9),
+    "part-negative": entry(part=-1),
+    "part-of-another": entry(part=3),
+    "head-of-the-first-format": line(0, sealed(lambda text: dropped(text, "format"))),
     "checksums-wrong": entry(checksums={"lm_head.weight": "0" * 32}),
     "checksums-empty": entry(checksums={}),
+    "checksums-of-nothing": entry(checksums={"a\0b": "0" * 32, "\ud800": 1}),
     "tensor-bytes-wrong": entry(tensor_bytes=7),
     "record-other": entry(record={"kept": [[0], [1, 2, 3]]}),
     "record-list": entry(record=[1]),
+    "record-dropped": line(2, sealed(lambda text: dropped(text, "record"))),
 }
 PARTIALS: dict[str, Damage] = {
-    "shard-rotted": of_last(rotted),
-    "shard-cut": of_last(cut),
-    "shard-empty": of_last(lambda file: replace(file, b"")),
-    "shard-gone": of_last(Path.unlink),
-    "shard-of-nuls": of_last(lambda file: replace(file, bytes(file.stat().st_size))),
-    "shards-exchanged": of_last(exchanged),
+    "weights-rotted": of_last(rotted),
+    "weights-cut": of_last(cut),
+    "weights-empty": of_last(lambda file: replace(file, b"")),
+    "weights-gone": of_last(Path.unlink),
+    "weights-of-nuls": of_last(lambda file: replace(file, bytes(file.stat().st_size))),
+    "weights-exchanged": of_last(exchanged),
     "file-of-another": added("notes.txt"),
-    "temporary": added("model-00003-of-00004.tmp"),
+    "temporary": added("journal.tmp"),
+    "weights-of-another": added("model.safetensors"),
     "journal-gone": lambda folder: (folder / JOURNAL).unlink(),
 }
 
@@ -138,7 +141,7 @@ PARTIALS: dict[str, Damage] = {
 def journals() -> Iterator[Case]:
     command, scenes = resumed("killed"), cycle(("killed", "killed-obs"))
     for name, damage in (JOURNALS | PARTIALS).items():
-        expected = SAME if name in ("half-line-at-the-end", "shard-gone", "temporary") else SAME_OR_REFUSED
+        expected = SAME if name in ("half-line-at-the-end", "weights-gone", "temporary") else SAME_OR_REFUSED
         scene = next(scenes)
         yield Case(f"journal-{name}", damage, resumed(scene), scene=scene, expected=expected)
     for name, change in WHOLE.items():
@@ -148,7 +151,7 @@ def journals() -> Iterator[Case]:
         yield Case(
             f"journal-{name}", by(change, JOURNAL), command, scene="killed", expected=SAME_OR_REFUSED, generated=True
         )
-    for name, change in value_damages(ENTRY_PLACES, 42, "journal"):
+    for name, change in value_damages(ENTRY_PLACES, 30, "journal"):
         yield Case(
             f"journal-entry-{name}",
             line(2, sealed(change)),
@@ -248,7 +251,7 @@ def plans() -> Iterator[Case]:
 
 def of_last_in_output(change: Callable[[Path], object]) -> Damage:
     def damage(folder: Path) -> None:
-        change(max((folder / "out").glob("model-*.safetensors")))
+        change(folder / "out" / "model.safetensors")
 
     return damage
 

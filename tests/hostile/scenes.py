@@ -17,13 +17,14 @@ SIZES: dict[str, Any] = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads":
 
 WORDS = ("the", "a", "of", "in", "year", "harvest", "was", "as", "good", "bad", "than", "before", "town")
 SELF = tuple("self" if word == "text.txt" else word for word in prune("flap"))
+SHARDS = ("--shard-size", "545KB")  # embeddings of 524 kB, the first layer, some of the second; the rest
 # The command of a scene's run, and where it was killed, if it was.
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
     "finished": (prune("flap"), {}),
-    "killed": (prune("flap"), {"shards": 2}),
-    "killed-obs": (prune("obs"), {"shards": 3}),
+    "killed": (prune("flap", *SHARDS), {"parts": 2}),
+    "killed-obs": (prune("obs", *SHARDS), {"parts": 3}),
     "trained": (("prune", "model", "out", "--method", "disp", "--ratio", "0.3", "--steps", "2", *SMALL, "--no-verify",
-                 "--device", "cpu"), {"shards": 1}),
+                 "--device", "cpu"), {"parts": 1}),
     "surveyed": (prune("flap"), {"layers": 1}),
     "curved": (prune("obs"), {"layers": 1}),
     "cached": (prune("flap"), {}),

@@ -85,12 +85,13 @@ def test_loads_from_shards_of_the_writer(dtype: torch.dtype, make: Callable[...,
     family, dense, selections = make("llama-mha", dtype)
     tensors = selected_tensors(family, dense, selections)
     prefixes = [f"{family.layers}.{layer}." for layer in range(3)]
-    shards = [{name: t for name, t in tensors.items() if name.startswith(prefix)} for prefix in prefixes]
-    shards.append({name: t for name, t in tensors.items() if not name.startswith(tuple(prefixes))})
-    writer = CheckpointWriter(tmp_path / "out", len(shards), {}, resume=False)
+    parts = [{name: t for name, t in tensors.items() if name.startswith(prefix)} for prefix in prefixes]
+    parts.append({name: t for name, t in tensors.items() if not name.startswith(tuple(prefixes))})
+    writer = CheckpointWriter(tmp_path / "out", {}, resume=False)
     writer.begin()
-    for number, shard in enumerate(shards):
-        writer.write(number, dict(shard))
+    writer.lay_out(parts, 100_000)
+    for number, part in enumerate(parts):
+        writer.write(number, dict(part))
     writer.write_index()
     dense_selected_config(family, dense, selections).save_pretrained(writer.partial)
     writer.finish()

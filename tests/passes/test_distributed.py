@@ -177,11 +177,11 @@ def die_in_a_layer() -> None:
 
     write = CheckpointWriter.write
 
-    def die(self: CheckpointWriter, shard: int, *arguments: Any) -> None:
-        if shard == 3:
+    def die(self: CheckpointWriter, part: int, *arguments: Any) -> None:
+        if part == 3:
             self.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        write(self, shard, *arguments)
+        write(self, part, *arguments)
 
     CheckpointWriter.write = die  # type: ignore[method-assign]
 

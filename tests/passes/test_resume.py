@@ -27,6 +27,7 @@ from pyprune.job.config import PruneConfig
 from pyprune.pipeline.run import prune
 
 LAYERS = 12
+SHARD_SIZE = 700_000  # four files of 2 MB, and layers that lie in two
 # A clean process that has the libraries loaded forks the runs: each starts at once, none inherits a thread.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pyprune.api", "pyprune.cli.prune", "matplotlib.pyplot", "transformers.generation"])
@@ -45,7 +46,7 @@ def options(model: Path, text: Path, output: Path, method: str, **changes: Any) 
     calibration = None if method == "magnitude" else str(text)
     return PruneConfig(
         str(model), output, method, 0.4, calibration=calibration, samples=8, sequence_length=32, device="cpu",
-        cache=output.parent / "cache", **changes,
+        cache=output.parent / "cache", shard_size=SHARD_SIZE, **changes,
     )  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def test_a_file_that_cannot_be_read_in_the_middle(
 
     arguments = (
         *("prune", model, tmp_path / "out", "--method", method, "--ratio", 0.4, "--calibration", text, "--samples", 8),
-        *("--sequence-length", 32, "--device", "cpu", "--cache", tmp_path / "cache"),
+        *("--sequence-length", 32, "--device", "cpu", "--cache", tmp_path / "cache", "--shard-size", SHARD_SIZE),
     )
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", failing)
@@ -172,7 +173,7 @@ def test_a_file_that_cannot_be_read_in_the_middle(
         f"{tmp_path / 'out.partial'} keeps the finished layers: repeat with --resume"
     )
     lines = (tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()
-    assert [json.loads(line)["shard"] for line in lines[1:]] == list(range(8))  # the embeddings and seven layers
+    assert [json.loads(line)["part"] for line in lines[1:]] == list(range(8))  # the embeddings and seven layers
     assert run_command(capsys, *arguments, "--resume").status == 0
     assert checkpoint_bytes(tmp_path / "out") == checkpoint_bytes(tmp_path / "whole")
 
@@ -195,7 +196,7 @@ def test_a_disk_that_fills_up_in_the_middle(
         prune(options(model, text, tmp_path / "whole", "flap"))
         arguments = (
             *("prune", model, disk / "out", "--method", "flap", "--ratio", 0.4, "--calibration", text, "--samples", 8),
-            *("--sequence-length", 32, "--device", "cpu", "--cache", tmp_path / "cache"),
+            *("--sequence-length", 32, "--device", "cpu", "--cache", tmp_path / "cache", "--shard-size", SHARD_SIZE),
         )
         monkeypatch.setattr("pyprune.pipeline.run.check_disk_space", lambda *_: None)
         for more in ((), ("--resume",)):  # nor is anything lost where none was freed
@@ -204,10 +205,10 @@ def test_a_disk_that_fills_up_in_the_middle(
             assert outcome.err.splitlines()[-1] == (
                 f"pyprune: {disk / 'out.partial'}: no space left on the device; free some and repeat with --resume"
             )
-            shards = [file.name for file in (disk / "out.partial").glob("*.safetensors")]
             lines = (disk / "out.partial" / "journal.jsonl").read_text().splitlines()
-            assert sorted(shards) == [json.loads(line)["file"] for line in lines[1:]]
-            assert 2 < len(shards) < LAYERS
+            parts = [json.loads(line)["part"] for line in lines[1:]]
+            assert parts == list(range(len(parts)))
+            assert 2 < len(parts) < LAYERS
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
         assert run_command(capsys, *arguments, "--resume").status == 0
         assert checkpoint_bytes(disk / "out") == checkpoint_bytes(tmp_path / "whole")
@@ -250,10 +251,10 @@ def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
     prune(options(model, text, tmp_path / "whole", "flap"))
     write = CheckpointWriter.write
 
-    def full(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
-        if shard == 5:
+    def full(self: CheckpointWriter, part: int, *arguments: Any, **named: Any) -> None:
+        if part == 5:
             raise error
-        write(self, shard, *arguments, **named)
+        write(self, part, *arguments, **named)
 
     monkeypatch.setattr(CheckpointWriter, "write", full)
     with pytest.raises(InputError, match=message):
@@ -262,14 +263,14 @@ def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
     monkeypatch.setattr(
         CheckpointWriter,
         "write",
-        lambda self, shard, *a, **k: (written.append(shard), write(self, shard, *a, **k)),
+        lambda self, part, *a, **k: (written.append(part), write(self, part, *a, **k)),
     )
     prune(options(model, text, tmp_path / "out", "flap", resume=True))
     assert written == list(range(5, LAYERS + 2))
     assert checkpoint_bytes(tmp_path / "out") == checkpoint_bytes(tmp_path / "whole")
 
 
-def test_shards_that_keep_other_units_are_written_again(
+def test_layers_that_keep_other_units_are_written_again(
     model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The calibration pass of the killed run is gone and the new one differs: nothing of the old choice may remain."""
@@ -279,10 +280,10 @@ def test_shards_that_keep_other_units_are_written_again(
     model, text = model_and_text
     write = CheckpointWriter.write
 
-    def killed(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
-        if shard == 6:
+    def killed(self: CheckpointWriter, part: int, *arguments: Any, **named: Any) -> None:
+        if part == 6:
             raise KeyboardInterrupt
-        write(self, shard, *arguments, **named)
+        write(self, part, *arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "write", killed)

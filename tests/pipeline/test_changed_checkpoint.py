@@ -98,11 +98,11 @@ def options(model: Path, text: Path, output: Path, **changes: Any) -> PruneConfi
     return PruneConfig(str(model), output, "obs", 0.3, {}, str(text), **named)
 
 
-def kill_at(shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def kill_at(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     write = CheckpointWriter.write
 
     def killed(self: CheckpointWriter, number: int, *arguments: Any, **named: Any) -> None:
-        if number == shard:
+        if number == part:
             self.flush()
             raise KeyboardInterrupt
         write(self, number, *arguments, **named)

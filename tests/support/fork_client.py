@@ -129,7 +129,7 @@ class ForkServer:
         """`pyprune ARGUMENTS` in a working directory.
 
         limits: of setrlimit, by name without RLIMIT_; AS is what may be added to what the process has. stops: where it
-        dies as by SIGKILL, `shards` or `layers` (of a calibration pass) being done.
+        dies as by SIGKILL, `parts` or `layers` (of a calibration pass) being done.
         """
         number = next(self._numbers)
         logs = self.scratch / f"{number}"

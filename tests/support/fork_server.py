@@ -60,17 +60,17 @@ def main_function() -> Callable[[list[str]], object]:
     return main if callable(main) else importlib.import_module("pyprune.cli.main.main").main
 
 
-def stop_after_shards(count: int) -> None:
-    """Have the process die, as by SIGKILL, once so many shards are in the journal."""
+def stop_after_parts(count: int) -> None:
+    """Have the process die, as by SIGKILL, once so many parts are in the journal."""
     from pyprune.checkpoint import CheckpointWriter
 
     write = CheckpointWriter.write
 
-    def counted(self: CheckpointWriter, shard: int, *arguments: Any, **named: Any) -> None:
-        if len(self.done) >= count or shard >= count:
+    def counted(self: CheckpointWriter, part: int, *arguments: Any, **named: Any) -> None:
+        if len(self.done) >= count or part >= count:
             self.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        write(self, shard, *arguments, **named)
+        write(self, part, *arguments, **named)
 
     CheckpointWriter.write = counted  # type: ignore[method-assign]
 
@@ -89,7 +89,7 @@ def stop_after_layers(count: int) -> None:
     LayerLog.write = counted  # type: ignore[method-assign]
 
 
-_STOPS = {"shards": stop_after_shards, "layers": stop_after_layers}
+_STOPS = {"parts": stop_after_parts, "layers": stop_after_layers}
 
 
 def limit(kind: str, value: int) -> None:

@@ -31,7 +31,7 @@ def race(bench: Bench, of: Race) -> list[tuple[str, str]]:
     folder = bench.folder(f"race-{of.number}")
     commands = _commands(of, drawn)
     if of.kind == "one unfinished run":
-        bench.server.run(commands[0][:-1], folder, stops={"shards": drawn.randint(1, 5)})
+        bench.server.run(commands[0][:-1], folder, stops={"parts": drawn.randint(1, 5)})
     runs = []
     for command in commands:
         runs.append(bench.server.start(command, folder, environment=bench.environment(folder)))
