@@ -87,7 +87,7 @@ def test_encodings(model: Path, tmp_path: Path, encoding: str) -> None:
     ended = run(tmp_path, *command("makes", model, tmp_path), encoding=encoding)
     assert ended.status == 0, ended.err.read_text()
     arrow = "→" if encoding.startswith("utf") else "->"
-    assert f" MB {arrow} " in ended.out.read_text(encoding=encoding)
+    assert f" KB {arrow} " in ended.out.read_text(encoding=encoding)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pyprune import InputError
+from pyprune.architectures import LayerShape
 from pyprune.calibration.mixture import parts_of, spelled_texts
 from pyprune.calibration.source import described
 from pyprune.cli.options import options_given
@@ -24,6 +25,11 @@ from pyprune.report.naming import hub_id, model_name
 from pyprune.report.page import write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+def recorded(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A method's options as plan.json has them, of a model of the sizes that `make_plan` takes by default."""
+    return make_method(method, options).fitted([LayerShape(256, 32, 4, 2, 50)]).options
 
 
 def make_plan(
@@ -43,7 +49,7 @@ def make_plan(
         "format": "pyprune-plan-3",
         "model": "models/llama",
         "method": "flap",
-        "options": make_method("flap", {"mode": "reference", "square_attention": True}).options,
+        "options": recorded("flap", {"mode": "reference", "square_attention": True}),
         "seed": 0,
         "calibration": {"text": "valid.txt", "samples": 128, "sequence_length": 512, "fingerprint": "ab12"},
         "ratio": {"asked": 0.3, "met": 0.29984, "of_model": 0.2215},
@@ -268,6 +274,7 @@ def test_the_title_is_the_models_name() -> None:
     [
         ("flap", {}),
         ("flap", {"uniform": True, "structure": "UL-UM"}),
+        ("flap", {"structure": "UL-MM", "attention_ratio": 0.25}),
         ("flap", {"mode": "reference", "square_attention": False}),
         ("obs", {"allocation": "log", "first_share": 0.5}),
         ("slimgpt", {"uniform": True}),
@@ -276,7 +283,7 @@ def test_the_title_is_the_models_name() -> None:
 )
 def test_the_command_gives_the_runs_options(method: str, options: dict[str, Any]) -> None:
     """What `pyprune prune` reads from it is what the plan holds, and options that change nothing are not in it."""
-    plan = make_plan(method=method, options=make_method(method, options).options, seed=7)
+    plan = make_plan(method=method, options=recorded(method, options), seed=7)
     scored = {"perplexity": 9.0, "windows": 20, "sequence_length": 64}
     plan["evaluation"] = {"text": "my test.txt", "dense": scored, "pruned": scored}
     command = prune_command(plan, "out dir")
@@ -285,7 +292,7 @@ def test_the_command_gives_the_runs_options(method: str, options: dict[str, Any]
     context = prune.make_context("prune", words[2:])
     found = context.params
     assert (words[:2], found["model"], found["output"]) == (["pyprune", "prune"], "models/llama", Path("out dir"))
-    assert make_method(method, options_given(found)).options == plan["options"]
+    assert recorded(method, options_given(found)) == plan["options"]
     assert len(options_given(found)) <= len(options)
     asked = ("ratio", "calibration", "samples", "sequence_length", "seed", "dtype", "text", "evaluation_length")
     assert [found[name] for name in asked] == [0.3, ("valid.txt",), 128, 512, 7, "bfloat16", "my test.txt", 64]
