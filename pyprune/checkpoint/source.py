@@ -41,6 +41,8 @@ class ModelSource(ABC):
         self.shapes: list[LayerShape]
         try:
             self.shapes = family.shapes(self.config)
+            # Kept: each is found by building a layer, which takes milliseconds.
+            self.layer_state_shapes = [family.layer_state_shapes(self.config, layer) for layer in range(self.layers)]
             expected = self._expected()
         except Exception as error:
             raise refused(place, error) from error
@@ -74,7 +76,7 @@ class ModelSource(ABC):
     def layer_tensors(self, layer: int) -> dict[str, StoredTensor]:
         """Places of a decoder layer's tensors, named within the layer."""
         prefix = self.layer_prefix(layer)
-        return {name: self.tensors[prefix + name] for name in self.family.layer_state_shapes(self.config, layer)}
+        return {name: self.tensors[prefix + name] for name in self.layer_state_shapes[layer]}
 
     def outside_layers(self) -> list[str]:
         """Names of the tensors that pruning copies as they are: embeddings, final norm, output head."""
@@ -140,8 +142,8 @@ class ModelSource(ABC):
             self.family.final_norm: (hidden,),
             self.family.head: (vocabulary, hidden),
         }
-        for layer in range(self.layers):
-            for name, shape in self.family.layer_state_shapes(self.config, layer).items():
+        for layer, shapes in enumerate(self.layer_state_shapes):
+            for name, shape in shapes.items():
                 expected[self.layer_prefix(layer) + name] = shape
         return expected
 

@@ -71,7 +71,7 @@ def layer_kinds(reader: ModelSource) -> list[int]:
     lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) == count]
     first: dict[str, int] = {}
     for layer in range(count):
-        names = sorted(reader.family.layer_state_shapes(config, layer))
+        names = sorted(reader.layer_state_shapes[layer])
         kind = [reader.family.sliding(config, layer), [own[layer] for own in lists], names]
         first.setdefault(repr(kind), layer)
     return list(first.values())

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command_line import run
 from support.families import FAMILIES, family_checkpoint
+from support.proofs import prove_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyprune
@@ -195,7 +196,7 @@ def test_command(
 ) -> None:
     """`pyprune export` proves its result in a process of its own, which takes seconds; the tokenizer goes along."""
     if not fresh:
-        monkeypatch.setattr(verify, "fresh_logits", lambda folder, ids, loader: logits(folder, ids))
+        prove_here(monkeypatch)
     small, output = tmp_path / "small", tmp_path / "out"
     assert run(capsys, "prune", model, small, "--method", "magnitude", "--ratio", 0.3).status == 0
     outcome = run(capsys, "export", small, output, "--format", "padded", "--json")

@@ -44,6 +44,7 @@ print("transformers" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_without_transformers() -> None:
     assert run_python(HIDE + USE) == "False\n"
     hidden = run_python(HIDE + "import importlib.util as u; print(u.find_spec('transformers'), u.find_spec('rich'))")

@@ -40,6 +40,7 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["import pyprune, transformers", "import transformers, pyprune"])
 def test_classes_are_registered_with_transformers(order: str) -> None:
     """Whichever is imported first; asking where transformers is, as libraries do, uses nothing up."""
@@ -59,6 +60,7 @@ def test_registration_can_be_left_out() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_help_is_quick() -> None:
     torch_seconds = min(cpu_seconds(sys.executable, "-c", "import torch") for _ in range(2))
     for arguments, share in ((["--version"], 0.3), (["--help"], 0.3), (["prune", "--help"], 1.3)):

@@ -20,9 +20,10 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
 
 
 @pytest.fixture
-def model(demo_model: Path, tmp_path: Path) -> Path:
-    """The trained model, whose matrices are larger than what the fingerprint samples of them."""
-    return shutil.copytree(demo_model, tmp_path / "model")
+def model(tiny_checkpoint: Callable[..., Path], demo_model: Path, tmp_path: Path) -> Path:
+    """Of matrices that are larger than what the fingerprint samples of them."""
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "heads": 8, "kv_heads": 4, "layers": 3}
+    return shutil.copytree(tiny_checkpoint(tokenizer=demo_model, **sizes), tmp_path / "model")
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def unfinished(model: Path, shared_text: Path, tmp_path: Path, monkeypatch: pyte
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with monkeypatch.context() as patch:
-        kill_at(4, patch)
+        kill_at(3, patch)
         with pytest.raises(KeyboardInterrupt):
             prune(options(model, shared_text, tmp_path / "out"))
     torch.set_num_threads(threads)

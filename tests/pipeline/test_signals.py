@@ -93,7 +93,9 @@ def test_nobody_survives_a_kill(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", FIRST_OF_SIGNALS)
-@pytest.mark.parametrize("started", [("-m", "pyprune"), ("pyprune",)], ids=["module", "script"])
+@pytest.mark.parametrize(
+    "started", [("-m", "pyprune"), pytest.param(("pyprune",), marks=pytest.mark.slow)], ids=["module", "script"]
+)
 def test_while_the_libraries_are_imported(tmp_path: Path, started: tuple[str, ...], number: signal.Signals) -> None:
     """There is nothing to tidy or to resume, and no traceback of the import."""
     if started == ("pyprune",):
