@@ -356,13 +356,9 @@ def estimate(
         if cut is not None and note is not None:
             note(cut)
     share = resolve_ratio(made, ratio) if target is None else ratio_of(target, reader, made)
-    sampled = made.needs_text and _names_self(calibration, samples)
+    parts = parts_of(calibration, samples) if made.needs_text and calibration is not None else []
+    sampled = sum(part.windows for part in parts if isinstance(part.text, str) and part.text == SELF)
     return estimate_run(reader, made, share, samples, length, place, compute, device_memory, named, sampled)
-
-
-def _names_self(calibration: Any, samples: int) -> bool:
-    """Whether the model writes one of the texts."""
-    return any(isinstance(part.text, str) and part.text == SELF for part in parts_of(calibration, samples))
 
 
 __all__ = ["Estimate", "PruneRecord", "estimate", "evaluate", "export", "list_methods", "prune"]

@@ -30,7 +30,7 @@ from .texts import evaluation_texts, text_options
     metavar="TEXT",
     multiple=True,
     group=EVALUATION,
-    help="A text as --calibration of pyprune prune. Repeatable.",
+    help="As --calibration of pyprune prune: a file, a data set of the hub, builtin or self. Repeatable.",
 )
 @text_options(EVALUATION)
 @option(

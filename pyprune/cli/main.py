@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # command -> module of this package and its attribute, line in `pyprune --help`. None: an alias, not listed.
 COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "prune": ("prune", "prune", "Prune MODEL into the new folder OUTPUT."),
-    "evaluate": ("evaluate", "evaluate", "Measure perplexity of MODEL on a text, its accuracy on tasks, or both."),
+    "evaluate": ("evaluate", "evaluate", "Measure perplexity of MODEL on texts, its accuracy on tasks, or both."),
     "estimate": ("estimate", "estimate", "Predict sizes, time and peak memory of a pruning of MODEL."),
     "plan": ("estimate", "estimate", None),
     "export": ("export", "export", "Write the pruned MODEL in a layout that other programs load."),

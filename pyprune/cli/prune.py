@@ -26,8 +26,8 @@ from .run_file import FileCommand, config_option
 
 SAME = (
     "revision",
-    *("method", "ratio", "target_size", "parameters", "packing", "text_column", "samples", "seed", "device", "dtype"),
-    *("device_memory", "trust_remote_code"),
+    *("method", "ratio", "target_size", "parameters", "packing", "text_column", "samples", "seed"),
+    *("device", "dtype", "device_memory", "trust_remote_code"),
 )
 
 
@@ -63,7 +63,13 @@ SAME = (
     help="Load OUTPUT and compare its logits.  [default: up to 8 GiB]",
 )
 @log_options
-@option("--evaluate", "text", metavar="TEXT", group=EVALUATION, help="Perplexity before and after on a text, or self.")
+@option(
+    "--evaluate",
+    "text",
+    metavar="TEXT",
+    group=EVALUATION,
+    help="Perplexity before and after on a text, as --calibration.",
+)
 @option(
     "--evaluation-length",
     type=click.IntRange(2),

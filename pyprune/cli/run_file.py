@@ -57,24 +57,23 @@ class FileCommand(Command):
                 if flag in SIBLINGS.get(str(self.name), ()):
                     continue
                 raise click.UsageError(f"{file}, line {line}: no option {name!r}{suggestion(flag, known)}", ctx)
-            if known[flag] in values:
+            own = known[flag]
+            if own.name in values:
                 raise click.UsageError(f"{file}, line {line}: {name} is given twice", ctx)
-            values[known[flag]] = value
-        several = {own.name for own in self.params if own.multiple}
-        return {
-            name: [value] if name in several and isinstance(value, str) else value
-            for name, value in values.items()
-            if value is not None
-        }
+            repeatable = isinstance(own, click.Option) and own.multiple
+            if isinstance(value, list) and not repeatable:
+                raise click.UsageError(f"{file}, line {line}: {name} takes one value", ctx)
+            values[str(own.name)] = [value] if repeatable and isinstance(value, str) else value
+        return {name: value for name, value in values.items() if value is not None}
 
-    def names(self, ctx: click.Context) -> dict[str, str]:
+    def names(self, ctx: click.Context) -> dict[str, click.Parameter]:
         """Parameters as a file names them: an option without its dashes, an argument as in the usage."""
-        found: dict[str, str] = {}
+        found: dict[str, click.Parameter] = {}
         for own in self.get_params(ctx):
             if own.name is None or own.name in UNNAMED:
                 continue
             spellings = own.opts if isinstance(own, click.Option) else [own.name]
-            found |= {word.lstrip("-"): own.name for word in spellings if not word.startswith("-") or len(word) > 2}
+            found |= {word.lstrip("-"): own for word in spellings if not word.startswith("-") or len(word) > 2}
         return found
 
 

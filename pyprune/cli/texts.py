@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ..calibration.packing import CONCATENATE, PACKINGS
-from .command import option, options
+from .command import Choice, option, options
 
 
 def text_options(group: str) -> Callable[[Any], Any]:
@@ -20,7 +20,7 @@ def text_options(group: str) -> Callable[[Any], Any]:
         ),
         option(
             "--packing",
-            type=click.Choice(PACKINGS),
+            type=Choice(PACKINGS),
             metavar="HOW",
             default=CONCATENATE,
             show_default=False,

@@ -104,14 +104,14 @@ def estimate(
     dtype: torch.dtype,
     device_memory: int | None = None,
     named: str | None = None,
-    sampled: bool = False,
+    sampled: int = 0,
 ) -> Estimate:
     """Sizes before and after, FLOPs, seconds and bytes of each pass, peak memory of device and host.
 
     device: the one present; `named`, a key of `time.GPU_RATES`, is asked about in its place. On a GPU the seconds
     follow from `procedures`, the memory, which `device_memory` bytes bound, from `memory`; on a CPU seconds are
     FLOPs over a measured rate of matrix products, and memory counts the interpreter and libraries as they are now.
-    `sampled`: the model writes the text itself, which is a pass of its own. `reading` has the bytes read in all and
+    `sampled`: windows that the model writes itself, which is a pass of its own. `reading` has the bytes read in all and
     their seconds at READ_RATE; the passes compute meanwhile. Sizes by layer, and with them the parameters, are known
     beforehand where they follow from the ratio alone; otherwise `layers` is null and the ratio is taken as met. Raises
     InputError where the run would be refused.
@@ -135,10 +135,10 @@ def estimate(
         budget = device_memory or _whole_memory(device, named)
         train = training_cost(reader, method.training, method.name, sequence_length, dtype, budget)
         flops["train"] = train.flops()
-    sampling = sampling_cost(reader, samples, sequence_length, device, dtype, named) if sampled else None
+    sampling = sampling_cost(reader, sampled, sequence_length, device, dtype, named) if sampled else None
     if sampling is not None:
         flops = {"sampling": sampling.flops()} | flops
-    read = reader.bytes * (1 + ("calibration" in flops) + sampled + (train is not None))
+    read = reader.bytes * (1 + ("calibration" in flops) + bool(sampled) + (train is not None))
     known: dict[str, Any] = {
         "method": method.name,
         "options": method.options,

@@ -26,14 +26,14 @@ def write_run_file(job: "Job", folder: Path) -> None:
     (folder / FILE).write_text(HEAD.format(file=FILE) + text, encoding="utf-8")
 
 
-def calibration_words(calibration: Any) -> list[str]:
-    """Texts as `--calibration` takes them; none where one was given in Python."""
-    pairs = [(calibration, None)]
-    if is_mixture(calibration):
-        pairs = [*(calibration.items() if isinstance(calibration, Mapping) else calibration)]
+def spelled(calibration: Any) -> str | list[str] | None:
+    """A calibration as the command line spells it: a text, or several as TEXT=SHARE; None: it cannot."""
+    if not is_mixture(calibration):
+        return calibration if isinstance(calibration, str) else None
+    pairs = [*(calibration.items() if isinstance(calibration, Mapping) else calibration)]
     if not all(isinstance(text, str) for text, _ in pairs):
-        return []
-    return [text if share is None else f"{text}={share}" for text, share in pairs]
+        return None
+    return [text if share is None else f"{text}={share!r}" for text, share in pairs]
 
 
 def run_options(job: "Job") -> dict[str, Any]:
@@ -48,9 +48,10 @@ def run_options(job: "Job") -> dict[str, Any]:
     else:
         found[target.flag.removeprefix("--")] = target.amount
     found |= {name.replace("_", "-"): value for name, value in job.method.options.items()}
-    words = calibration_words(own.calibration)
-    if job.method.needs_text and words:
-        found |= {"calibration": words, "packing": own.packing, "text-column": own.text_column}
+    if job.method.needs_text:
+        found["calibration"] = spelled(own.calibration)
+        found["text-column"] = own.text_column
+        found["packing"] = own.packing
     found |= {
         "samples": own.samples,
         "sequence-length": own.sequence_length,

@@ -37,12 +37,16 @@ def chosen_options(plan: dict[str, Any]) -> dict[str, Any]:
     sizes = ("hidden_size", "head_dim", "kv_groups", "heads_per_group", "intermediate_channels")
     shape = LayerShape(*(plan["dense"][name] for name in sizes))
     chosen = dict(options)
+    try:
+        asked = make_method(method, options).fitted([shape]).options
+    except InputError:  # no such method here
+        return options
     for name in options:
         others = {other: value for other, value in chosen.items() if other != name}
         try:
-            if make_method(method, others).fitted([shape]).options == options:
+            if make_method(method, others).fitted([shape]).options == asked:
                 chosen = others
-        except InputError:  # no such method here, or one that does not do without this option
+        except InputError:  # the method does not do without this option
             continue
     return chosen
 

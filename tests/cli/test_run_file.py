@@ -56,6 +56,18 @@ def test_a_run_is_repeated_from_its_file(
     assert plans[0]["identity"] == plans[1]["identity"]
 
 
+def test_several_texts_are_repeated(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("--calibration", f"{text}=0.75", "--calibration", "builtin=0.25", "--packing", "separate")
+    asked = ("--method", "wanda-sp", "--ratio", 0.3, *texts, "--samples", 4, "--sequence-length", 8, "--device", "cpu")
+    first = run(capsys, "prune", model, tmp_path / "first", *asked, "--no-verify")
+    assert first.status == 0, first.err
+    second = run(capsys, "prune", tmp_path / "second", "--config", tmp_path / "first" / "run.yaml")
+    assert second.status == 0, second.err
+    assert weights(tmp_path / "second") == weights(tmp_path / "first")
+
+
 def test_what_is_typed_wins(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "own.yaml"
     file.write_text(f"model: {model}\nmethod: magnitude\nratio: 0.3\nround_to: 8\nuniform: true\nverify: no\n")
@@ -76,6 +88,7 @@ def test_what_is_typed_wins(model: Path, tmp_path: Path, capsys: pytest.CaptureF
         ("sampels: 3", "line 1: no option 'sampels'; did you mean samples?"),
         ("ratio: 0.3\n\nratio: 0.4", "line 3: ratio is given twice"),
         ("samples: {a: 1}", "line 1: samples takes one value, or a list of them"),
+        ("samples: [1, 2]", "line 1: samples takes one value"),
         ("- ratio", "not a mapping of options: write each as `name: value`"),
         ("ratio: [0.3", "not YAML: while parsing a flow sequence"),
         ("method: lottery", "'lottery' is not one of magnitude"),
