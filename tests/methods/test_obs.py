@@ -229,8 +229,8 @@ def test_obs_beats_slimgpt_and_flap_on_a_trained_model(
     perplexity = {}
     for method in ("flap", "slimgpt", "obs"):
         outcome = run(capsys, "prune", demo_model, tmp_path / method, "--method", method, "--ratio", 0.3,
-                      "--calibration", "self", "--samples", 64, "--sequence-length", 128, "--device", "cpu", "--json",
-                      "--evaluate", "self", "--evaluation-length", 128, "--max-windows", 32)  # fmt: skip
+                      "--calibration", "self", "--samples", 64, "--sequence-length", 64, "--device", "cpu", "--json",
+                      "--evaluate", "self", "--evaluation-length", 64, "--max-windows", 32)  # fmt: skip
         assert outcome.status == 0, outcome.err
         perplexity[method] = outcome.json["evaluation"]["pruned"]["perplexity"]
     assert perplexity["obs"] < perplexity["slimgpt"] < perplexity["flap"]

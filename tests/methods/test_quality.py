@@ -22,14 +22,14 @@ def test_order_of_the_methods(demo_model: Path, shared_dir: Path, tmp_path: Path
     """At 50 %, where the margins on this model are 30 % and more: 12 windows of the test text suffice."""
     test_text = str(shared_dir / "data" / "wikitext2-test.txt")
     windows = TokenSource(test_text, demo_model, CheckpointReader(demo_model).config, CPU, torch.float32).evaluation(
-        512, 12, 0
+        256, 12, 0
     )
 
     def pruned(method: str, **options: Any) -> float:
         output = tmp_path / "-".join([method, *map(str, options.values())])
         text = None if method == "magnitude" else str(shared_dir / "data" / "wikitext2-valid.txt")
         run = PruneConfig(
-            str(demo_model), output, method, 0.5, options, text, samples=64, sequence_length=256, device="cpu"
+            str(demo_model), output, method, 0.5, options, text, samples=32, sequence_length=128, device="cpu"
         )
         assert abs(prune(run).ratio_met - 0.5) <= 0.005
         return perplexity(load_model(output, CPU, torch.float32), windows)

@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.forked import run_script
 
 from pyprune.errors import InputError
 from pyprune.ops import Hessian, describe, describe_installation, dispatch, requirements, use_backend
@@ -350,17 +348,15 @@ main(["backends", "--json"])
 """
 
 
-def test_an_operator_is_one_file(tmp_path: Path) -> None:
+def test_an_operator_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is added in a process of its own is chosen, versioned, and listed by `pyprune backends`."""
     (tmp_path / "toy.py").write_text(TOY)
-    environment = {name: value for name, value in os.environ.items() if name != ENVIRONMENT_VARIABLE}
-    shown = subprocess.run(
-        [sys.executable, "-c", FIND_TOY, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert shown.returncode == 0, shown.stderr
-    rows = {
-        (row["device"], row["dtype"]): row for row in json.loads(shown.stdout)["operators"] if row["operator"] == "toy"
-    }
+    (tmp_path / "find_toy.py").write_text(FIND_TOY)
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    ended = run_script(tmp_path, tmp_path / "find_toy.py", tmp_path)
+    assert ended.status == 0, ended.err.read_text()
+    listed = json.loads(ended.out.read_text())["operators"]
+    rows = {(row["device"], row["dtype"]): row for row in listed if row["operator"] == "toy"}
     assert rows["cpu", "float32"]["backend"] == "cpu"
     assert rows["cpu", "float64"]["backend"] == "reference"
     assert rows["cpu", "float64"]["reasons"]["cpu"] == "the input is float64; the kernels compute in float32"
