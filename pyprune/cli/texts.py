@@ -23,9 +23,8 @@ def text_options(group: str) -> Callable[[Any], Any]:
             type=Choice(PACKINGS),
             metavar="HOW",
             default=CONCATENATE,
-            show_default=False,
             group=group,
-            help="concatenate: windows start anywhere (default); separate: at documents.",
+            help="Windows start anywhere; separate: at documents.",
         ),
     )
 

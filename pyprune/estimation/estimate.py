@@ -146,7 +146,7 @@ def estimate(
         "parameters": {"decoder_linears": [before, before - removed]},
         "bytes": [reader.bytes, after],
         "bytes_read": read,
-        "reading": {"bytes": read, "seconds": round(read / READ_RATE, 1), "bytes_per_second": READ_RATE},
+        "reading": {"bytes": read, "seconds": round(read / READ_RATE, 3), "bytes_per_second": READ_RATE},
         "bytes_written": after,
         "layers": layers,
         "zeros": not method.shrinks,
