@@ -39,7 +39,7 @@ def nothing_written(folder: Path) -> Iterator[None]:
     temporary.mkdir()
     with pytest.MonkeyPatch.context() as patch, chdir(here):
         patch.setattr(tempfile, "tempdir", str(temporary))
-        patch.setattr(writer, "write_shard", refuse)
+        patch.setattr(writer, "write_tensors", refuse)
         patch.setattr(cache, "save_file", refuse)
         patch.setattr(PreTrainedModel, "save_pretrained", refuse)
         yield

@@ -16,9 +16,9 @@ TOKENS = {"may-write": {"org"}, "may-not": set()}
 
 @pytest.fixture(scope="module")
 def output(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output of three layers."""
+    """An output of three layers in several files."""
     folder = tmp_path_factory.mktemp("runs") / "pruned"
-    pyprune.prune(tiny_checkpoint(), folder, "magnitude", 0.3)
+    pyprune.prune(tiny_checkpoint(), folder, "magnitude", 0.3, shard_size=100_000)
     return folder
 
 
