@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.packing import CONCATENATE
+from ..checkpoint import SHARD_SIZE
 from ..checkpoint.model_in_memory import IN_MEMORY
 from ..methods.options import flag_of
 from .naming import chosen_options, model_name
@@ -28,6 +29,9 @@ def prune_command(plan: dict[str, Any], output: str) -> str | None:
     if plan["seed"]:
         words += ["--seed", str(plan["seed"])]
     words += ["--dtype", plan["dtype"]]
+    shard_size = plan.get("identity", {}).get("shard_size", SHARD_SIZE)
+    if shard_size != SHARD_SIZE:
+        words += ["--shard-size", str(shard_size)]
     if evaluation:
         pruned = evaluation["pruned"]
         words += ["--evaluate", evaluation["text"], "--evaluation-length", str(pruned["sequence_length"])]

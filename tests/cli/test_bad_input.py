@@ -54,6 +54,12 @@ def test_impossible_ratio(refused: Callable[..., str], model: Path, text: Path, 
     assert "at most 0." in refused("prune", model, tmp_path / "out", "--calibration", text, "--ratio", 0.99)
 
 
+@pytest.mark.parametrize(("size", "reason"), [("0", "is no size"), ("-1GB", "is no size"), ("0.1", "at least 1")])
+def test_shard_size(refused: Callable[..., str], model: Path, tmp_path: Path, size: str, reason: str) -> None:
+    arguments = ("--method", "magnitude", "--ratio", 0.3, f"--shard-size={size}")
+    assert reason in refused("prune", model, tmp_path / "out", *arguments)
+
+
 def test_model(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
     def line(folder: Path) -> str:
         return refused("prune", folder, tmp_path / "out", "--method", "magnitude", "--ratio", 0.3)

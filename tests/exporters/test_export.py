@@ -326,6 +326,8 @@ def test_refusals(
     assert "'onnx' is not one of stock, remote-code, gguf, padded" in refused(different, output, "--format", "onnx")
     assert known.endswith(", ".join(FORMATS))
     assert "--dtype is for gguf" in refused(different, output, "--format", "padded", "--dtype", "f16")
+    assert "--shard-size is for folders" in refused(different, output, "--format", "gguf", "--shard-size", "1GB")
+    assert "'big' is no size" in refused(different, output, "--format", "padded", "--shard-size", "big")
     assert "a stock llama model, which loads without code" in refused(model, output, "--format", "remote-code")
     assert "ends in .gguf" in refused(different, output, "--format", "gguf")
     assert "no such folder" in refused(tmp_path / "nowhere", output, "--format", "stock")

@@ -1,5 +1,6 @@
 """A pruning killed with SIGKILL at random moments is finished by --resume, bitwise equal to an undisturbed run."""
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -53,6 +54,11 @@ def options(model: Path, text: Path, output: Path, method: str, **changes: Any) 
 def without_figures(what: Callable[[Any], object], argument: Any) -> None:
     leave_blank()
     what(argument)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
 
 
 def start(run: PruneConfig) -> Any:
@@ -225,6 +231,8 @@ def test_resume_of_a_finished_run_and_of_another(model_and_text: tuple[Path, Pat
     assert checkpoint_bytes(tmp_path / "out") == before
     with pytest.raises(InputError, match="finished already, with other settings"):
         prune(options(model, text, tmp_path / "out", "wanda-sp", resume=True))
+    with pytest.raises(InputError, match=rf"other settings: shard_size \(was {SHARD_SIZE}, now 1000000\)"):
+        prune(dataclasses.replace(run, shard_size=10**6))
     with pytest.raises(InputError, match="exists and is not an empty folder"):
         prune(options(model, text, tmp_path / "out", "magnitude"))
 
@@ -240,13 +248,23 @@ def test_resume_of_a_finished_run_and_of_another(model_and_text: tuple[Path, Pat
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB. GPU 0 has"),
             r"cpu: out of memory: CUDA out of memory; .*out\.partial keeps .* repeat with --resume",
         ),
+        (
+            OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/some/file"),
+            r"/some/file: too many open files.*: raise the limit; .*out\.partial keeps .* repeat with --resume",
+        ),
+        (
+            caused(
+                InputError("/some/file: cannot be read"), OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/some/file")
+            ),
+            r"/some/file: too many open files.*: raise the limit; .*out\.partial keeps .* repeat with --resume",
+        ),
     ],
-    ids=["disk", "device"],
+    ids=["disk", "device", "open files", "open files, as of the input"],
 )
 def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
     model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    """No space left in the middle: one line, the finished layers stay, --resume writes only the rest."""
+    """A limit is met in the middle: one line, the finished layers stay, --resume writes only the rest."""
     model, text = model_and_text
     prune(options(model, text, tmp_path / "whole", "flap"))
     write = CheckpointWriter.write

@@ -156,6 +156,25 @@ def test_uniform_result_loads_without_pyprune(
     assert stock.stdout.split() == ["2", "352"]
 
 
+def test_files_by_size(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tensors are those of one file, whatever the size; one above it has a file of its own."""
+    arguments = ("--ratio", 0.3, *SMALL, "--cache", tmp_path / "cache")  # flap's biases are float32 beside bfloat16
+    for name, size in (("one", ()), ("several", ("--shard-size", "600KB"))):
+        outcome = run(capsys, "prune", demo_model, tmp_path / name, *arguments, *size)
+        assert outcome.status == 0, outcome.err
+    assert [file.name for file in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
+    files: dict[str, list[int]] = {}
+    for place in CheckpointReader(tmp_path / "several").tensors.values():
+        files.setdefault(place.file.name, []).append(place.bytes)
+    assert len(files) > 4
+    assert files.keys() == {f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)}
+    assert all(sum(sizes) <= 600_000 or len(sizes) == 1 for sizes in files.values())
+    assert any(sum(sizes) > 600_000 for sizes in files.values())
+    one, several = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "several"))
+    assert one.state_dict().keys() == several.state_dict().keys()
+    assert all(torch.equal(tensor, several.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
 def test_wanda_sp_sees_the_pruned_prefix(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scores of layer 2 recomputed with transformers: pruned layers 0 and 1, then the dense layer 2."""
     output = tmp_path / "pruned"

@@ -284,6 +284,7 @@ def test_the_title_is_the_models_name() -> None:
 def test_the_command_gives_the_runs_options(method: str, options: dict[str, Any]) -> None:
     """What `pyprune prune` reads from it is what the plan holds, and options that change nothing are not in it."""
     plan = make_plan(method=method, options=recorded(method, options), seed=7)
+    plan["identity"] = {"shard_size": 2_000_000_000}
     scored = {"perplexity": 9.0, "windows": 20, "sequence_length": 64}
     plan["evaluation"] = {"text": "my test.txt", "dense": scored, "pruned": scored}
     command = prune_command(plan, "out dir")
@@ -296,7 +297,7 @@ def test_the_command_gives_the_runs_options(method: str, options: dict[str, Any]
     assert len(options_given(found)) <= len(options)
     asked = ("ratio", "calibration", "samples", "sequence_length", "seed", "dtype", "text", "evaluation_length")
     assert [found[name] for name in asked] == [0.3, ("valid.txt",), 128, 512, 7, "bfloat16", "my test.txt", 64]
-    assert found["max_windows"] == 20
+    assert (found["max_windows"], found["shard_size"]) == (20, 2_000_000_000)
 
 
 def test_the_command_gives_the_runs_texts() -> None:
