@@ -211,8 +211,7 @@ else:
         tl.store(out + 2 * tl.program_id(0), row)
         tl.store(out + 2 * tl.program_id(0) + 1, column)
 
-    @pytest.mark.parametrize("band", [2, 12])
-    @pytest.mark.parametrize("tile_rows", [1, 2, 5, 12, 13, 27])
+    @pytest.mark.parametrize(("band", "tile_rows"), [(2, 5), (4, 1), (4, 3), (4, 4), (4, 5), (4, 11), (12, 13)])
     def test_every_tile_comes_once(tile_rows: int, band: int) -> None:
         expected = [(row, column) for row in range(tile_rows) for column in range(row + 1)]
         out = torch.zeros(len(expected), 2, dtype=torch.int32)

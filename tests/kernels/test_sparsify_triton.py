@@ -36,12 +36,19 @@ else:
     mend()
     from pyprune.triton_kernels.sparsify import walk_block
 
+    PATTERNS = [(2, 4), (4, 8), (1, 3), (0, 0)]  # zeros, group; 0: masked beforehand
+
     @pytest.fixture(autouse=True)
     def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         poison_memory(monkeypatch)
 
-    @pytest.mark.parametrize(("zeros", "group"), [(2, 4), (4, 8), (1, 3), (0, 0)])
-    @pytest.mark.parametrize(("columns", "rows"), [(24, 1), (48, 17), (120, 5)])
+    @pytest.mark.parametrize(
+        ("columns", "rows", "zeros", "group"),
+        [
+            *((columns, rows, *pattern) for pattern in PATTERNS for columns, rows in ((24, 1), (48, 17))),
+            *((120, 5, *pattern) for pattern in ((4, 8), (0, 0))),
+        ],
+    )
     def test_walks_as_the_reference_does(columns: int, rows: int, zeros: int, group: int) -> None:
         """To rounding: e = w / U, and one product and difference a step on either side."""
         wide = torch.randn(rows, columns + 9, generator=torch.Generator().manual_seed(columns))
