@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.proofs import prove_here
 from transformers import AutoTokenizer
 
 import pyprune
@@ -85,7 +86,8 @@ def test_no_room_takes_a_functions_name(demo_model: Path) -> None:
             pyprune.export(demo_model, "out", "no such format")
 
 
-def test_prune_evaluate_export(demo_model: Path, text: Path, tmp_path: Path) -> None:
+def test_prune_evaluate_export(demo_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prove_here(monkeypatch)
     steps: list[str] = []
     record = pyprune.prune(
         demo_model, tmp_path / "out", "flap", 0.3, calibration=str(text), uniform=True, evaluate_on=str(text),
