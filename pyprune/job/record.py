@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -232,7 +233,11 @@ def ratio_summary(asked: float, parameters: Parameters, shapes: list[LayerShape]
 
 
 def error_curves_entry(curves: list[ErrorCurves], layers: list[LayerEntry]) -> dict[str, list[ErrorCurve]]:
-    """Entry of error curves: by kind of unit and layer, at up to 34 points. One of them is where the layer was cut."""
+    """Entry of error curves: by kind of unit and layer, at up to 34 points. One of them is where the layer was cut.
+
+    An error that is not finite, of activations counted as zero by --allow-nonfinite, has no point: JSON has no such
+    number.
+    """
     entries: dict[str, list[ErrorCurve]] = {name: [] for name in UNIT_NAMES.values()}
     for own, layer in zip(curves, layers, strict=True):
         kept = kept_from_entry(cast(UnitEntry, layer))
@@ -240,6 +245,7 @@ def error_curves_entry(curves: list[ErrorCurves], layers: list[LayerEntry]) -> d
             curve, last = own[sublayer].tolist(), len(own[sublayer]) - 1
             cut = min(len(scores_from_entry(cast(UnitEntry, layer))[sublayer]) - len(kept[sublayer]), last)
             points = sorted({round(last * step / _CURVE_STEPS) for step in range(_CURVE_STEPS + 1)} | {cut})
+            points = [n for n in points if math.isfinite(curve[n])]
             entries[name].append({"removed": points, "error": [float(f"{curve[n]:.4g}") for n in points]})
     return entries
 

@@ -145,10 +145,11 @@ def test_exports_of_two_types(
     (ready, report), (go_on, tell) = os.pipe(), os.pipe()
     place = exclusive._place
 
-    def wait(*arguments: Any) -> None:
-        os.write(report, b".")
-        os.read(go_on, 1)
-        place(*arguments)
+    def wait(partial: Path, output: Path) -> None:
+        if output.suffix == ".gguf":  # and not the Modelfile, which comes after it
+            os.write(report, b".")
+            os.read(go_on, 1)
+        place(partial, output)
 
     monkeypatch.setattr(exclusive, "_place", wait)
 
@@ -170,6 +171,6 @@ def test_exports_of_two_types(
     assert (target / "x.gguf").read_bytes() == (target / ("f32.gguf", "q8_0.gguf")[winner]).read_bytes()
     assert both[winner].lines == []
     assert both[1 - winner].lines == [f"pyprune: {target / 'x.gguf'}: exists; name another output"]
-    assert names(target) == ["f32.gguf", "q8_0.gguf", "x.gguf"]
+    assert names(target) == sorted(f"{name}.{kind}" for name in ("f32", "q8_0", "x") for kind in ("Modelfile", "gguf"))
     for descriptor in (ready, report, go_on, tell):
         os.close(descriptor)

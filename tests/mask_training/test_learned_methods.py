@@ -138,7 +138,7 @@ def test_the_seed_decides(method: str, model: Path, text: Path, tmp_path: Path) 
         for name, seed in (("first", 0), ("again", 0), ("other", 1))
     ]
     assert checkpoint_bytes(tmp_path / "first") == checkpoint_bytes(tmp_path / "again")
-    assert plans[0]["layers"] != plans[2]["layers"]
+    assert plans[0].layers != plans[2].layers
 
 
 def test_refit_comes_nearer_to_the_whole_modules(model: Path, text: Path, tmp_path: Path) -> None:
