@@ -56,7 +56,9 @@ class Judge:
         if case.expected == REFUSED:
             return ["is not refused"]
         output = _output(case)
-        stray = [name for name in written if not _CACHED.fullmatch(name) and not _within(name, output)]
+        # Beside a GGUF file stands the Modelfile that Ollama reads.
+        made = {str(Path(output).with_suffix(".Modelfile"))} if "gguf" in case.command else set()
+        stray = [n for n in written if not _CACHED.fullmatch(n) and not _within(n, output) and n not in made]
         stray += [name for name in _names(folder) if name.endswith(".tmp") or _within(name, "out.partial")]
         return [f"leaves {sorted(stray)[:5]}"] * bool(stray) + self._result(case, ended, folder)
 
