@@ -1,13 +1,16 @@
 """Configuration of a pruning run."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..calibration.packing import CONCATENATE
 from ..calibration.source import Text
 from ..checkpoint import SHARD_SIZE
+from ..errors import InputError
 from ..estimation.target import Target
+from ..runtime import distributed
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,33 @@ class PruneConfig:
     verify: bool | None = False  # load the output anew and compare its logits; None: unless it is large
     packing: str = CONCATENATE
     text_column: str | None = None  # of rows; None: `text`, else `messages` or `conversations`
+
+
+def check_same_config(config: PruneConfig) -> None:
+    """Raise InputError where this process of several was started with other options than the first."""
+    own = _comparable(config)
+    first = distributed.broadcast_object(lambda: own)
+    for name, value in own.items():
+        if value != first[name]:
+            raise InputError(
+                f"process {distributed.rank()} was started with other options than process 0: {name} is {value}, not "
+                f"{first[name]}"
+            )
+
+
+def _comparable(config: PruneConfig) -> dict[str, str]:
+    """Options by name as texts. Of tensors and documents that are given in Python only the type is compared."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    values |= {f"method option {name}": value for name, value in values.pop("method_options").items()}
+    if config.evaluation is not None:
+        values["evaluation"] = config.evaluation.text
+    return {name: repr(value) if _is_plain(value) else type(value).__name__ for name, value in values.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value, or all of a list or mapping, is a number, a text, a path, or None."""
+    if isinstance(value, Mapping):
+        return all(_is_plain(own) for pair in value.items() for own in pair)
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | Path)

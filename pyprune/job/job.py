@@ -30,7 +30,7 @@ from ..runtime import distributed
 from ..runtime.device import select_dtype
 from ..runtime.environment import take_threads
 from ..runtime.progress import Progress
-from .config import PruneConfig
+from .config import PruneConfig, check_same_config
 from .identity import cache_file, operator_backends, run_identity, unrepeatable
 from .memory import fit_memory, fit_training
 from .outside_layers import check_rows_unused, nonfinite_embeddings
@@ -52,6 +52,7 @@ class Job:
         """model: the one in memory that is pruned; None: the one that the options name."""
         self.start = perf_counter()
         check_shard_size(options.shard_size)
+        check_same_config(options)
         self.method: Method = make_method(options.method, options.method_options)
         if options.target is None:
             resolve_ratio(self.method, options.ratio)  # before the model is looked at
