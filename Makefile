@@ -28,8 +28,8 @@ demo: $(VENV)/installed
 	rm -rf $(DEMO) $(DEMO).partial
 	mkdir -p $(dir $(DEMO))
 	$(BIN)/pyprune prune models/llama-6m-gqa $(DEMO) --method obs --ratio 0.3 \
-		--calibration builtin --samples 128 --sequence-length 256 \
-		--evaluate builtin --evaluation-length 256 --max-windows 64
+		--calibration builtin --samples 32 --sequence-length 256 \
+		--evaluate builtin --evaluation-length 256 --max-windows 32
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=40
