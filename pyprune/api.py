@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calibration import CONCATENATE
 from .calibration.mixture import parts_of
-from .calibration.packing import CONCATENATE
 from .calibration.source import SELF, Text, TokenSource
 from .calibration.text import load_tokenizer
 from .calibration.windows import fit_length

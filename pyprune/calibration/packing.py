@@ -14,9 +14,6 @@ from .text import joined_documents, refused_by_tokenizers, tokenize
 if TYPE_CHECKING:  # importing it takes seconds, which `--help` has not
     from transformers import PreTrainedTokenizerBase
 
-CONCATENATE, SEPARATE = "concatenate", "separate"
-PACKINGS = (CONCATENATE, SEPARATE)
-
 
 class Encoder:
     """Token ids of documents by the tokenizer of a model; `model`: its name in messages."""

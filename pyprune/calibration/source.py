@@ -11,8 +11,9 @@ from torch import Tensor
 from ..checkpoint import ModelInMemory
 from ..checkpoint.load_model import vocabulary_size
 from ..errors import InputError
+from . import CONCATENATE, PACKINGS, SEPARATE
 from .mixture import is_mixture
-from .packing import CONCATENATE, PACKINGS, SEPARATE, Encoder, concatenated, separated
+from .packing import Encoder, concatenated, separated
 from .sampling import sample_from_model
 from .sources.builtin import BUILTIN
 from .sources.documents import Documents

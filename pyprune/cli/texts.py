@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..calibration.packing import CONCATENATE, PACKINGS
+from ..calibration import CONCATENATE, PACKINGS
 from .command import Choice, option, options
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..calibration.packing import CONCATENATE
+from ..calibration import CONCATENATE
 from ..calibration.source import Text
 from ..checkpoint import SHARD_SIZE
 from ..errors import InputError

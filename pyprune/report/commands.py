@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..calibration.packing import CONCATENATE
+from ..calibration import CONCATENATE
 from ..checkpoint import SHARD_SIZE
 from ..checkpoint.model_in_memory import IN_MEMORY
 from ..methods.options import flag_of
