@@ -187,7 +187,7 @@ def test_without_compilers(dist: Path, tmp_path: Path) -> None:
     assert wheel.name == f"pyprune-{PROJECT['version']}-py3-none-any.whl"
     with ZipFile(wheel) as archive:
         assert metadata(archive, "WHEEL")["Root-Is-Purelib"] == "true"
-        assert not [name for name in archive.namelist() if "_core" in name or name.endswith("removed.py")]
+        assert not [name for name in archive.namelist() if "pyprune/_core" in name or name.endswith("removed.py")]
 
 
 def test_requirements_of_the_build() -> None:
