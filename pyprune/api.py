@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .calibration import CONCATENATE
 from .calibration.mixture import parts_of
-from .calibration.source import SELF, Text, TokenSource
+from .calibration.source import Text, TokenSource, is_self
 from .calibration.text import load_tokenizer
 from .calibration.windows import fit_length
 from .checkpoint import SHARD_SIZE, CheckpointReader, LoadedModel, checkpoint_folder
@@ -330,7 +330,7 @@ def estimate(
     Args:
         model, revision, method, ratio, target_size, parameters, samples, sequence_length, device, dtype, device_memory,
             options: see `prune`.
-        calibration: as of `prune`, and not read; "self": the estimate counts that the model writes the text.
+        calibration: as in `prune`; it is not read. With "self" the sampling is part of the estimate.
         on: name of a GPU that is not here: "h100", "RTX 4090".
         note: gets what the user should know beside the result.
 
@@ -357,7 +357,7 @@ def estimate(
             note(cut)
     share = resolve_ratio(made, ratio) if target is None else ratio_of(target, reader, made)
     parts = parts_of(calibration, samples) if made.needs_text and calibration is not None else []
-    sampled = sum(part.windows for part in parts if isinstance(part.text, str) and part.text == SELF)
+    sampled = sum(part.windows for part in parts if is_self(part.text))
     return estimate_run(reader, made, share, samples, length, place, compute, device_memory, named, sampled)
 
 

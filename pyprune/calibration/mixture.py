@@ -39,6 +39,20 @@ def spelled_texts(words: Sequence[str]) -> Any:
     return None if not pairs else pairs[0][0] if len(pairs) == 1 and pairs[0][1] is None else pairs
 
 
+def words_of(calibration: Any) -> str | list[str] | None:
+    """Spell a calibration as `spelled_texts` reads it: a text, or several with their shares.
+
+    Returns:
+        None where one of the texts has no name: documents, token ids.
+    """
+    if not is_mixture(calibration):
+        return calibration if isinstance(calibration, str) else None
+    pairs = _pairs(calibration)
+    if not all(isinstance(text, str) for text, _ in pairs):
+        return None
+    return [text if share is None else f"{text}={share!r}" for text, share in pairs]
+
+
 def _split(word: str) -> tuple[str, float | None]:
     """A text and its share. A file whose name ends like a share is that file."""
     text, sign, share = word.rpartition("=")
@@ -65,6 +79,11 @@ def is_mixture(calibration: Any) -> bool:
     return isinstance(calibration, list | tuple) and bool(calibration) and isinstance(calibration[0], tuple)
 
 
+def _pairs(calibration: Any) -> list[Any]:
+    """Texts of a mixture with their shares."""
+    return [*(calibration.items() if isinstance(calibration, Mapping) else calibration)]
+
+
 def parts_of(calibration: Any, samples: int) -> list[Part]:
     """Split windows among texts in proportion to their shares, by largest remainders.
 
@@ -77,7 +96,7 @@ def parts_of(calibration: Any, samples: int) -> list[Part]:
     """
     if not is_mixture(calibration):
         return [Part(calibration, 1.0, samples)]
-    pairs = [*(calibration.items() if isinstance(calibration, Mapping) else calibration)]
+    pairs = _pairs(calibration)
     shares = _shares(pairs)
     exact = [share * samples for share in shares]
     counts = [math.floor(each) for each in exact]

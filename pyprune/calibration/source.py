@@ -32,6 +32,11 @@ DEFAULT_WINDOWS = 64  # of a sampled evaluation text
 _STREAM_FACTOR = 2
 
 
+def is_self(text: Text) -> bool:
+    """Return whether a text is the one that the model writes."""
+    return isinstance(text, str) and text == SELF
+
+
 @dataclass(frozen=True)
 class ReadWindows:
     """Windows of one text, and what is recorded of it.
@@ -65,7 +70,7 @@ class TokenSource:
 
     @property
     def sampled(self) -> bool:
-        return isinstance(self.text, str) and self.text == SELF
+        return is_self(self.text)
 
     def calibration(self, samples: int, length: int, seed: int, progress: Progress | None = None) -> Tensor:
         """Windows to calibrate on, int64 [samples, length]; fewer of a built-in text that is shorter.

@@ -10,15 +10,9 @@ import torch
 from ..checkpoint import ModelInMemory
 from ..errors import InputError
 from ..runtime.files import reason_of
-from .sources.files import file_documents
 
 if TYPE_CHECKING:  # importing it takes seconds, which `--help` has not
     from transformers import PreTrainedTokenizerBase
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a file, its documents joined by blank lines. InputError: as `file_documents`."""
-    return joined_documents([document for document in file_documents(Path(path)) if isinstance(document, str)])
 
 
 def joined_documents(documents: Sequence[str]) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 from ..errors import InputError
 from ..runtime.files import read_json, reason_of
 from .auxiliary_files import companions_of
+from .headers import INDEX, SINGLE
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@(.+))?")
 
 
@@ -76,12 +75,12 @@ def wanted_files(names: Collection[str], folder: Path | None) -> set[str]:
         return path if path is not None and path.is_file() else None
 
     wanted = ({"config.json", "README.md"} & set(names)) | companions_of(names, path_of)
-    if _SINGLE in names:  # transformers prefers it too
-        return wanted | {_SINGLE}
-    if _INDEX not in names:
+    if SINGLE in names:  # transformers prefers it too
+        return wanted | {SINGLE}
+    if INDEX not in names:
         return wanted
-    index = path_of(_INDEX)
-    return wanted | {_INDEX} | (set() if index is None else _shards(read_json(index)) & set(names))
+    index = path_of(INDEX)
+    return wanted | {INDEX} | (set() if index is None else _shards(read_json(index)) & set(names))
 
 
 def _shards(index: Any) -> set[str]:
@@ -104,8 +103,8 @@ def _downloaded(model: str, revision: str | None) -> Path:
             return Path(cached)
         except Exception:
             raise _unavailable(model, revision, first) from first
-    if not {_SINGLE, _INDEX} & names:
-        raise InputError(f"{model}: the hub has neither {_SINGLE} nor {_INDEX} of it; other weights are never loaded")
+    if not {SINGLE, INDEX} & names:
+        raise InputError(f"{model}: the hub has neither {SINGLE} nor {INDEX} of it; other weights are never loaded")
     wanted = wanted_files(names, None)
     while True:
         patterns = [glob.escape(name) for name in sorted(wanted)]

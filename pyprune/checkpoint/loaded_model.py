@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..runtime.files import reason_of
 from .content import Digests, FileStates, digest_of
-from .headers import DTYPES, StoredTensor
+from .headers import KINDS, StoredTensor
 from .model_config import prunable_family, refused
 from .model_in_memory import ModelInMemory
 from .names import check_layer_count
 from .source import ModelSource
 from .special_ids import check_ids
-
-_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 class LoadedModel(ModelSource):
@@ -82,12 +80,8 @@ class LoadedModel(ModelSource):
         """None: the fingerprint, which a run's identity has, is that of all the weights."""
         return {}
 
-    def differing(self, digests: Digests) -> str | None:
-        found = self.all_digests()
-        return next((name for name in digests if found.get(name) != digests[name]), None)
-
-    def all_digests(self) -> Digests:
-        return {name: digest_of(self.read([name])[name]) for name in self.tensors}
+    def digests(self, names: Iterable[str]) -> Digests:
+        return {name: digest_of(self.read([name])[name]) for name in names}
 
     def fingerprint(self) -> str:
         """Digest of the configuration and of every weight; enters the weights in `content`."""
@@ -136,7 +130,7 @@ def _described(name: str, tensor: Tensor, model: str) -> StoredTensor:
     """Name, shape and type of a tensor of a model. InputError: its values are not here, or not a plain tensor's."""
     if tensor.is_meta:
         raise InputError(f"{model}: tensor {name} is not in memory but offloaded; load the model without a device map")
-    kind = _KINDS.get(tensor.dtype, str(tensor.dtype)) if type(tensor) is Tensor else type(tensor).__name__
+    kind = KINDS.get(tensor.dtype, str(tensor.dtype)) if type(tensor) is Tensor else type(tensor).__name__
     return StoredTensor(Path(model), name, tuple(tensor.shape), kind, 0, tensor.nbytes)
 
 

@@ -1,6 +1,7 @@
 """Reads a Hugging Face checkpoint folder one decoder layer at a time."""
 
 import hashlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,8 @@ class CheckpointReader(ModelSource):
     def file_states(self) -> FileStates:
         return file_states(tensor.file for tensor in self.tensors.values())
 
-    def differing(self, digests: Digests) -> str | None:
-        known = {name: self.tensors[name] for name in digests if name in self.tensors}
-        found = digests_of_files(known)
-        return next((name for name in digests if found.get(name) != digests[name]), None)
-
-    def all_digests(self) -> Digests:
-        return digests_of_files(self.tensors)
+    def digests(self, names: Iterable[str]) -> Digests:
+        return digests_of_files({name: self.tensors[name] for name in names})
 
     def fingerprint(self) -> str:
         """sha256 over the configuration, every header, and samples of every tensor: 16 of 4 KiB spread over it.

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .headers import SINGLE, StoredTensor
+from .headers import KINDS, SINGLE, StoredTensor
 
 SHARD_SIZE = 5 * 10**9  # bytes; huggingface_hub's default
-# safetensors' own order: wide types first, so that every tensor is aligned without gaps; then by name.
-STORED = {torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_RANK = {dtype: rank for rank, dtype in enumerate(STORED)}
+_RANK = {dtype: rank for rank, dtype in enumerate(KINDS)}
 
 
 def check_shard_size(shard_size: Any) -> None:
@@ -44,7 +41,7 @@ def plan_shards(folder: Path, parts: Sequence[Mapping[str, Tensor]], shard_size:
 
     Args:
         folder: of the files: model.safetensors, or model-0000x-of-0000N.safetensors where there are several.
-        parts: tensors by name, of a type in STORED, on any device, meta included.
+        parts: tensors by name, of a type in KINDS, on any device, meta included.
         shard_size: bytes; a tensor above it has a file to itself.
 
     Raises:
@@ -52,7 +49,7 @@ def plan_shards(folder: Path, parts: Sequence[Mapping[str, Tensor]], shard_size:
     """
     tensors = {name: part[name] for part in parts for name in sorted(part)}
     for name, tensor in tensors.items():
-        if tensor.dtype not in STORED:
+        if tensor.dtype not in KINDS:
             raise ValueError(f"tensor {name} is {tensor.dtype}; float32, bfloat16, float16 or int32 is needed")
     plan = ShardPlan(tuple(tuple(sorted(part)) for part in parts), {}, {}, {})
     shards = _divided(tensors, shard_size)
@@ -87,14 +84,14 @@ def _lay_out(plan: ShardPlan, file: Path, tensors: Mapping[str, Tensor]) -> None
     for name in order:
         tensor = tensors[name]
         begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": STORED[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     plan.headers[file] = struct.pack("<Q", len(text)) + text
     offset = len(plan.headers[file])
     for name in order:
         tensor = tensors[name]
-        kind, shape = STORED[tensor.dtype], tuple(tensor.shape)
+        kind, shape = KINDS[tensor.dtype], tuple(tensor.shape)
         plan.tensors[name] = StoredTensor(file, name, shape, kind, offset, tensor.nbytes)
         offset += tensor.nbytes
     plan.sizes[file] = offset

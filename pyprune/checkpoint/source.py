@@ -1,7 +1,7 @@
 """Base class of the models that are pruned: configuration, family, and tensors by name, read when asked for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,6 +62,11 @@ class ModelSource(ABC):
         return sum(t.bytes for t in self.tensors.values())
 
     @property
+    def parameters(self) -> int:
+        """Parameters of the whole model; a tied head is none of its tensors."""
+        return sum(t.bytes // t.dtype.itemsize for t in self.tensors.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         """Stored type of the decoder linears."""
         return self.tensors[f"{self.layer_prefix(0)}{self.family.query}.weight"].dtype
@@ -94,7 +99,7 @@ class ModelSource(ABC):
         return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
 
     def stream_layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        """As `read_layer`, one tensor at a time: whoever converts and drops each holds one stored tensor at most."""
+        """Read a layer one tensor at a time: a caller that converts and drops each holds one stored tensor at most."""
         for name in self.layer_tensors(layer):
             full = self.layer_prefix(layer) + name
             yield name, self.read([full])[full]
@@ -113,15 +118,20 @@ class ModelSource(ABC):
 
     @abstractmethod
     def file_states(self) -> FileStates:
-        """Of the files with the weights: while they stay the same, so, we take it, do the weights."""
+        """States of the files with the weights; the weights count as unchanged while these are."""
 
     @abstractmethod
-    def differing(self, digests: Digests) -> str | None:
-        """The first tensor whose bytes have not this digest, or None. Reads them all."""
+    def digests(self, names: Iterable[str]) -> Digests:
+        """Read tensors by full name, and return the digest of each."""
 
-    @abstractmethod
     def all_digests(self) -> Digests:
-        """Digests of every tensor, which are read for it."""
+        """Read every tensor, and return the digest of each."""
+        return self.digests(self.tensors)
+
+    def differing(self, digests: Digests) -> str | None:
+        """Find the first tensor whose bytes have another digest, or None. Reads them all."""
+        found = self.digests(name for name in digests if name in self.tensors)
+        return next((name for name in digests if found.get(name) != digests[name]), None)
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -148,7 +158,7 @@ class ModelSource(ABC):
         return expected
 
     def _settle_head(self) -> None:
-        """What transformers makes of a tied model that is stored with a head, or with that alone."""
+        """Choose embeddings and head of a tied model as transformers does if there is a head as well, or alone."""
         if not self.tied:
             return
         embeddings, head = (self.tensors.get(name) for name in (self.family.embeddings, self.family.head))

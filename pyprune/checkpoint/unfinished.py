@@ -1,4 +1,4 @@
-"""Unfinished output: the folder beside the output, what a killed run left in it, and what of that counts."""
+"""Unfinished output: the folder beside the output, and the parts of a killed run in it that are intact."""
 
 import logging
 from collections.abc import Mapping

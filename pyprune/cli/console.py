@@ -130,9 +130,6 @@ class Console:
         if "task_evaluation" in result:
             self._tasks(result["task_evaluation"], result.get("reference_task_evaluation"))
 
-    def _figures(self, figures: dict[str, Any]) -> None:
-        self.rows([(name.replace("_", " "), f"{value:.6g}") for name, value in figures.items()])
-
     def _tasks(self, model: dict[str, Any], reference: dict[str, Any] | None) -> None:
         table = Table(box=None, pad_edge=False)
         for heading in ("task", "metric", "examples", "value", *(["reference"] if reference else [])):

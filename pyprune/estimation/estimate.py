@@ -202,9 +202,8 @@ def sampling_cost(
     named: str | None,
 ) -> SamplingCost:
     """Cost of the text that the model writes itself."""
-    parameters = sum(tensor.bytes // tensor.dtype.itemsize for tensor in reader.tensors.values())
     budget = cache_budget(device, int(MEMORY[named]) if named else None)
-    weights = parameters * dtype.itemsize
+    weights = reader.parameters * dtype.itemsize
     return SamplingCost(reader.shapes, weights, samples, sequence_length, dtype.itemsize, budget)
 
 

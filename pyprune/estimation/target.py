@@ -51,16 +51,14 @@ def ratio_of(target: Target, source: ModelSource, method: Method) -> float:
     """
     if not method.shrinks:
         raise InputError(f"{target.flag} needs a method that removes units: {method.name} sets single weights to zero")
-    spare = {source.family.head} if source.tied else set()
-    stored = [tensor for name, tensor in source.tensors.items() if name not in spare]
     linears = sum(shape.parameters for shape in source.shapes)
     if target.kind == SIZE:
         each = source.dtype.itemsize
-        dense = sum(tensor.bytes for tensor in stored)
+        dense = source.bytes
         biases = bias_parameters(source.shapes, source, method) * each
     else:
         each, biases = 1, 0
-        dense = sum(tensor.bytes // tensor.dtype.itemsize for tensor in stored)
+        dense = source.parameters
     ratio = (dense + biases - target.amount) / (each * linears)
     asked = target.said(target.amount)
     if target.amount >= dense or ratio <= 0:

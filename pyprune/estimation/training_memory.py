@@ -33,8 +33,9 @@ class TrainingMemory:
 
 def training_memory(reader: ModelSource, method: Training, sequence_length: int, dtype: torch.dtype) -> TrainingMemory:
     """Predict the memory of training on the checkpoint in a compute type, with windows of `sequence_length`."""
-    parameters = sum(tensor.bytes // tensor.dtype.itemsize for tensor in reader.tensors.values())
-    return memory_of(reader.shapes, parameters, reader.config.vocab_size, method, sequence_length, dtype.itemsize)
+    return memory_of(
+        reader.shapes, reader.parameters, reader.config.vocab_size, method, sequence_length, dtype.itemsize
+    )
 
 
 def memory_of(

@@ -58,6 +58,8 @@ class PruneConfig:
 
 def check_same_config(config: PruneConfig) -> None:
     """Raise InputError where this process of several was started with other options than the first."""
+    if distributed.world_size() == 1:
+        return
     own = _comparable(config)
     first = distributed.broadcast_object(lambda: own)
     for name, value in own.items():

@@ -211,9 +211,7 @@ _OPTIONAL = ("evaluation", "training", "error_curves", "target")
 
 def parameter_counts(source: ModelSource, after: int) -> Parameters:
     """Parameters before and after, without compensation biases: of the decoder linears (`after`), and of the model."""
-    before = sum(s.parameters for s in source.shapes)
-    spare = {source.family.head} if source.tied else set()
-    model = sum(t.bytes // t.dtype.itemsize for name, t in source.tensors.items() if name not in spare)
+    before, model = sum(s.parameters for s in source.shapes), source.parameters
     return {"decoder_linears": [before, after], "model": [model, model - before + after]}
 
 

@@ -1,12 +1,11 @@
 """run.yaml in the output: the options that repeat the run."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..calibration.mixture import is_mixture
+from ..calibration.mixture import words_of
 from ..checkpoint import SHARD_SIZE
 from ..checkpoint.model_in_memory import IN_MEMORY
 
@@ -26,16 +25,6 @@ def write_run_file(job: "Job", folder: Path) -> None:
     (folder / FILE).write_text(HEAD.format(file=FILE) + text, encoding="utf-8")
 
 
-def spelled(calibration: Any) -> str | list[str] | None:
-    """A calibration as the command line spells it: a text, or several as TEXT=SHARE; None: it cannot."""
-    if not is_mixture(calibration):
-        return calibration if isinstance(calibration, str) else None
-    pairs = [*(calibration.items() if isinstance(calibration, Mapping) else calibration)]
-    if not all(isinstance(text, str) for text, _ in pairs):
-        return None
-    return [text if share is None else f"{text}={share!r}" for text, share in pairs]
-
-
 def run_options(job: "Job") -> dict[str, Any]:
     """Options by the names of the command line, resolved: device, type, lengths and the method's defaults.
 
@@ -49,7 +38,7 @@ def run_options(job: "Job") -> dict[str, Any]:
         found[target.flag.removeprefix("--")] = target.amount
     found |= {name.replace("_", "-"): value for name, value in job.method.options.items()}
     if job.method.needs_text:
-        found["calibration"] = spelled(own.calibration)
+        found["calibration"] = words_of(own.calibration)
         found["text-column"] = own.text_column
         found["packing"] = own.packing
     found |= {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.mixture import interleaved, parts_of
-from ..calibration.source import SELF, ReadWindows, Text, TokenSource, described
+from ..calibration.source import SELF, ReadWindows, TokenSource, described, is_self
 from ..calibration.text import load_tokenizer
 from ..calibration.windows import checked_windows, fingerprint, fit_length
 from ..checkpoint import ModelInMemory, ModelSource, digest, load_cached, save_cached
@@ -56,7 +56,7 @@ def check_texts(job: TextJob) -> None:
     if config.evaluation is not None:
         texts.append(config.evaluation.text)
     origin = job.reader.origin
-    if isinstance(origin, ModelInMemory) and not all(isinstance(text, Tensor) or _sampled(text) for text in texts):
+    if isinstance(origin, ModelInMemory) and not all(isinstance(text, Tensor) or is_self(text) for text in texts):
         load_tokenizer(origin)
 
 
@@ -147,10 +147,6 @@ def fitted_length(job: TextJob, length: int, typed: bool) -> int:
     if note is not None:
         job.warnings.append(note)
     return length
-
-
-def _sampled(text: Text) -> bool:
-    return isinstance(text, str) and text == SELF
 
 
 def _source(job: TextJob, text: Any) -> TokenSource:

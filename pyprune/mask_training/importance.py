@@ -20,7 +20,6 @@ from .masked_model import MaskedModel, Masks
 
 # Standard deviation of the prior's logits over the model: two of them are probabilities of 2 % and 98 %.
 SPREAD = 2.0
-TINY = torch.finfo(torch.float64).tiny
 
 
 def gradient_importance(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..architectures import PRUNED_PREFIX
-from ..calibration.source import SELF, described
+from ..calibration.source import described, is_self
 from ..calibration.text import load_tokenizer
 from ..calibration.tokenizer_check import NOT_COMPARED, check_tokenizer
 from ..checkpoint import CheckpointWriter, Digests, ModelInMemory
@@ -224,7 +224,7 @@ def _evaluate(job: Job, pruned: Path | ModelInMemory, windows: Tensor, with_text
     text = job.options.evaluation.text
     evaluation: Evaluation = {
         "text": described(text),
-        "self_judged": isinstance(text, str) and text == SELF,
+        "self_judged": is_self(text),
         "dense": dense | {name: result[name] for name in ("windows", "sequence_length")},
         "pruned": result,
     }

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..checkpoint.links import stays_inside
 from ..checkpoint.model_in_memory import IN_MEMORY
-from ..report.naming import chosen_options, hub_id, model_name, plain
+from ..report.naming import hub_id, model_name, options_text
 from ..report.sparse import is_sparse
 from ..report.tables import evaluation_remarks, result_rows
 from ..runtime.files import read_file
@@ -55,7 +55,7 @@ def write_card(plan: dict[str, Any], source: Path | None, folder: Path, name: st
             base=data.base_model,
             verb="set to zero" if is_sparse(plan) else "removed",
             plan=plan,
-            options=", ".join(f"{option} {plain(value)}" for option, value in _chosen(plan).items()),
+            options=options_text(plan),
             text=_calibration(plan["calibration"]) if plan["calibration"] else "",
             rows=result_rows(plan),
             remarks=evaluation_remarks(evaluation | {"text": _named(evaluation["text"])}) if evaluation else [],
@@ -91,10 +91,6 @@ def _source_metadata(source: Path | None) -> tuple[dict[str, Any], list[str]]:
 def _is_text(value: Any) -> bool:
     """Whether the hub takes it: a text, or a list of them."""
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
-
-
-def _chosen(plan: dict[str, Any]) -> dict[str, Any]:
-    return chosen_options(plan)
 
 
 def _calibration(calibration: dict[str, Any]) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 from ..calibration import CONCATENATE
 from ..checkpoint import SHARD_SIZE
 from ..checkpoint.model_in_memory import IN_MEMORY
+from ..job.run_file import FILE as RUN_FILE
 from ..methods.options import flag_of
 from .naming import chosen_options, model_name
 
-RUN_FILE = "run.yaml"
 # `calibration.source.described` of texts that were given in Python, which no command line can name.
 _GIVEN = re.compile(r"token ids \[.*\]|\d+ documents|(Iterable)?Dataset")
 

@@ -12,7 +12,7 @@ from ..exporters.exclusive import exclusive_file
 from ..job.record import FILE, FORMAT, read_plan
 from ..runtime.units import bytes_text, count_text, seconds_text
 from . import plots
-from .naming import chosen_options, is_self_judged, model_name, plain
+from .naming import is_self_judged, model_name, options_text
 from .quantities import kinds
 from .sections import Plot, plot
 from .sparse import is_sparse
@@ -152,7 +152,7 @@ def _rows(runs: list[Run]) -> list[list[str]]:
     rows = [
         row("Base model", lambda plan: model_name(plan["model"])),
         row("Method", lambda plan: plan["method"]),
-        row("Options", _options),
+        row("Options", options_text),
         row("Ratio met", lambda plan: f"{plan['ratio']['met']:.4f}"),
         row("Parameters", lambda plan: count_text(plan["parameters"]["model"][1])),
         row("Size of the weights", lambda plan: bytes_text(plan["bytes"][1])),
@@ -172,11 +172,6 @@ def _rows(runs: list[Run]) -> list[list[str]]:
         row("Peak memory", lambda plan: bytes_text(plan["peak_memory_bytes"])),
         row("Device", lambda plan: plan["device"]),
     ]
-
-
-def _options(plan: dict[str, Any]) -> str:
-    chosen = chosen_options(plan)
-    return ", ".join(f"{name} {plain(value)}" for name, value in chosen.items())
 
 
 def _difference(evaluation: dict[str, Any]) -> str:

@@ -59,3 +59,8 @@ def is_self_judged(evaluation: dict[str, Any]) -> bool:
 def plain(value: Any) -> str:
     """An option's value in words."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def options_text(plan: dict[str, Any]) -> str:
+    """The chosen options of a plan in one line."""
+    return ", ".join(f"{name} {plain(value)}" for name, value in chosen_options(plan).items())

@@ -6,7 +6,7 @@ from typing import Any
 from ..errors import InputError
 from ..job.record import FORMAT
 from .commands import RUN_FILE, next_steps, prune_command, run_file_command
-from .naming import chosen_options, is_self_judged, model_name, plain
+from .naming import is_self_judged, model_name, options_text
 from .quantities import is_selected
 from .sections import layer_sections, pass_plots
 from .tables import evaluation_remarks, pass_rows, ratio_text, result_rows, setting_rows, tiles
@@ -21,12 +21,11 @@ def write_report(plan: dict[str, Any], path: str | Path, output: str = "OUTPUT")
     if plan.get("format") != FORMAT:
         raise InputError(f"the plan's format is {plan.get('format')!r}: this version reads {FORMAT!r}")
     evaluation = plan.get("evaluation")
-    chosen = chosen_options(plan)
     page = render(
         "report.html",
         title=model_name(plan["model"]),
         method=plan["method"],
-        options=", ".join(f"{name} {plain(value)}" for name, value in chosen.items()),
+        options=options_text(plan),
         tiles=tiles(plan),
         ratio=ratio_text(plan),
         warnings=plan["warnings"],

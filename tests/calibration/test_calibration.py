@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.texts import read_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune import InputError
 from pyprune.calibration.sampling import sample_from_model
-from pyprune.calibration.text import check_vocabulary, read_text, tokenize
+from pyprune.calibration.text import check_vocabulary, tokenize
 from pyprune.calibration.windows import consecutive_windows, fingerprint, spread_windows
 
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.texts import read_text
 
 import pyprune.calibration.sources.files
 from pyprune import InputError
-from pyprune.calibration.text import read_text
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

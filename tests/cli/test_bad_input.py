@@ -13,18 +13,6 @@ from support.command_line import run
 
 
 @pytest.fixture
-def model(tiny_checkpoint: Callable[..., Path], demo_model: Path) -> Path:
-    return tiny_checkpoint(family="llama", dtype="float32", tokenizer=demo_model)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("A plain text about nothing in particular. " * 60)
-    return path
-
-
-@pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def check(*arguments: object) -> str:
         before = sorted(tmp_path.rglob("*"))

@@ -1,7 +1,6 @@
 """`--config`, run.yaml in the output, `--dry-run`, `--log-file`, and a size in place of a ratio."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,6 @@ from pyprune.checkpoint import CheckpointReader
 from pyprune.job.record import read_plan
 
 SMALL = ("--samples", 4, "--sequence-length", 16, "--device", "cpu")
-
-
-@pytest.fixture
-def model(tiny_checkpoint: Callable[..., Path], demo_model: Path) -> Path:
-    return tiny_checkpoint(family="llama", dtype="float32", tokenizer=demo_model)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("A plain text about nothing in particular. " * 60)
-    return path
 
 
 def weights(folder: Path) -> dict[str, bytes]:

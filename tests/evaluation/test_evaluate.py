@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.texts import read_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 import pyprune.evaluation.perplexity
 from pyprune import InputError
-from pyprune.calibration.text import read_text, tokenize
+from pyprune.calibration.text import tokenize
 from pyprune.calibration.windows import consecutive_windows, fingerprint
 from pyprune.checkpoint.load_model import load_model
 from pyprune.evaluation.perplexity import evaluate, perplexity

@@ -111,7 +111,9 @@ def test_prune_evaluate_export(demo_model: Path, text: Path, tmp_path: Path, mon
 
 def test_texts_of_python(demo_model: Path, text: Path, tmp_path: Path) -> None:
     """A file, its documents, and its token ids prune alike."""
-    from pyprune.calibration.text import read_text, tokenize
+    from support.texts import read_text
+
+    from pyprune.calibration.text import tokenize
     from pyprune.calibration.windows import spread_windows
 
     documents = [text.read_text()]

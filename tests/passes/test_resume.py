@@ -259,7 +259,7 @@ def test_resume_of_a_finished_run_and_of_another(model_and_text: tuple[Path, Pat
             r"/some/file: too many open files.*: raise the limit; .*out\.partial keeps .* repeat with --resume",
         ),
     ],
-    ids=["disk", "device", "open files", "open files, as of the input"],
+    ids=["disk", "device", "open files", "open files, as an InputError"],
 )
 def test_a_failed_layer_leaves_its_predecessors_for_the_resume(
     model_and_text: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str

@@ -61,7 +61,7 @@ def main_function() -> Callable[[list[str]], object]:
 
 
 def stop_after_parts(count: int) -> None:
-    """Have the process die, as by SIGKILL, once so many parts are in the journal."""
+    """Kill the process with SIGKILL once this number of parts is in the journal."""
     from pyprune.checkpoint import CheckpointWriter
 
     write = CheckpointWriter.write
@@ -76,7 +76,7 @@ def stop_after_parts(count: int) -> None:
 
 
 def stop_after_layers(count: int) -> None:
-    """Have the process die, as by SIGKILL, once the statistics of so many layers are kept."""
+    """Kill the process with SIGKILL once the statistics of this number of layers are kept."""
     from pyprune.passes.layer_cache import LayerLog
 
     write = LayerLog.write
