@@ -144,7 +144,9 @@ def test_other_layers_keep_every_unit(
     tmp_path: Path,
 ) -> None:
     """And the ratio, of all layers, is met within a unit; the plan has the option."""
-    model = tiny_checkpoint(family="llama", layers=6, heads=8, kv_heads=4, tokenizer=demo_model)
+    model = demo_model
+    if options.get("allocation") != "fluctuation":  # which comes within a unit of the ratio where scores are a model's
+        model = tiny_checkpoint(family="llama", layers=6, heads=8, kv_heads=4, tokenizer=demo_model)
     layers, allowed = "1-2,4-", {1, 2, 4, 5}
     config = PruneConfig(
         str(model), tmp_path / "out", method, 0.3, {"layers": layers, **options}, str(text), samples=8,
@@ -162,7 +164,7 @@ def test_other_layers_keep_every_unit(
             assert (len(own["kv_groups"]), len(own["intermediate_channels"])) == units, layer
     # A unit of the whole model; where each layer is rounded by itself, half a channel of each.
     unit = max(options.get("round_to", 1) / 2, len(allowed) / 2)
-    if (method, options.get("structure", "AL-AM")) == ("flap", "AL-AM") or options.get("allocation") == "fluctuation":
+    if options.get("structure", "AL-AM") == "AL-AM" and method == "flap":
         unit = max(unit, shape.group_cost / 2)
     assert abs(plan["ratio"]["met"] - 0.3) <= unit / (6 * shape.cost) + 1e-9
 

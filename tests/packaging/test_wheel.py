@@ -106,6 +106,8 @@ def test_names_in_the_wheel(dist: Path) -> None:
         names = set(archive.namelist())
         meta, tags = metadata(archive), metadata(archive, "WHEEL").get_all("Tag", [])
         notices = archive.read(f"pyprune-{PROJECT['version']}.dist-info/licenses/THIRD_PARTY_NOTICES").decode()
+        stub = archive.read("pyprune/ops/__init__.pyi")
+    assert stub == (ROOT / "pyprune" / "ops" / "__init__.pyi").read_bytes()
     files = {name for name in names if not name.endswith("/")}
     info = f"pyprune-{PROJECT['version']}.dist-info"
     assert {name.split("/")[0] for name in files} == {"pyprune", info}, "no csrc, no tests, no triton_kernels on top"
