@@ -17,7 +17,7 @@ from support.paths import DEMO
 from pyprune.testing.random_checkpoint import make_checkpoint
 
 LONGEST = 120.0  # seconds: a command that takes longer hangs
-OUTPUT, FILE = "out", "out.gguf"
+OUTPUT, FILE, MODELFILE = "out", "out.gguf", "out.Modelfile"
 WORDS = ("the", "a", "of", "in", "year", "harvest", "was", "as", "good", "bad", "than", "before", "town")
 Sums = dict[str, str]
 
@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 # Those of COMMANDS that also load what they wrote in a process of their own, which takes seconds.
 PROVED: dict[str, tuple[str, ...]] = {"flap": prune("flap", "--verify"), "stock": STOCK[:-1]}
 # What a command that was let finish may leave beside its output.
-_EXPECTED = re.compile(r"(out|out\.gguf|tmp|\.pyprune-cache)(/.*)?")
+_EXPECTED = re.compile(r"(out|out\.gguf|out\.Modelfile|tmp|\.pyprune-cache)(/.*)?")
 _STRAY = re.compile(r"(tmp/.*|.*\.tmp|.*\.layers(/.*)?|out/journal\.jsonl|out/training\.safetensors)")
 
 
@@ -113,7 +113,7 @@ def made(command: tuple[str, ...], folder: Path, ended: Ended) -> Sums:
             figures = json.loads(ended.out)
         except ValueError:
             return {"stdout": ended.out}
-        return {name: str(value) for name, value in figures.items() if name != "seconds"}
+        return {name: str(value) for name, value in figures.items() if name not in ("seconds", "tokens_per_second")}
     return sums(folder / command[2])
 
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from commands import COMMANDS, LONGEST, PROVED, Bench, Sums, left, made, output_of, sums
+from commands import COMMANDS, FILE, LONGEST, MODELFILE, PROVED, Bench, Sums, left, made, output_of, sums
 from support.fork_client import Ended
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -92,7 +92,8 @@ def _half(trial: Trial, ended: Ended, folder: Path, expected: Sums, verdict: Ver
     if trial.signal != signal.SIGKILL:
         scratch = [path.name for path in (folder / "tmp").iterdir()]
         if trial.command[0] == "export":
-            scratch += [path.name for path in folder.glob("out*.*") if path.name != output]
+            whole = {output, MODELFILE} if output == FILE and (folder / FILE).exists() else {output}
+            scratch += [path.name for path in folder.glob("out*.*") if path.name not in whole]
         verdict.faults += [("left", f"{name}, after the signal") for name in scratch]
     if "Traceback" in ended.err:
         verdict.faults.append(("traceback", ended.err[-300:]))
