@@ -28,6 +28,7 @@ FLOATS = Kind(
 )
 WIDE = Kind((torch.float32, torch.float64), "use float32 or float64")
 SINGLE = Kind((torch.float32,), "it needs torch.float32")
+DOUBLE = Kind((torch.float64,), "it needs torch.float64")
 INDICES = Kind((torch.int32, torch.int64), "it needs int32 or int64")
 
 # Steps of the search for a byte that two views have in common; beyond, they count as overlapping. Views that nest, as

@@ -27,10 +27,12 @@ from .requirements import (
     ON_NVIDIA_GPU,
     SIZES_FIT_INT32,
     TRITON,
+    UNWEIGHTED,
     WIDTH_8,
     dtype_name,
     required_core,
 )
+from .row_weights import check_total, check_weights, share, sum_of_weights, total_before
 from .split_tf32 import has_fast_tf32, split_gram
 
 OPERATOR = "hessian"
@@ -51,13 +53,15 @@ SPLIT_FROM, SPLIT_WIDTH = 4096, 2048
 class Hessian:
     """Second moments of the rows seen so far.
 
-    count: rows. lower: [channels, channels] float32, the lower triangle (diagonal included) of Σ x xᵀ; what lies
-    above the diagonal is unspecified until `finish`. sums: [channels] float32, Σ x, or None.
+    count: rows. lower: [channels, channels] float32, the lower triangle (diagonal included) of Σ w² x xᵀ; what lies
+    above the diagonal is unspecified until `finish`. sums: [channels] float32, Σ w² x, or None. total: float64 scalar
+    on the device, Σ w², or None while no rows had weights; then w = 1.
     """
 
     count: int
     lower: Tensor
     sums: Tensor | None
+    total: Tensor | None = None
 
     @classmethod
     def zeros(cls, channels: int, device: torch.device | str | None = None, sums: bool = False) -> Hessian:
@@ -65,25 +69,38 @@ class Hessian:
         lower = torch.zeros(channels, channels, dtype=torch.float32, device=device)
         return cls(0, lower, torch.zeros(channels, dtype=torch.float32, device=device) if sums else None)
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add the rows of x [..., channels]: bfloat16, float16, float32, or float64 (by the reference only).
 
-        Everything but the last dimension counts as rows; an x without rows changes nothing. Raises ValueError
-        when x does not fit the state. Gradients are not tracked.
+        Everything but the last dimension counts as rows; an x without rows changes nothing. weights: float32 [rows],
+        square roots w of the rows' weights w². Powers of two leave products of 16-bit rows exact; others are rounded
+        to the rows' type (`hessian_update`). Raises ValueError when x or weights do not fit the state, and when some
+        rows of a state have weights and others none. Gradients are not tracked.
         """
-        hessian_update(x.detach(), self.lower, self.sums)
+        total = total_before(OPERATOR, self.count, self.total, x, weights)
+        hessian_update(x.detach(), self.lower, self.sums, None if weights is None else weights.detach())
+        if row_count(x) == 0:
+            return
         self.count += row_count(x)
+        if total is not None and weights is not None:
+            self.total = total.add_(sum_of_weights(weights))
+
+    def mean(self) -> Tensor:
+        """m = Σ w² x / Σ w², float32 [channels]; zeros of no rows. Raises ValueError where no sums were kept."""
+        if self.sums is None:
+            raise ValueError("hessian: a mean needs the sums; start with Hessian.zeros(..., sums=True)")
+        return mean_of(self.sums, self.count, self.total)
 
     def finish(self, centred: bool = False, scale: float = 1.0) -> Tensor:
         """H in full, symmetric, float32 [channels, channels]: `lower` itself, completed in place.
 
-        centred: C = H − count·m mᵀ = Σ (x − m)(x − m)ᵀ with the mean m instead; the state then holds C and takes
+        centred: C = H − Σw²·m mᵀ = Σ w² (x − m)(x − m)ᵀ with the mean m instead; the state then holds C and takes
         no more rows. scale: a factor, as 2 / N of SparseGPT and SlimGPT. Raises ValueError where centring needs sums
-        that were not kept. No rows give zeros.
+        that were not kept. No rows give zeros. Does not wait for the device.
         """
         if centred and self.sums is None:
             raise ValueError("hessian: a centred matrix needs the sums; start with Hessian.zeros(..., sums=True)")
-        hessian_finish(self.lower, self.sums if centred else None, self.count, scale)
+        hessian_finish(self.lower, self.sums if centred else None, self.count, scale, self.total)
         return self.lower
 
 
@@ -100,19 +117,25 @@ def lower_gram(weight: Tensor) -> Tensor:
     return gram.lower
 
 
-def hessian_update_reference(x: Tensor, lower: Tensor, sums: Tensor | None = None) -> None:
-    """lower += xᵀx where row ≥ column, sums += Σ x, in plain PyTorch: any device and floating-point dtype.
+def hessian_update_reference(
+    x: Tensor, lower: Tensor, sums: Tensor | None = None, weights: Tensor | None = None
+) -> None:
+    """lower += Σ w² x xᵀ where row ≥ column, sums += Σ w² x, in plain PyTorch: any device and floating-point dtype.
 
     x: [..., channels]. lower: float32 [channels, channels]; sums: float32 [channels] or None; changed in place.
-    Chunks of rows are converted to float32 and multiplied block column by block column, from the diagonal down.
-    float64 is multiplied in float64 and rounded once.
+    weights: float32 [rows], w; None: 1. Chunks of rows are converted to float32, multiplied by w, and then by
+    themselves block column by block column, from the diagonal down. float64 is multiplied in float64 and rounded once.
     """
     rows = as_rows(x)  # [T, C]
     if rows.numel() == 0:
         return
     working = torch.promote_types(x.dtype, torch.float32)
-    for chunk in rows.split(len(rows) if working == torch.float64 else REFERENCE_CHUNK_ROWS):
+    chunk_rows = len(rows) if working == torch.float64 else REFERENCE_CHUNK_ROWS
+    for index, chunk in enumerate(rows.split(chunk_rows)):
         values = chunk.to(working)  # [t, C]
+        roots = None if weights is None else weights[index * chunk_rows :][: len(chunk), None].to(working)  # [t, 1]
+        if roots is not None:
+            values = values * roots
         for first in range(0, rows.shape[1], REFERENCE_BLOCK):
             left, right = values[:, first:], values[:, first : first + REFERENCE_BLOCK]  # [t, C − first], [t, B]
             below = lower[first:, first : first + REFERENCE_BLOCK]  # [C − first, B]
@@ -121,17 +144,27 @@ def hessian_update_reference(x: Tensor, lower: Tensor, sums: Tensor | None = Non
             else:
                 below.add_(left.t() @ right)
         if sums is not None:
-            sums.add_(values.sum(0))
+            sums.add_((values if roots is None else values * roots).sum(0))
 
 
-def hessian_finish_reference(lower: Tensor, sums: Tensor | None, count: int, scale: float = 1.0) -> None:
+def mean_of(sums: Tensor, count: int, total: Tensor | None) -> Tensor:
+    """sums / total, or sums / count where total is None: float32 [channels], zeros of nothing."""
+    if total is not None:
+        return share(sums, total)
+    return sums / count if count > 0 else torch.zeros_like(sums)
+
+
+def hessian_finish_reference(
+    lower: Tensor, sums: Tensor | None, count: int, scale: float = 1.0, total: Tensor | None = None
+) -> None:
     """Copy the lower triangle of `lower`, times `scale`, onto the upper one, in place, any device.
 
     lower: float32 [channels, channels]; nothing above its diagonal is read. sums: float32 [channels], Σ x over
-    `count` rows: subtract sums sumsᵀ / count as well; None: do not.
+    `count` rows: subtract sums sumsᵀ / count as well; None: do not. total: float64 scalar, Σ w² of rows with
+    weights, by which sums sumsᵀ is divided instead of count.
     """
     channels = len(lower)
-    means = None if sums is None or count == 0 else sums / count  # [C]
+    means = None if sums is None or count == 0 else mean_of(sums, count, total)  # [C]
     for first in range(0, channels, MIRROR_BLOCK):
         last = min(first + MIRROR_BLOCK, channels)
         panel = lower[first:, first:last]  # [C − first, B], on and below the diagonal block
@@ -162,8 +195,15 @@ def check_state(lower: Tensor, sums: Tensor | None) -> None:
     check_device(OPERATOR, "sums", sums, "lower", lower)
 
 
-def check_tensors(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
-    """ValueError unless (lower, sums) is a state that the rows of x can be added to."""
+def check_finish(lower: Tensor, sums: Tensor | None, total: Tensor | None) -> None:
+    """ValueError unless (lower, sums, total) is the state of a Hessian."""
+    check_state(lower, sums)
+    if total is not None:
+        check_total(OPERATOR, total, "lower", lower)
+
+
+def check_tensors(x: Tensor, lower: Tensor, sums: Tensor | None, weights: Tensor | None) -> None:
+    """ValueError unless (lower, sums) is a state that the rows of x can be added to, with these weights."""
     check_rows(OPERATOR, "x", x)
     check_kind(OPERATOR, "x", x, FLOATS)
     check_state(lower, sums)
@@ -173,61 +213,68 @@ def check_tensors(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
             f"hessian: lower is {list(lower.shape)}; x {list(x.shape)} needs torch.float32 {[channels, channels]}"
         )
     check_device(OPERATOR, "lower", lower, "x", x)
+    if weights is not None:
+        check_weights(OPERATOR, weights, x)
 
 
 @torch.library.custom_op(
     "pyprune::hessian_update",
     mutates_args=("lower", "sums"),
-    schema="(Tensor x, Tensor(a!) lower, Tensor(b!)? sums) -> ()",
+    schema="(Tensor x, Tensor(a!) lower, Tensor(b!)? sums, Tensor? weights=None) -> ()",
 )
-def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
-    """lower += xᵀx where row ≥ column and sums += Σ x, on the backend that pyprune.ops.dispatch chooses.
+def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None, weights: Tensor | None = None) -> None:
+    """lower += Σ w² x xᵀ where row ≥ column and sums += Σ w² x, on the backend that pyprune.ops.dispatch chooses.
 
     x: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides.
     lower: float32 [channels, channels], contiguous, on x's device, changed in place; above the diagonal anything
     may be written. sums: float32 [channels], contiguous, changed in place, or None.
+    weights: float32 [rows], any stride, the square roots w of the rows' weights w²; None: 1.
     Has no gradients, and autograd does not say so: x must not need any.
     Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
-    check_tensors(x, lower, sums)
-    check_apart(OPERATOR, {"lower": lower, "sums": sums}, {"x": x})
+    check_tensors(x, lower, sums, weights)
+    check_apart(OPERATOR, {"lower": lower, "sums": sums}, {"x": x, "weights": weights})
     if lower.is_cuda and lower.data_ptr() % 16 != 0:
         raise ValueError("hessian: lower does not start on a multiple of 16 bytes; it is a view into other memory")
     if x.numel() == 0:
         return
     rows = as_rows(x)
-    choose_launch(HESSIAN, rows)(rows, lower, sums)
+    weights = None if weights is None else weights.contiguous()
+    choose_launch(HESSIAN, rows, weighted=weights is not None)(rows, lower, sums, weights)
 
 
 @hessian_update.register_fake
-def _(x: Tensor, lower: Tensor, sums: Tensor | None) -> None:
+def _(x: Tensor, lower: Tensor, sums: Tensor | None, weights: Tensor | None = None) -> None:
     """Check the arguments while tracing. Nothing is returned: the schema says what changes."""
-    check_tensors(x, lower, sums)
+    check_tensors(x, lower, sums, weights)
 
 
 @torch.library.custom_op(
     "pyprune::hessian_finish",
     mutates_args=("lower",),
-    schema="(Tensor(a!) lower, Tensor? sums, SymInt count, float scale=1.0) -> ()",
+    schema="(Tensor(a!) lower, Tensor? sums, SymInt count, float scale=1.0, Tensor? total=None) -> ()",
 )
-def hessian_finish(lower: Tensor, sums: Tensor | None, count: int, scale: float = 1.0) -> None:
+def hessian_finish(
+    lower: Tensor, sums: Tensor | None, count: int, scale: float = 1.0, total: Tensor | None = None
+) -> None:
     """Complete `lower` to the full symmetric matrix, centred where sums are given, times `scale`.
 
     lower: float32 [channels, channels], contiguous, changed in place. sums: float32 [channels] on its device, or
-    None. count: rows, which the sums were taken over. Raises ValueError for arguments that do not fit each other.
+    None. count: rows, which the sums were taken over. total: float64 scalar on lower's device, Σ w² of rows with
+    weights; None: count. Raises ValueError for arguments that do not fit each other.
     Plain PyTorch on every device: it moves each element once, once a matrix.
     """
-    check_state(lower, sums)
-    check_apart(OPERATOR, {"lower": lower}, {"sums": sums})
+    check_finish(lower, sums, total)
+    check_apart(OPERATOR, {"lower": lower}, {"sums": sums, "total": total})
     if count < 0:
         raise ValueError(f"hessian: count is {count}; it is the number of rows in the state")
-    hessian_finish_reference(lower, sums, count, scale)
+    hessian_finish_reference(lower, sums, count, scale, total)
 
 
 @hessian_finish.register_fake
-def _(lower: Tensor, sums: Tensor | None, count: int, scale: float = 1.0) -> None:
+def _(lower: Tensor, sums: Tensor | None, count: int, scale: float = 1.0, total: Tensor | None = None) -> None:
     """Check the arguments while tracing. Nothing is returned: the schema says what changes."""
-    check_state(lower, sums)
+    check_finish(lower, sums, total)
 
 
 def on_sixteen_bytes(rows: Tensor) -> Tensor:
@@ -241,7 +288,7 @@ def on_sixteen_bytes(rows: Tensor) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
-def launch_cuda(rows: Tensor, lower: Tensor, sums: Tensor | None) -> None:
+def launch_cuda(rows: Tensor, lower: Tensor, sums: Tensor | None, weights: Tensor | None) -> None:
     core = required_core()
     multiprocessors = multiprocessors_of(rows.device)
     with torch.cuda.device(rows.device):
@@ -266,7 +313,7 @@ def launch_cuda(rows: Tensor, lower: Tensor, sums: Tensor | None) -> None:
         )
 
 
-def launch_triton(rows: Tensor, lower: Tensor, sums: Tensor | None) -> None:
+def launch_triton(rows: Tensor, lower: Tensor, sums: Tensor | None, weights: Tensor | None) -> None:
     from ..triton_kernels.hessian import configuration_for, hessian_triton
 
     properties = torch.cuda.get_device_properties(rows.device)
@@ -279,12 +326,16 @@ def launch_triton(rows: Tensor, lower: Tensor, sums: Tensor | None) -> None:
 
 
 # Shape: [rows, channels]. On a CPU the reference is BLAS.
-HESSIAN: Operator[Callable[[Tensor, Tensor, Tensor | None], None]] = Operator(
+HESSIAN: Operator[Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]] = Operator(
     OPERATOR,
-    versions={"Hessian": 1, "hessian_finish": 1, "hessian_update": 1, "lower_gram": 1},
+    versions={"Hessian": 2, "hessian_finish": 2, "hessian_update": 2, "lower_gram": 1},
     kernels={
-        "cuda": Kernel(launch_cuda, (ON_NVIDIA_GPU, HALF_DTYPE, WIDTH_8, CORE_BUILT, CORE_WITH_CUDA, CORE_WITH_WGMMA)),
-        "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)),
+        "cuda": Kernel(
+            launch_cuda, (ON_NVIDIA_GPU, HALF_DTYPE, WIDTH_8, UNWEIGHTED, CORE_BUILT, CORE_WITH_CUDA, CORE_WITH_WGMMA)
+        ),
+        "triton": Kernel(
+            launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, UNWEIGHTED, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)
+        ),
         "reference": Kernel(hessian_update_reference),
     },
 )

@@ -399,8 +399,11 @@ def test_forcing_an_ineligible_backend_reaches_the_caller() -> None:
 
 
 def test_schemas() -> None:
-    update = "pyprune::hessian_update(Tensor x, Tensor(a!) lower, Tensor(b!)? sums) -> ()"
-    finish = "pyprune::hessian_finish(Tensor(a!) lower, Tensor? sums, SymInt count, float scale=1.) -> ()"
+    update = "pyprune::hessian_update(Tensor x, Tensor(a!) lower, Tensor(b!)? sums, Tensor? weights=None) -> ()"
+    finish = (
+        "pyprune::hessian_finish(Tensor(a!) lower, Tensor? sums, SymInt count, float scale=1., Tensor? total=None) "
+        "-> ()"
+    )
     assert str(torch.ops.pyprune.hessian_update.default._schema) == update
     assert str(torch.ops.pyprune.hessian_finish.default._schema) == finish
 

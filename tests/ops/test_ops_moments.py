@@ -311,7 +311,10 @@ def test_forcing_an_ineligible_backend_reaches_the_caller() -> None:
 
 
 def test_schema() -> None:
-    schema = "pyprune::channel_moments_update(Tensor x, SymInt count, Tensor(a!) mean, Tensor(b!) m2) -> ()"
+    schema = (
+        "pyprune::channel_moments_update(Tensor x, SymInt count, Tensor(a!) mean, Tensor(b!) m2, "
+        "Tensor? weights=None, Tensor? total=None) -> ()"
+    )
     assert str(torch.ops.pyprune.channel_moments_update.default._schema) == schema
 
 

@@ -18,6 +18,9 @@ RECORD: dict[str, tuple[str, ...]] = {
         "(count: int, mean: Tensor, m2: Tensor) -> None; zeros(channels: int, device: torch.device | str | None = "
         "None) -> ChannelMoments; update(self, x: Tensor) -> None; merge(self, other: "
         "ChannelMoments) -> None; variance(self) -> Tensor; sum_of_squares(self) -> Tensor",
+        "(count: int, mean: Tensor, m2: Tensor, total: Tensor | None = None) -> None; zeros(channels: int, device: "
+        "torch.device | str | None = None) -> ChannelMoments; update(self, x: Tensor, weights: Tensor | None = None) "
+        "-> None; merge(self, other: ChannelMoments) -> None; variance(self) -> Tensor; sum_of_squares(self) -> Tensor",
     ),
     "DampedInverse": ("(inverse: Tensor, damping: float, dead: Tensor) -> None",),
     "Elimination": (
@@ -28,11 +31,22 @@ RECORD: dict[str, tuple[str, ...]] = {
         "(count: int, lower: Tensor, sums: Tensor | None) -> None; zeros(channels: int, device: torch.device | "
         "str | None = None, sums: bool = False) -> Hessian; update(self, x: Tensor) -> None; finish(self, "
         "centred: bool = False, scale: float = 1.0) -> Tensor",
+        "(count: int, lower: Tensor, sums: Tensor | None, total: Tensor | None = None) -> None; zeros(channels: int, "
+        "device: torch.device | str | None = None, sums: bool = False) -> Hessian; update(self, x: Tensor, weights: "
+        "Tensor | None = None) -> None; mean(self) -> Tensor; finish(self, centred: bool = False, scale: float = 1.0) "
+        "-> Tensor",
     ),
     "InverseFactor": ("(factor: Tensor, damping: float, dead: Tensor) -> None",),
     "add_split_product": ("(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None",),
-    "channel_moments_update": ("(Tensor x, SymInt count, Tensor(a!) mean, Tensor(b!) m2) -> ()",),
-    "channel_moments_update_reference": ("(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None",),
+    "channel_moments_update": (
+        "(Tensor x, SymInt count, Tensor(a!) mean, Tensor(b!) m2) -> ()",
+        "(Tensor x, SymInt count, Tensor(a!) mean, Tensor(b!) m2, Tensor? weights=None, Tensor? total=None) -> ()",
+    ),
+    "channel_moments_update_reference": (
+        "(x: Tensor, count: int, mean: Tensor, m2: Tensor) -> None",
+        "(x: Tensor, count: int, mean: Tensor, m2: Tensor, weights: Tensor | None = None, total: Tensor | None = None) "
+        "-> None",
+    ),
     "damped_inverse": ("(h: Tensor, damping: float = 0.01, where: str = 'hessian') -> DampedInverse",),
     "eliminate": (
         "(a: Tensor, g: Tensor, count: int, width: int = 1, keep_factor: bool = True, tf32: bool = False) -> "
@@ -41,8 +55,14 @@ RECORD: dict[str, tuple[str, ...]] = {
     ),
     "grouped_cholesky_errors": ("(Tensor a, Tensor g, SymInt width, bool diagonal=False) -> Tensor",),
     "grouped_cholesky_errors_reference": ("(a: Tensor, g: Tensor, width: int, diagonal: bool = False) -> Tensor",),
-    "hessian_finish": ("(Tensor(a!) lower, Tensor? sums, SymInt count, float scale=1.) -> ()",),
-    "hessian_update": ("(Tensor x, Tensor(a!) lower, Tensor(b!)? sums) -> ()",),
+    "hessian_finish": (
+        "(Tensor(a!) lower, Tensor? sums, SymInt count, float scale=1.) -> ()",
+        "(Tensor(a!) lower, Tensor? sums, SymInt count, float scale=1., Tensor? total=None) -> ()",
+    ),
+    "hessian_update": (
+        "(Tensor x, Tensor(a!) lower, Tensor(b!)? sums) -> ()",
+        "(Tensor x, Tensor(a!) lower, Tensor(b!)? sums, Tensor? weights=None) -> ()",
+    ),
     "inverse_factor": ("(h: Tensor, damping: float = 0.01, where: str = 'hessian') -> InverseFactor",),
     "lower_gram": ("(weight: Tensor) -> Tensor",),
     "refit": ("(weight: Tensor, elimination: Elimination) -> Tensor",),
