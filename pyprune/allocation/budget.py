@@ -1,7 +1,8 @@
 """Allocation of a ratio: the number, or the choice, of KV groups and FFN channels that every layer keeps.
 
 Costs are in FFN channels (3 * hidden_size parameters): 1 for a channel, head_dim * (2r + 2) / 3 for a KV group.
-At least one KV group and `least` FFN channels stay in every layer.
+At least one KV group and `least` FFN channels stay in every layer. Sublayers that a shape fixes lose nothing and count
+nowhere.
 """
 
 import math
@@ -32,7 +33,7 @@ def total_cost(shapes: list[LayerShape]) -> float:
 
 def most_removable(shapes: list[LayerShape], least: int = 1) -> float:
     """The largest ratio that leaves one KV group and `least` FFN channels in every layer."""
-    return 1 - sum(s.group_cost + least for s in shapes) / total_cost(shapes)
+    return 1 - sum(s.least_cost(least) for s in shapes) / total_cost(shapes)
 
 
 def check_ratio(shapes: list[LayerShape], ratio: float, least: int = 1) -> None:
@@ -62,7 +63,7 @@ def uniform_counts(
     counts = []
     for shape in shapes:
         groups, channels = _split(shape, ratio, attention_ratio)
-        if not 0 <= channels <= shape.intermediate_channels - least:
+        if not 0 <= channels <= max(0, shape.removable(FFN) - least):
             raise InputError(
                 f"attention ratio {attention_ratio:g} with ratio {ratio:g} would remove {channels} of "
                 f"{shape.intermediate_channels} FFN channels; bring the two closer together"
@@ -83,8 +84,8 @@ def layer_counts(shape: LayerShape, ratio: float, least: int = 1) -> dict[str, i
     different sizes; the stream error is taken from the FFN of the same layer, rounded to the nearest channel.
     """
     groups, channels = _split(shape, ratio, ratio)
-    most = shape.intermediate_channels - least
-    if channels > most:
+    most = max(0, shape.removable(FFN) - least)
+    if channels > most and shape.removable(ATTENTION):
         # The FFN alone cannot make up for the whole groups that int() left: take one more of them each time.
         missing = channels - most
         groups = min(groups + math.ceil(missing / shape.group_cost), shape.kv_groups - 1)
@@ -98,7 +99,11 @@ def layer_counts(shape: LayerShape, ratio: float, least: int = 1) -> dict[str, i
 
 
 def _split(shape: LayerShape, ratio: float, attention_ratio: float) -> tuple[int, int]:
-    groups = min(int(attention_ratio * shape.kv_groups + 1e-9), shape.kv_groups - 1)
+    """KV groups and FFN channels; without FFN channels that may go, the KV groups nearest to the budget."""
+    if not shape.removable(FFN):
+        most = max(0, shape.removable(ATTENTION) - 1)
+        return min(round(ratio * shape.cost / shape.group_cost), most) if most else 0, 0
+    groups = max(0, min(int(attention_ratio * shape.kv_groups + 1e-9), shape.removable(ATTENTION) - 1))
     return groups, round(ratio * shape.cost - groups * shape.group_cost)
 
 
@@ -168,6 +173,8 @@ class _Units:
                 best = torch.zeros(len(own[sublayer]), dtype=torch.bool)
                 order = torch.sort(own[sublayer], descending=True, stable=True).indices
                 best[order[: least if sublayer == FFN else 1]] = True
+                if not shape.removable(sublayer):
+                    best[:] = True
                 protected.append(best)
         self.score, self.cost = torch.cat(rows), torch.cat(costs)
         self.protected = torch.cat(protected)

@@ -26,23 +26,31 @@ def common_sizes(shapes: list[LayerShape], ratio: float, multiple: int) -> list[
 
     They differ in their KV groups, fewer first. Raises InputError where there is none.
     """
-    if len({(s.heads_per_group, s.head_dim) for s in shapes}) > 1:
+    attending = [s for s in shapes if s.removable(ATTENTION)]
+    if len({(s.heads_per_group, s.head_dim) for s in attending}) > 1:
         raise InputError("--uniform is impossible: the layers' KV groups are of several widths")
-    share = (1 - ratio) * total_cost(shapes) / len(shapes)  # of a layer, in channels
-    group_cost = shapes[0].group_cost
-    groups = min(s.kv_groups for s in shapes)
+    budget = (1 - ratio) * total_cost(shapes)  # of what may go, in channels
+    group_cost = sum(s.group_cost for s in attending)  # one KV group in each layer that has them
+    groups = min((s.kv_groups for s in attending), default=0)
     channels = min(s.intermediate_channels for s in shapes)
     if any(s.intermediate_channels != channels for s in shapes):
         channels -= channels % multiple  # some layers are cut in any case
+    cut = bool(shapes[0].removable(FFN))
     sizes = []
-    for kept in range(1, groups + 1):
-        exact = share - kept * group_cost
-        sizes.append(LayerSize(kept, nearest(exact, channels, multiple), exact))
+    for kept in range(min(1, groups), groups + 1):
+        exact = (budget - kept * group_cost) / len(shapes)
+        sizes.append(LayerSize(kept, nearest(exact, channels, multiple) if cut else 0, exact))
     # A multiple's half beyond the ends, and between them a whole layer's last step is never longer than a multiple.
-    fitting = [size for size in sizes if abs(size.channels - size.exact) <= multiple / 2]
+    most = multiple / 2 if cut else group_cost / len(shapes) / 2
+    fitting = [size for size in sizes if abs(size.channels - size.exact) <= most]
+    if not cut:  # all channels stay, and the KV groups come as near as they can
+        fitting = [
+            size._replace(channels=channels, exact=channels)
+            for size in sorted(fitting, key=lambda size: abs(size.exact))[:1]
+        ]
     if not fitting:
         best = min(sizes, key=lambda size: abs(size.channels - size.exact))
-        met = 1 - len(shapes) * (best.kv_groups * group_cost + best.channels) / total_cost(shapes)
+        met = 1 - (best.kv_groups * group_cost + len(shapes) * best.channels) / total_cost(shapes)
         raise InputError(
             f"ratio {ratio:g} is impossible with --uniform: all layers can keep at most {groups} KV groups and "
             f"{channels} FFN channels; the nearest ratio possible is {met:.4f}"
@@ -61,8 +69,9 @@ def common_counts(
     sizes = common_sizes(shapes, ratio, multiple)
     of_groups = ratio if attention_ratio is None else attention_ratio
     check_attention_ratio(of_groups)
-    mean = sum(s.kv_groups for s in shapes) / len(shapes)
-    kept = min(max(1, math.ceil((1 - of_groups) * mean - 1e-9)), min(s.kv_groups for s in shapes))
+    groups = [s.kv_groups for s in shapes if s.removable(ATTENTION)]
+    mean = sum(groups) / max(1, len(groups))
+    kept = min(max(1, math.ceil((1 - of_groups) * mean - 1e-9)), min(groups, default=0))
     best = min(sizes, key=lambda size: abs(size.kv_groups - kept))
     if attention_ratio is not None and best.kv_groups != kept:
         raise InputError(
@@ -87,11 +96,19 @@ def cheapest_counts(
             kept = min(max(round(size.exact), 1), shape.intermediate_channels)
             removed, end = shape.intermediate_channels - kept, len(own[FFN]) - 1
             beyond += max(0, removed - end)
-            total += float(own[ATTENTION][shape.kv_groups - size.kv_groups] + own[FFN][min(removed, end)])
+            total += float(own[FFN][min(removed, end)])
+            if shape.removable(ATTENTION):
+                total += float(own[ATTENTION][shape.kv_groups - size.kv_groups])
         return beyond, total
 
     return counts_to(min(common_sizes(shapes, ratio, multiple), key=error), shapes)
 
 
 def counts_to(size: LayerSize, shapes: list[LayerShape]) -> RemovedCounts:
-    return [{ATTENTION: s.kv_groups - size.kv_groups, FFN: s.intermediate_channels - size.channels} for s in shapes]
+    return [
+        {
+            ATTENTION: s.kv_groups - size.kv_groups if s.removable(ATTENTION) else 0,
+            FFN: s.intermediate_channels - size.channels if s.removable(FFN) else 0,
+        }
+        for s in shapes
+    ]

@@ -27,7 +27,7 @@ def incremental_counts(
     rise = [math.log(i + 1) / math.log(layers) if schedule == "log" else i / (layers - 1) for i in range(layers)]
     total = sum(shape.cost for shape in shapes)
     mean_rise = sum(f * shape.cost for f, shape in zip(rise, shapes, strict=True)) / total
-    limits = [1 - (shape.group_cost + least) / shape.cost for shape in shapes]
+    limits = [1 - shape.least_cost(least) / shape.cost for shape in shapes]
     start = first * ratio if first is not None else _smallest_start(ratio, mean_rise, limits[-1])
     ratios = [start + (ratio - start) / mean_rise * f for f in rise]
     for layer, (own, most) in enumerate(zip(ratios, limits, strict=True)):

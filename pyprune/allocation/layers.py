@@ -83,7 +83,7 @@ def layer_subset(text: str | None, total: int) -> LayerSubset:
 def most_removable_of(subset: LayerSubset, shapes: list[LayerShape], least: int) -> float:
     """The largest ratio of the whole model that the subset can give."""
     own = subset.select(shapes)
-    return (total_cost(own) - sum(shape.group_cost + least for shape in own)) / total_cost(shapes)
+    return (total_cost(own) - sum(shape.least_cost(least) for shape in own)) / total_cost(shapes)
 
 
 def check_layers_ratio(subset: LayerSubset, text: str, shapes: list[LayerShape], ratio: float, least: int) -> None:

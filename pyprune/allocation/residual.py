@@ -63,12 +63,13 @@ def residual_counts(
     `multiple`: of the channels that a layer keeps; the cost is then met within half of it, and the curves say where.
     """
     check_ratio(shapes, ratio, multiple)
-    ends = [{ATTENTION: s.kv_groups, FFN: s.intermediate_channels - multiple + 1} for s in shapes]
+    ends = [{ATTENTION: s.removable(ATTENTION), FFN: s.removable(FFN) - multiple + 1} for s in shapes]
     segments = sorted(
         (
             segment
             for layer, (own, shape) in enumerate(zip(curves, shapes, strict=True))
             for sublayer in SUBLAYERS
+            if shape.removable(sublayer)
             for segment in hull_segments(
                 own[sublayer][: ends[layer][sublayer]], shape.unit_cost(sublayer), layer, sublayer
             )

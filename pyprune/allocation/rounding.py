@@ -52,13 +52,14 @@ def rounded_counts(
     the sooner, the less it then lies above its own count. Where counts leave nothing to round, the ratio is met as
     well as the KV groups allow.
     """
-    if multiple == 1:
+    if multiple == 1 or not any(s.removable(FFN) for s in shapes):
         return counts
     wanted = [s.intermediate_channels - c[FFN] for c, s in zip(counts, shapes, strict=True)]
     whole = [s.intermediate_channels for s in shapes]
     value = worth or (lambda layer, fewer, more: (wanted[layer] - fewer) / (more - fewer))
     kept = [below(n, all_, multiple) for n, all_ in zip(wanted, whole, strict=True)]
-    groups = sum((s.kv_groups - c[ATTENTION]) * s.group_cost for c, s in zip(counts, shapes, strict=True))
+    pairs = zip(counts, shapes, strict=True)
+    groups = sum((s.kv_groups - c[ATTENTION]) * s.group_cost for c, s in pairs if s.removable(ATTENTION))
     missing = (1 - ratio) * total_cost(shapes) - groups - sum(kept)  # channels short of the budget
     layers = range(len(shapes))
     while missing:  # each step makes it smaller

@@ -4,17 +4,72 @@ from collections.abc import Callable
 
 from ..errors import InputError
 from ..runtime.entry_points import load_entry_points
-from .family import ATTENTION, FFN, SUBLAYERS, Family, LayerShape, expand
+from .apertus import APERTUS
+from .arcee import ARCEE
+from .cohere import COHERE
+from .cohere2 import COHERE2
+from .cwm import CWM
+from .ernie4_5 import ERNIE4_5
+from .exaone4 import EXAONE4
+from .family import BIAS_FLAGS, Family, expand, without_layers
+from .gemma import GEMMA
+from .gemma2 import GEMMA2
+from .gemma3 import GEMMA3
+from .glm import GLM
+from .glm4 import GLM4
 from .granite import GRANITE
+from .hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from .llama import LLAMA
+from .ministral import MINISTRAL
+from .ministral3 import MINISTRAL3
 from .mistral import MISTRAL
+from .nemotron import NEMOTRON
+from .olmo2 import OLMO2
+from .olmo3 import OLMO3
+from .phi import PHI
+from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .qwen3_5 import QWEN3_5
+from .seed_oss import SEED_OSS
+from .shape import ATTENTION, FFN, SUBLAYERS, LayerShape
 from .smollm3 import SMOLLM3
+from .stablelm import STABLELM
+from .starcoder2 import STARCODER2
 
-# Their layers compute what Llama's do, but for biases, norms of queries and keys, and sliding windows. Of a family
-# from elsewhere only its description is known.
-BUILT_IN = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3)
+# Of a family from elsewhere only its description is known.
+BUILT_IN = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GRANITE,
+    SMOLLM3,
+    APERTUS,
+    ARCEE,
+    COHERE,
+    COHERE2,
+    CWM,
+    ERNIE4_5,
+    EXAONE4,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GLM,
+    GLM4,
+    HUNYUAN_V1_DENSE,
+    MINISTRAL,
+    MINISTRAL3,
+    NEMOTRON,
+    OLMO2,
+    OLMO3,
+    PHI,
+    PHI3,
+    QWEN3_5,
+    SEED_OSS,
+    STABLELM,
+    STARCODER2,
+)
 FAMILIES = {family.name: family for family in BUILT_IN}
 # The entry-point group in which an installed package names modules with families.
 ENTRY_POINTS = "pyprune.families"
@@ -63,6 +118,7 @@ load_entry_points(ENTRY_POINTS)
 
 __all__ = [
     "ATTENTION",
+    "BIAS_FLAGS",
     "BUILT_IN",
     "FAMILIES",
     "FFN",
@@ -75,4 +131,5 @@ __all__ = [
     "family_of",
     "for_every_family",
     "register",
+    "without_layers",
 ]

@@ -1,114 +1,123 @@
-"""A model family: the names of its projections and norms, and the shape of a layer."""
+"""A model family: what its layers are made of, and what follows from that for pruning."""
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ATTENTION = "attention"
-FFN = "ffn"
-SUBLAYERS = (ATTENTION, FFN)
+from .declaration import FULL, HALVES, LINEAR, RMS, SHARED, SLIDING, WHOLE, Attention, Gated, Plain, Scales, Wiring
+from .shape import ATTENTION, FFN, SUBLAYERS, LayerShape
+
+# The flags of a configuration that say that the output projections have a (compensation) bias.
+BIAS_FLAGS = {ATTENTION: "o_proj_bias", FFN: "down_proj_bias"}
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes of one decoder layer.
+@contextmanager
+def without_layers(config: Any) -> Iterator[None]:
+    """Keep the family's constructors from building layers, which would all have the global size."""
+    layers = config.num_hidden_layers
+    config.num_hidden_layers = 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = layers
 
-    `heads_per_group` is r = query heads per KV head; a KV group is one key head, one value head and its r query
-    heads, and owns `heads_per_group * head_dim` contiguous input columns of `o_proj`.
-    """
 
-    hidden_size: int
-    head_dim: int
-    kv_groups: int
-    heads_per_group: int
-    intermediate_channels: int
+class LayerConfig:
+    """A layer's configuration whose attention implementation is that of the whole model."""
 
-    @property
-    def group_width(self) -> int:
-        """Input columns of `o_proj` that one KV group owns."""
-        return self.heads_per_group * self.head_dim
+    def __init__(self, own: Any, whole: Any) -> None:
+        self.own, self.whole = own, whole
 
-    @property
-    def group_cost(self) -> float:
-        """Parameters of one KV group, in FFN channels: head_dim * (2r + 2) / 3, a fraction, never truncated."""
-        return self.head_dim * (2 * self.heads_per_group + 2) / 3
-
-    @property
-    def cost(self) -> float:
-        """All units of the layer, in FFN channels."""
-        return self.kv_groups * self.group_cost + self.intermediate_channels
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the layer's decoder linears (q, k, v, o, gate, up, down; no biases)."""
-        attention = self.kv_groups * self.head_dim * (2 * self.heads_per_group + 2)
-        return self.hidden_size * (attention + 3 * self.intermediate_channels)
-
-    @property
-    def input_widths(self) -> tuple[int, int, int, int]:
-        """Channels of the layer's four inputs of linears: behind each norm, and of each output projection."""
-        return (self.hidden_size, self.kv_groups * self.group_width, self.hidden_size, self.intermediate_channels)
-
-    def units(self, sublayer: str) -> int:
-        return self.kv_groups if sublayer == ATTENTION else self.intermediate_channels
-
-    def unit_width(self, sublayer: str) -> int:
-        """Input columns of the sublayer's output projection that one unit owns."""
-        return self.group_width if sublayer == ATTENTION else 1
-
-    def unit_cost(self, sublayer: str) -> float:
-        """Parameters of one unit of the sublayer, in FFN channels (3 * hidden_size parameters each)."""
-        return self.group_cost if sublayer == ATTENTION else 1.0
-
-    def kept(self, kv_groups: int, intermediate_channels: int) -> "LayerShape":
-        return LayerShape(self.hidden_size, self.head_dim, kv_groups, self.heads_per_group, intermediate_channels)
+    def __getattr__(self, name: str) -> Any:
+        if name in ("own", "whole"):  # before they are there, as while it is copied
+            raise AttributeError(name)
+        return getattr(self.whole if name.startswith("_attn_implementation") else self.own, name)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family of transformers. The names below are those of Llama; a family overrides what differs.
+    """One model family of transformers. The defaults are Llama's; a family declares what differs.
 
-    `name` is transformers' `model_type`, `prefix` begins the names of its classes; `sliding` says by layer whether
-    a layer's attention sees a sliding window only, and `check` raises InputError for a configuration with anything that
-    the layer-by-layer forward leaves out.
+    name: transformers' `model_type`. prefix: begins the names of its classes. module: of transformers.models, `name`
+    unless given. classes: the ends of class names that are not Llama's, by Llama's.
+    layers, embeddings, final_norm, head: names of the list of layers and of tensors outside it.
+    kind: FULL, SLIDING or LINEAR by layer. rotary_by_kind: each kind has rotary embeddings of its own.
+    attention_backend: of transformers, that the layer-by-layer forward takes.
+    sizes: the configuration's names of query heads, KV heads (None: as many as query heads) and FFN channels.
+    ffn_forward: the FFN where it is no module of its own, from the layer and the input. check: raises InputError for
+    a configuration with anything that the layer-by-layer forward leaves out. computes_llama: whether a configuration
+    has nothing, such as factors, that another family with Llama's layers has not. gguf: architectures of llama.cpp that
+    may hold it. remote_code, vllm: whether those outputs are written.
     """
 
     name: str
     prefix: str
+    module: str = ""
+    classes: dict[str, str] = field(default_factory=dict)
     layers: str = "model.layers"
     embeddings: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
-    output_projs: tuple[tuple[str, str], ...] = ((ATTENTION, "self_attn.o_proj"), (FFN, "mlp.down_proj"))
-    norms: tuple[tuple[str, str], ...] = ((ATTENTION, "input_layernorm"), (FFN, "post_attention_layernorm"))
-    query: str = "self_attn.q_proj"
-    key_value: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
-    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    sliding: Callable[[Any, int], bool] = lambda config, layer: False
+    attention: Attention = Attention()
+    ffn: Gated | Plain = Gated()
+    wiring: Wiring = Wiring()
+    norm: str = RMS
+    scales: Scales = Scales()
+    rotary: str = HALVES
+    rotary_by_kind: bool = False
+    kind: Callable[[Any, int], str] = lambda config, layer: FULL
+    attention_backend: str = "sdpa"
+    sizes: tuple[str, str | None, str] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    ffn_forward: Callable[[nn.Module, Tensor], Tensor] | None = None
     check: Callable[[Any], None] = lambda config: None
+    computes_llama: Callable[[Any], bool] = lambda config: True
+    gguf: tuple[str, ...] = ()
+    remote_code: bool = False
+    vllm: bool = False
 
     def output_proj(self, sublayer: str) -> str:
         """Name within a layer of the sublayer's output projection, the matrix whose input columns are pruned."""
-        return dict(self.output_projs)[sublayer]
+        return self.attention.output if sublayer == ATTENTION else self.ffn.output
 
-    def norm(self, sublayer: str) -> str:
-        """Name within a layer of the norm whose output the sublayer reads."""
-        return dict(self.norms)[sublayer]
+    def norm_before(self, sublayer: str) -> str | None:
+        """Name within a layer of the norm whose output the sublayer reads; None where it reads the stream."""
+        return self.wiring.norm_before(sublayer)
 
     def input_projs(self, sublayer: str) -> tuple[str, ...]:
         """Names within a layer of the input projections, whose rows go with the output projection's columns."""
-        return (self.query, *self.key_value) if sublayer == ATTENTION else self.gate_up
+        return self.attention.inputs if sublayer == ATTENTION else self.ffn.inputs
+
+    def sliding(self, config: Any, layer: int) -> bool:
+        """Whether a layer's attention sees a sliding window only."""
+        return self.kind(config, layer) == SLIDING
+
+    @property
+    def like_llama(self) -> bool:
+        """Whether its layers are declared as Llama's but for biases and norms of heads."""
+        plain = (self.attention.inputs, self.ffn, self.wiring, self.norm, self.rotary, self.rotary_by_kind)
+        llama = (Attention().inputs, Gated(), Wiring(), RMS, HALVES, False)
+        return plain == llama and self.attention.head_norms in (None, SHARED) and not self.attention.gated
+
+    @property
+    def selects_channels(self) -> bool:
+        """Whether selections of the residual stream (DISP-LLM) are defined for its layers."""
+        return self.like_llama
 
     def source(self, kind: str = "modeling") -> Any:
-        """transformers' sublayer of the family's classes."""
-        return importlib.import_module(f"transformers.models.{self.name}.{kind}_{self.name}")
+        """transformers' module of the family's classes."""
+        module = self.module or self.name
+        return importlib.import_module(f"transformers.models.{module}.{kind}_{module}")
+
+    def class_name(self, suffix: str) -> str:
+        return self.prefix + self.classes.get(suffix, suffix)
 
     def _class(self, suffix: str, kind: str = "modeling") -> Any:
-        return getattr(self.source(kind), self.prefix + suffix)
+        return getattr(self.source(kind), self.class_name(suffix))
 
     @property
     def config_class(self) -> Any:
@@ -136,12 +145,37 @@ class Family:
 
     def layer_shape(self, config: Any, layer: int) -> LayerShape:
         own = config.per_layer_config[layer]
-        heads, groups = own.num_attention_heads, own.num_key_value_heads
+        of_heads, of_groups, of_channels = self.sizes
+        heads, channels = getattr(own, of_heads), getattr(own, of_channels)
+        groups = heads if of_groups is None else getattr(own, of_groups)
         head_dim = getattr(own, "head_dim", None) or own.hidden_size // heads
-        return LayerShape(own.hidden_size, head_dim, groups, heads // groups, own.intermediate_size)
+        # Only where all layers have one: of KV groups that went layer by layer, one may be left in some.
+        shared = of_groups is not None and getattr(config, of_groups) == 1 and heads > 1
+        fixed = (ATTENTION,) if self.attention.head_norms == WHOLE else ()
+        linear = self.kind(config, layer) == LINEAR
+        return LayerShape(
+            own.hidden_size,
+            head_dim,
+            kv_groups=0 if linear else heads if shared else groups,
+            heads_per_group=1 if shared else heads // groups,
+            intermediate_channels=channels,
+            ffn_matrices=self.ffn.matrices,
+            query_parts=2 if self.attention.gated else 1,
+            shared_key_value=shared,
+            fixed=fixed,
+        )
 
     def shapes(self, config: Any) -> list[LayerShape]:
         return [self.layer_shape(config, layer) for layer in range(config.num_hidden_layers)]
+
+    def layer_sizes(self, shape: LayerShape) -> dict[str, int]:
+        """The sizes of a layer under the configuration's names."""
+        of_heads, of_groups, of_channels = self.sizes
+        sizes = {of_channels: shape.intermediate_channels}
+        if shape.kv_groups:  # else its heads, if any, are no units
+            sizes = {of_heads: shape.heads} | sizes
+            sizes |= {of_groups: shape.key_value_heads} if of_groups else {}
+        return sizes
 
     def build_layer(self, config: Any, layer: int) -> nn.Module:
         """Build decoder layer `layer` of transformers' class with the layer's sizes and compensation biases.
@@ -150,10 +184,10 @@ class Family:
         (absent in a stock configuration) put a bias on the output projections of a family that has none there.
         """
         block = self.layer_class(config.per_layer_config[layer], layer)
-        for sublayer, flag in ((ATTENTION, "o_proj_bias"), (FFN, "down_proj_bias")):
-            if getattr(config, flag, False):
-                parent, name = self.output_proj(sublayer).split(".")
-                linear = getattr(getattr(block, parent), name)
+        for sublayer, flag in BIAS_FLAGS.items():
+            if getattr(config, flag, False) and self.has(block, sublayer):
+                parent, _, name = self.output_proj(sublayer).rpartition(".")
+                linear = getattr(block.get_submodule(parent), name)
                 if linear.bias is None:
                     biased = nn.Linear(
                         linear.in_features,
@@ -162,28 +196,74 @@ class Family:
                         device=linear.weight.device,
                         dtype=linear.weight.dtype,
                     )
-                    setattr(getattr(block, parent), name, biased)
+                    setattr(block.get_submodule(parent), name, biased)
         # The attention reads its implementation (sdpa, eager) from its config: it must be the one that
         # `set_attn_implementation` changes, not this layer's copy.
-        block.self_attn.config = config
+        if self.has(block, ATTENTION):
+            own = config.per_layer_config[layer]
+            self.attention_of(block).config = LayerConfig(own, config) if self.attention.reads_sizes else config
         return block
+
+    def has(self, block: nn.Module, sublayer: str) -> bool:
+        """Whether a layer has the sublayer's output projection."""
+        owner, _, _ = self.output_proj(sublayer).rpartition(".")
+        return not owner or hasattr(block, owner.partition(".")[0])
+
+    def attention_of(self, block: nn.Module) -> Any:
+        """The module of a layer's attention, or of what the layer has in its place."""
+        owner = self.attention.output.rpartition(".")[0]
+        return block.get_submodule(owner if hasattr(block, owner) else self.attention.linear[0].rpartition(".")[0])
+
+    def run_ffn(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What the layer's FFN puts out, of normed hidden states."""
+        if self.ffn_forward is not None:
+            return self.ffn_forward(block, hidden)
+        result: Tensor = block.get_submodule(self.ffn.output.rpartition(".")[0])(hidden)
+        return result
 
     def layer_state_shapes(self, config: Any, layer: int) -> dict[str, tuple[int, ...]]:
         """Names (within the layer) and shapes of the tensors that a checkpoint must hold for a layer."""
         with torch.device("meta"):
             return {name: tuple(t.shape) for name, t in self.build_layer(config, layer).state_dict().items()}
 
+    @property
+    def body(self) -> str:
+        """Name of the body within the causal language model."""
+        return self.layers.partition(".")[0]
+
+    def put_layers(self, body: nn.Module, layers: nn.ModuleList) -> None:
+        """Make `layers` the body's."""
+        parent, _, name = self.layers.partition(".")[2].rpartition(".")
+        setattr(body.get_submodule(parent), name, layers)
+
+    def outside_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors outside the layers: embeddings first, the head, tied or not, last."""
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), without_layers(config):
+            shapes = {name: tuple(t.shape) for name, t in self.causal_lm_class(config).state_dict().items()}
+        ends = (self.embeddings, self.head)
+        between = {name: shape for name, shape in shapes.items() if name not in ends}
+        return {self.embeddings: shapes[self.embeddings]} | between | {self.head: shapes[self.head]}
+
+    def build_final_norm(self, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
+        """The norm before the head with its tensors, by full name."""
+        path = self.final_norm.rpartition(".")[0]
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), without_layers(config):
+            norm = self.causal_lm_class(config).get_submodule(path)
+        norm.load_state_dict({name: tensors[f"{path}.{name}"] for name in norm.state_dict()}, assign=True)
+        return norm
+
     def unit_slices(self, shape: LayerShape, sublayer: str, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Map the names of matrices to the slices of the kept units: (dimension, indices).
 
         Dimension 1 is the output projection's input; dimension 0 the output rows of the input projections (and of its
-        bias).
+        bias), and of norms that heads own.
         """
-        if sublayer == FFN:
-            slices = dict.fromkeys(self.gate_up, (0, kept))
-        else:
-            slices = {self.query: (0, expand(kept, shape.group_width))}
-            slices |= dict.fromkeys(self.key_value, (0, expand(kept, shape.head_dim)))
+        rows = self.attention.rows(shape) if sublayer == ATTENTION else self.ffn.rows()
+        slices = {}
+        for name, widths in rows.items():
+            starts = [sum(widths[:k]) * shape.units(sublayer) for k in range(len(widths))]
+            blocks = [start + expand(kept, width) for start, width in zip(starts, widths, strict=True)]
+            slices[name] = (0, torch.cat(blocks))
         slices[self.output_proj(sublayer)] = (1, expand(kept, shape.unit_width(sublayer)))
         return slices
 
@@ -191,3 +271,6 @@ class Family:
 def expand(units: Tensor, width: int) -> Tensor:
     """Indices of the channels of `units` when each owns `width` contiguous ones: [n] -> [n * width]."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).reshape(-1)
+
+
+__all__ = ["ATTENTION", "BIAS_FLAGS", "FFN", "SUBLAYERS", "Family", "LayerShape", "expand", "without_layers"]

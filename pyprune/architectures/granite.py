@@ -1,19 +1,28 @@
-"""Granite with multipliers that change nothing: Llama's layers with a bias on every linear."""
+"""Granite 3 and 4 (dense): Llama's layers with factors of embeddings, sublayers, attention and logits."""
 
 from typing import Any
 
-from ..errors import InputError
+from .declaration import Scales
 from .family import Family
 
 
-def check_multipliers(config: Any) -> None:
-    """InputError: an embedding, residual, attention or logit multiplier that Llama's layers do not have."""
-    plain = {"embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1}
+def has_no_factors(config: Any) -> bool:
+    """Whether every factor is the one that Llama has."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain |= {"attention_multiplier": head_dim**-0.5}
-    for name, value in plain.items():
-        if getattr(config, name) != value:
-            raise InputError(f"{name} {getattr(config, name)} in config.json: only {value} is supported in granite")
+    factors = (config.embedding_multiplier, config.residual_multiplier, config.logits_scaling)
+    return factors == (1, 1, 1) and config.attention_multiplier == head_dim**-0.5
 
 
-GRANITE = Family(name="granite", prefix="Granite", check=check_multipliers)
+GRANITE = Family(
+    name="granite",
+    prefix="Granite",
+    scales=Scales(
+        embed=lambda config, rows: rows * config.embedding_multiplier,
+        residual=lambda config: float(config.residual_multiplier),
+        logits=lambda config, logits: logits / config.logits_scaling,
+    ),
+    computes_llama=has_no_factors,
+    gguf=("llama", "deci"),
+    remote_code=True,
+    vllm=True,
+)

@@ -2,4 +2,4 @@
 
 from .family import Family
 
-LLAMA = Family(name="llama", prefix="Llama")
+LLAMA = Family(name="llama", prefix="Llama", gguf=("llama", "deci"), remote_code=True, vllm=True)

@@ -1,20 +1,14 @@
-"""SmolLM3 with rotary embeddings in every layer: Llama's layers with biases and a sliding window by layer."""
+"""SmolLM3: Llama's layers, of which some have no rotary embeddings, and biases and a sliding window where asked for."""
 
-from typing import Any
-
-from ..errors import InputError
+from .declaration import by_layer_type
 from .family import Family
-
-
-def check_rotary(config: Any) -> None:
-    """InputError: a layer without rotary embeddings, as the published models have every fourth."""
-    if not all(config.no_rope_layers):
-        raise InputError("layers without rotary embeddings (no_rope_layers in config.json) are not supported")
-
 
 SMOLLM3 = Family(
     name="smollm3",
     prefix="SmolLM3",
-    sliding=lambda config, layer: config.layer_types[layer] == "sliding_attention",
-    check=check_rotary,
+    kind=by_layer_type,
+    computes_llama=lambda config: all(config.no_rope_layers),
+    gguf=("llama", "deci"),
+    remote_code=True,
+    vllm=True,
 )

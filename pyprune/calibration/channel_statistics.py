@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..forward.token_weights import TokenWeights
 from ..ops import ChannelMoments
 from ..runtime import distributed
 
@@ -72,12 +73,15 @@ class ReferenceFluctuation:
 class ChannelObserver:
     """Accumulates the statistics of one output projection while inputs pass by.
 
-    `where` names layer and output projection in errors. With `allow_nonfinite`, NaN and Inf count as zero and are
+    `where` names layer and output projection in errors. `gain`: of the norm behind the projection, whose rows count
+    times it. With `allow_nonfinite`, NaN and Inf count as zero and are
     tallied in `nonfinite`; otherwise `result` raises InputError if any came. In several processes each sees its own
     block of windows, in the order of ranks, and `result` gives all of them the statistics of all inputs.
     """
 
-    def __init__(self, weight: Tensor, where: str, by_window: bool, allow_nonfinite: bool) -> None:
+    def __init__(
+        self, weight: Tensor, where: str, by_window: bool, allow_nonfinite: bool, gain: Tensor | None = None
+    ) -> None:
         channels = weight.shape[1]
         self.where, self.allow_nonfinite = where, allow_nonfinite
         self.moments = ChannelMoments.zeros(channels, weight.device)
@@ -85,18 +89,19 @@ class ChannelObserver:
         self.windows = 0
         self.nonfinite = 0
         self._held: list[ChannelMoments] = []  # windows whose place in the order of all is known at the end
-        self.weight_squares, self.weight_mean = column_norms(weight, where)
+        self.weight_squares, self.weight_mean = column_norms(weight if gain is None else weight * gain[:, None], where)
 
-    def observe(self, x: Tensor) -> None:
-        """x: [windows, tokens, channels], the output projection's input."""
+    def observe(self, x: Tensor, weights: TokenWeights | None = None) -> None:
+        """x: [windows, tokens, channels], the output projection's input; weights: of its tokens."""
         if self.allow_nonfinite:
             bad = ~torch.isfinite(x)
             self.nonfinite += int(bad.sum())
             x = x.masked_fill(bad, 0)
         self.windows += x.shape[0]
         if self.reference is None:
-            self.moments.update(x)
+            self.moments.update(x, None if weights is None else weights.weight)
             return
+        # As the authors' code counts, which knows no weights.
         for window in x:
             own = ChannelMoments.zeros(x.shape[-1], x.device)
             own.update(window)
@@ -125,6 +130,8 @@ class ChannelObserver:
         if distributed.world_size() > 1:
             self._merge()
         mean, m2 = self.moments.mean.cpu(), self.moments.m2.cpu()
+        if self.moments.total is not None:  # weights of 1 on average, so that every formula below holds
+            m2 = m2 * float(self.moments.count / self.moments.total)
         bad = int((~(torch.isfinite(mean) & torch.isfinite(m2))).sum())
         if bad:
             raise InputError(
@@ -148,11 +155,14 @@ def merge_over_processes(moments: ChannelMoments) -> None:
 
     n = Σ n_r, m = Σ n_r m_r / n, M2 = Σ (M2_r + n_r (m_r − m)²), in float64 (Chan, Golub & LeVeque 1983). n > 0.
     """
-    rows, own = moments.count, moments.mean.double()
-    (moments.count,) = distributed.all_reduce_sum(rows)
-    mean = rows * own
-    distributed.all_reduce_(mean)
-    mean /= moments.count
+    own = moments.mean.double()
+    rows = moments.total.double() if moments.total is not None else own.new_tensor(float(moments.count))
+    (moments.count,) = distributed.all_reduce_sum(moments.count)
+    mean, total = rows * own, rows.clone()
+    distributed.all_reduce_(mean, total)
+    mean /= total
+    if moments.total is not None:
+        moments.total.copy_(total)
     m2 = moments.m2.double() + rows * (own - mean) ** 2
     distributed.all_reduce_(m2)
     moments.mean.copy_(mean)

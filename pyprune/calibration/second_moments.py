@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..forward.token_weights import TokenWeights
 from ..ops import Hessian, damped_inverse
 from ..ops.precision import exact_float32
 from ..runtime import distributed
@@ -53,19 +54,24 @@ class HessianObserver:
         self.stream_errors: Tensor | None = None
         self.nonfinite = 0
 
-    def observe(self, x: Tensor) -> Tensor:
-        """x: [..., in], the output projection's input. Returns it as rows [tokens, in], as it was counted."""
+    def observe(self, x: Tensor, weights: TokenWeights | None = None) -> Tensor:
+        """x: [..., in], the output projection's input. Returns it as rows [tokens, in], as it was counted.
+
+        weights: of the tokens, where a norm follows the projection; all inputs have them, or none.
+        """
         rows = x.reshape(-1, x.shape[-1])
         if self.allow_nonfinite:
             bad = ~torch.isfinite(rows)
             self.nonfinite += int(bad.sum())
             rows = rows.masked_fill(bad, 0)
-        self.hessian.update(rows)
+        self.hessian.update(rows, None if weights is None else weights.weight)
         return rows
 
-    def observe_stream_error(self, rows: Tensor, stream_error: Tensor) -> None:
+    def observe_stream_error(self, rows: Tensor, stream_error: Tensor, weights: TokenWeights | None = None) -> None:
         """rows: what `observe` returned; stream error [..., out]: r of the same tokens, any float type."""
         r = stream_error.reshape(len(rows), -1)
+        if weights is not None:  # Σ w² (rms(y) r) xᵀ
+            r = r * (weights.weight * weights.residual)[:, None].to(r.dtype)
         if self.cross is None or self.stream_errors is None:
             self.cross = torch.zeros(r.shape[1], rows.shape[1], device=rows.device)
             self.stream_errors = torch.zeros(r.shape[1], device=rows.device)
@@ -89,16 +95,19 @@ class HessianObserver:
         mean = stream_error = None
         if self.centred:
             assert self.hessian.sums is not None
-            mean = self.hessian.sums / count
+            mean = self.hessian.mean()
             if self.cross is not None and self.stream_errors is not None:
-                stream_error = self.stream_errors / count
+                total = count if self.hessian.total is None else self.hessian.total
+                stream_error = (self.stream_errors / total).float()
                 self.cross.addr_(self.stream_errors, mean, alpha=-1)
         return SecondMoments(self.hessian.finish(self.centred), count, mean, self.cross, stream_error)
 
     def _merge(self) -> None:
         """Sums over all processes, in place. What lies above the Hessian's diagonal is summed too, and never read."""
         self.hessian.count, self.nonfinite = distributed.all_reduce_sum(self.hessian.count, self.nonfinite)
-        distributed.all_reduce_(self.hessian.lower, self.hessian.sums, self.cross, self.stream_errors)
+        distributed.all_reduce_(
+            self.hessian.lower, self.hessian.sums, self.hessian.total, self.cross, self.stream_errors
+        )
 
 
 def alignment_of(second_moments: SecondMoments, damping: float, where: str) -> Tensor:

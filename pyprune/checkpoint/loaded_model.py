@@ -10,6 +10,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from ..architectures import FFN
 from ..errors import InputError
 from ..runtime.files import reason_of
 from .content import Digests, FileStates, digest_of
@@ -47,7 +48,7 @@ class LoadedModel(ModelSource):
         place, fields = f"{self.origin}: its configuration", json.loads(config.to_json_string())
         family = prunable_family(place, fields)
         check_layer_count(place, fields, stored)
-        fields["dtype"] = str(_type_of(stored, f"{family.query}.weight")).removeprefix("torch.")
+        fields["dtype"] = str(_type_of(stored, f"{family.output_proj(FFN)}.weight")).removeprefix("torch.")
 
         def as_saved() -> Any:
             try:

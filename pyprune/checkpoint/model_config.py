@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..architectures import Family, family_of
+from ..architectures.declaration import NO_ROTARY
 from ..errors import InputError
 from ..runtime.files import reason_of
 
@@ -38,22 +39,27 @@ def checked_config(place: str, family: Family, make: Callable[[], Any]) -> Any:
         if config.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")
         family.layer_state_shapes(config, 0)
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
         family.check(config)
         _check_numbers(config)
     except InputError:
         raise
     except Exception as error:
         raise refused(place, error) from error
+    heads, groups = (getattr(config, name) if name else 1 for name in family.sizes[:2])
     if heads % groups:
-        raise InputError(f"{place}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+        raise InputError(f"{place}: {family.sizes[0]} {heads} is not a multiple of {family.sizes[1]} {groups}")
     return config
+
+
+# What the classes call the number that a norm adds to the mean square.
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
 
 def _check_numbers(config: Any) -> None:
     """ValueError: a number that transformers takes and with which no model computes anything."""
-    if not 0 < float(config.rms_norm_eps) < math.inf:
-        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps}")
+    for name in _EPSILONS:
+        if not 0 < float(getattr(config, name, 1)) < math.inf:
+            raise ValueError(f"{name} is {getattr(config, name)}")
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype}")
@@ -63,9 +69,11 @@ def _check_numbers(config: Any) -> None:
 
 def check_rotary(place: str, family: Family, config: Any) -> None:
     """Make the rotary embedding: what it refuses of the configuration it refuses now. InputError."""
+    if family.rotary == NO_ROTARY:
+        return
     try:
-        frequencies = family.rotary_class(config).inv_freq
-        if not bool(torch.isfinite(frequencies).all()) or not bool((frequencies >= 0).all()):
-            raise ValueError("the rotary embedding has frequencies that are not finite and positive")
+        for name, frequencies in family.rotary_class(config).named_buffers():
+            if name.endswith("inv_freq") and not bool((torch.isfinite(frequencies) & (frequencies >= 0)).all()):
+                raise ValueError("the rotary embedding has frequencies that are not finite and positive")
     except Exception as error:
         raise refused(place, error) from error

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..architectures import Family, LayerShape
+from ..architectures import FFN, Family, LayerShape
 from ..errors import InputError
 from .content import Content, Digests, FileStates, digest_of
 from .headers import StoredTensor
@@ -42,6 +42,7 @@ class ModelSource(ABC):
         try:
             self.shapes = family.shapes(self.config)
             # Kept: each is found by building a layer, which takes milliseconds.
+            self.outside = family.outside_shapes(self.config)
             self.layer_state_shapes = [family.layer_state_shapes(self.config, layer) for layer in range(self.layers)]
             expected = self._expected()
         except Exception as error:
@@ -69,7 +70,7 @@ class ModelSource(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Stored type of the decoder linears."""
-        return self.tensors[f"{self.layer_prefix(0)}{self.family.query}.weight"].dtype
+        return self.tensors[f"{self.layer_prefix(0)}{self.family.output_proj(FFN)}.weight"].dtype
 
     @property
     def tied(self) -> bool:
@@ -84,9 +85,8 @@ class ModelSource(ABC):
         return {name: self.tensors[prefix + name] for name in self.layer_state_shapes[layer]}
 
     def outside_layers(self) -> list[str]:
-        """Names of the tensors that pruning copies as they are: embeddings, final norm, output head."""
-        names = [self.family.embeddings, self.family.final_norm]
-        return names if self.tied else [*names, self.family.head]
+        """Names of the tensors that pruning copies as they are: embeddings, final norm, output head, and others."""
+        return [name for name in self.outside if not (self.tied and name == self.family.head)]
 
     @abstractmethod
     def read(self, names: list[str]) -> dict[str, Tensor]:
@@ -146,12 +146,7 @@ class ModelSource(ABC):
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that the class may have, the head always among them."""
-        vocabulary, hidden = self.config.vocab_size, self.config.hidden_size
-        expected = {
-            self.family.embeddings: (vocabulary, hidden),
-            self.family.final_norm: (hidden,),
-            self.family.head: (vocabulary, hidden),
-        }
+        expected = dict(self.outside)
         for layer, shapes in enumerate(self.layer_state_shapes):
             for name, shape in shapes.items():
                 expected[self.layer_prefix(layer) + name] = shape

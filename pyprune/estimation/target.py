@@ -51,7 +51,7 @@ def ratio_of(target: Target, source: ModelSource, method: Method) -> float:
     """
     if not method.shrinks:
         raise InputError(f"{target.flag} needs a method that removes units: {method.name} sets single weights to zero")
-    linears = sum(shape.parameters for shape in source.shapes)
+    linears = sum(shape.prunable_parameters for shape in method.prunable(source.shapes))
     if target.kind == SIZE:
         each = source.dtype.itemsize
         dense = source.bytes

@@ -160,13 +160,15 @@ def layered_logits(
         forward.run(block, layer, hidden, {})
         del block  # before the next one is built
     progress("verify", reader.layers, reader.layers)
-    norm = family.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-    norm.weight.copy_(reader.read([family.final_norm])[family.final_norm])
+    outside = reader.read([name for name in reader.outside_layers() if name not in (family.embeddings, family.head)])
+    norm = family.build_final_norm(config, {name: tensor.to(_FLOAT32) for name, tensor in outside.items()})
     name = family.embeddings if reader.tied else family.head
     rows = reader.read([name])[name].split(8192)  # of the head: what is in float32 at a time
     last = norm(hidden.data[0])
     last = last if rounding is None else rounding(last)
-    return torch.cat([F.linear(last, stored(part)) for part in rows], dim=-1)
+    logits = torch.cat([F.linear(last, stored(part)) for part in rows], dim=-1)
+    bias = outside.get(family.head.removesuffix("weight") + "bias")
+    return family.scales.logits(config, logits if bias is None else logits + bias.to(_FLOAT32))
 
 
 def fresh_logits(model: Path, ids: Tensor, loader: str) -> Tensor:

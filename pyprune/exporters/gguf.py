@@ -26,6 +26,7 @@ from .gguf_architecture import (
     add_rope,
     add_sizes,
     check_shapes,
+    check_written,
     choose_architecture,
     context_length,
     rope_scaling,
@@ -81,6 +82,7 @@ def fill_gguf(source: Path, file: Path, dtype: str, progress: Progress) -> dict[
     reader = CheckpointReader(source)
     if reader.config.hidden_act not in ("silu", "swish"):
         raise InputError(f"{source}: hidden_act {reader.config.hidden_act}: llama.cpp has silu in these architectures")
+    check_written(reader)
     check_shapes(reader.shapes)
     scaling = rope_scaling(reader.family, reader.config)
     architecture = choose_architecture(reader, scaling)
@@ -145,8 +147,9 @@ def _entries(reader: CheckpointReader, architecture: Architecture, scaling: Rope
     family = reader.family
     for layer, shape in enumerate(reader.shapes):
         prefix = reader.layer_prefix(layer)
-        heads = {family.query: shape.kv_groups * shape.heads_per_group, family.key_value[0]: shape.kv_groups}
-        fused = [f"{prefix}{linear}.weight" for linear in (family.query, *family.key_value)]
+        attention = family.attention
+        heads = {attention.query: shape.heads, attention.key: shape.key_value_heads}
+        fused = [f"{prefix}{linear}.weight" for linear in (attention.query, attention.key, attention.value)]
         if architecture.fused:
             yield _fused(reader, f"blk.{layer}.attn_qkv.weight", fused)
         for name in reader.layer_tensors(layer):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures import Family, LayerShape
+from ..architectures import FAMILIES, Family, LayerShape
 from ..checkpoint import CheckpointReader
 from ..errors import InputError
 from ..runtime.optional import import_extra
@@ -50,8 +50,7 @@ QWEN3 = Architecture("qwen3", biases=LINEARS[:3])
 # OpenELM's layers are those of Qwen3: norms over each head's queries and keys, the same rotary embedding, SwiGLU.
 OPENELM = Architecture("openelm", per_layer=True, fused=True, tied=True)
 
-CANDIDATES = {"llama": (LLAMA, DECI), "mistral": (LLAMA, DECI), "qwen2": (QWEN2, DECI), "qwen3": (QWEN3, OPENELM)}
-CANDIDATES |= dict.fromkeys(("granite", "smollm3"), (LLAMA, DECI))
+ARCHITECTURES = {own.name: own for own in (LLAMA, DECI, QWEN2, QWEN3, OPENELM)}
 
 
 @dataclass(frozen=True)
@@ -69,15 +68,27 @@ class RopeScaling:
     factors: Tensor | None = None
 
 
+def check_written(reader: CheckpointReader) -> None:
+    """InputError: GGUF is not written for models of the family, or that compute what this one does."""
+    family = reader.family
+    if not family.gguf:
+        known = ", ".join(name for name, other in FAMILIES.items() if other.gguf)
+        raise InputError(f"{reader.folder}: GGUF is written for {known}, not for {family.name}")
+    if not family.computes_llama(reader.config):
+        raise InputError(
+            f"{reader.folder}: GGUF is written for {family.name} models that compute what Llama does, without factors "
+            "of their own and with rotary embeddings in every layer"
+        )
+
+
 def choose_architecture(reader: CheckpointReader, scaling: RopeScaling | None) -> Architecture:
     """The first architecture for the family that takes everything that the model has.
 
     InputError: none does; the line says what each does not take.
     """
-    if reader.family.name not in CANDIDATES:
-        raise InputError(f"{reader.folder}: GGUF is written for {', '.join(CANDIDATES)}, not for {reader.family.name}")
+    check_written(reader)
     refusals = []
-    for architecture in CANDIDATES[reader.family.name]:
+    for architecture in (ARCHITECTURES[name] for name in reader.family.gguf):
         obstacles = list(_obstacles(architecture, reader, scaling))
         if not obstacles:
             return architecture
@@ -171,8 +182,8 @@ def context_length(family: Family, config: Any) -> tuple[int, int | None]:
 def add_sizes(writer: Any, architecture: Architecture, reader: CheckpointReader, length: int) -> None:
     """Enter the sizes: arrays by layer where the architecture takes them, else the numbers of every layer."""
     shapes, config = reader.shapes, reader.config
-    heads = [shape.kv_groups * shape.heads_per_group for shape in shapes]
-    groups = [shape.kv_groups for shape in shapes]
+    heads = [shape.heads for shape in shapes]
+    groups = [shape.key_value_heads for shape in shapes]
     channels = [shape.intermediate_channels for shape in shapes]
     writer.add_block_count(reader.layers)
     writer.add_context_length(length)

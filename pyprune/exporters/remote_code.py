@@ -3,7 +3,7 @@
 import copy
 from pathlib import Path
 
-from ..architectures import LLAMA, PRUNED_PREFIX
+from ..architectures import FAMILIES, LLAMA, PRUNED_PREFIX
 from ..checkpoint import CheckpointReader
 from ..errors import InputError
 from .layout import Layout
@@ -17,6 +17,9 @@ def remote_code_layout(reader: CheckpointReader) -> Layout:
     if not config.model_type.startswith(PRUNED_PREFIX):
         raise InputError(f"{reader.folder}: a stock {config.model_type} model, which loads without code of its own")
     family = reader.family
+    if not family.remote_code:
+        known = ", ".join(name for name, other in FAMILIES.items() if other.remote_code)
+        raise InputError(f"{reader.folder}: code beside the weights is written for {known}, not for {family.name}")
     # The file is code for Llama; the families' classes differ in their names only.
     code = Path(__file__).with_name(CODE).read_text(encoding="utf-8")
     code = code.replace(LLAMA.prefix, family.prefix).replace(LLAMA.name, family.name)

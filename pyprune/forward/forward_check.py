@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import SUBLAYERS
+from ..architectures import SUBLAYERS, without_layers
 from ..checkpoint import ModelSource, layer_loader
 from ..errors import InputError
-from ..modeling.pruned import without_layers
 from .fused import fuse, runs_fused
 from .layer_forward import LayerForward
 
@@ -57,7 +56,7 @@ def check_forward(reader: ModelSource, windows: Tensor, device: torch.device, dt
         _compare(_halves(forward, block, layer, entered), left, changed, UNFUSED, forward, what)
         if runs_fused(device, dtype):
             forward.fused = True
-            fuse(block, reader.family, reader.config.hidden_act)
+            fuse(block, reader.family, getattr(reader.config, "hidden_act", ""))
             what = f"layer {layer} with pyprune's kernels differs from"
             _compare(_halves(forward, block, layer, entered), left, changed, FUSED, forward, what)
             forward.fused = False
@@ -72,7 +71,7 @@ def layer_kinds(reader: ModelSource) -> list[int]:
     first: dict[str, int] = {}
     for layer in range(count):
         names = sorted(reader.layer_state_shapes[layer])
-        kind = [reader.family.sliding(config, layer), [own[layer] for own in lists], names]
+        kind = [reader.family.kind(config, layer), [own[layer] for own in lists], names]
         first.setdefault(repr(kind), layer)
     return list(first.values())
 
@@ -120,8 +119,9 @@ def _own_result(forward: LayerForward, block: nn.Module, layer: int, ids: Tensor
 
 def _halves(forward: LayerForward, block: nn.Module, layer: int, hidden: Tensor) -> Tensor:
     for sublayer in SUBLAYERS:
-        hidden = forward.run_sublayer(block, layer, sublayer, hidden)
-    return hidden
+        result = forward.run_sublayer(block, layer, sublayer, hidden)
+        hidden = result if forward.advances(sublayer) else hidden
+    return result
 
 
 def _compare(ours: Tensor, own: Tensor, changed: Tensor, roundings: int, forward: LayerForward, what: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import FFN, Family
+from ..architectures.declaration import HALVES, RMS, Gated
 from ..ops import dispatch as backends
 from ..ops import rms_norm, rotate_, swiglu_
 
@@ -53,18 +54,22 @@ def fuse(block: nn.Module, family: Family, activation: str) -> None:
 
     activation: the FFN's, as the configuration names it; with another one than silu the FFN stays as it is.
     """
-    norms = [(name, module) for name, module in block.named_modules() if type(module) is family.norm_class]
+    own = family.norm_class if family.norm == RMS else ()
+    norms = [(name, module) for name, module in block.named_modules() if own and type(module) is own]
     for name, module in norms:
         parent, _, own = name.rpartition(".")
         setattr(block.get_submodule(parent), own, FusedRMSNorm(module.weight, module.variance_epsilon))
-    if activation in ("silu", "swish"):
-        linears = (block.get_submodule(name) for name in (*family.gate_up, family.output_proj(FFN)))
+    if activation in ("silu", "swish") and isinstance(family.ffn, Gated) and not family.ffn.fused:
+        linears = (block.get_submodule(name) for name in (*family.ffn.inputs, family.output_proj(FFN)))
         setattr(block, family.output_proj(FFN).split(".")[0], FusedMLP(*linears))
 
 
 @contextmanager
 def fused_rotary(family: Family) -> Iterator[None]:
-    """Let the family's attention rotate queries and keys by the operator `rotate_`, in place."""
+    """Let the family's attention rotate queries and keys by the operator `rotate_`, in place, where it turns halves."""
+    if family.rotary != HALVES:
+        yield
+        return
     source = family.source()
     original = source.apply_rotary_pos_emb
 

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from ..architectures import ATTENTION, Family
+from ..architectures import ATTENTION, FFN, Family
+from ..architectures.declaration import LINEAR, NO_ROTARY, SLIDING
 from ..checkpoint import ModelSource
 from .fused import fuse, fused_rotary, runs_fused
-from .hidden_states import HiddenStates
+from .hidden_states import HiddenStates, MicroBatch
+from .token_weights import norm_gain, token_weights
 
-Observe = Callable[[Tensor], object]
+# Gets the input of a linear [..., in]; where a norm follows it, also what its tokens weigh.
+Observe = Callable[..., object]
 
 # Tokens in one micro-batch. On a GPU 16384 fill it; on a CPU 512 keep the FFN's temporaries (tokens x intermediate
 # x 4, float32) small beside a layer's weights, and GEMMs there gain nothing from more.
@@ -51,13 +54,23 @@ class LayerForward:
         self.batch = batch or micro_batch(device, length)
         self.on_device = on_device
         self.config = reader.config
-        self.config._attn_implementation = "sdpa"
+        self.config._attn_implementation = self.family.attention_backend
         self.positions = torch.arange(length, device=device)[None]
         # One row in the compute type tells masks and rotary embeddings their device and type.
         row = torch.empty(1, length, 1, device=device, dtype=dtype)
-        self.rotary = self.family.rotary_class(config=self.config).to(device)(row, self.positions)
         self._row = row
-        self._masks: dict[bool, Tensor | None] = {}
+        self._rotary = self._rotary_embeddings()
+        self._masks: dict[str, Tensor | None] = {}
+
+    def _rotary_embeddings(self) -> dict[str, Any]:
+        """Cosines and sines by kind of layer."""
+        kinds = {self.family.kind(self.config, layer) for layer in range(self.config.num_hidden_layers)}
+        if self.family.rotary == NO_ROTARY:
+            return dict.fromkeys(kinds)
+        rotary = self.family.rotary_class(config=self.config).to(self.device)
+        if self.family.rotary_by_kind:
+            return {kind: rotary(self._row, self.positions, kind) for kind in kinds}
+        return dict.fromkeys(kinds, rotary(self._row, self.positions))
 
     def embed(self) -> HiddenStates:
         """Hidden states before the first layer."""
@@ -65,7 +78,8 @@ class LayerForward:
         size = (count, length, self.config.hidden_size)
         hidden = HiddenStates.empty(size, self.dtype, self.device, self.batch, self.on_device > 0)
         for k in range(count):
-            hidden.data[k] = self.reader.embed(self.windows[k]).to(self.dtype)
+            rows = self.reader.embed(self.windows[k]).to(self.dtype)
+            hidden.data[k] = self.family.scales.embed(self.config, rows)
         return hidden
 
     def copy(self, hidden: HiddenStates) -> HiddenStates:
@@ -82,7 +96,7 @@ class LayerForward:
             del tensor  # the next one is read after this one is gone
         block.load_state_dict(state, assign=True)
         if self.fused:
-            fuse(block, self.family, self.config.hidden_act)
+            fuse(block, self.family, getattr(self.config, "hidden_act", ""))
         return block.eval()
 
     @torch.no_grad()
@@ -93,15 +107,10 @@ class LayerForward:
 
         With `advance`, `hidden` is overwritten by the layer's output.
         """
-        mask = self._mask(layer)
+        context = self._context(layer)
         with self.observed(block, observe), self._kernels():
             for part in hidden.micro_batches():
-                output = block(
-                    part.value,
-                    attention_mask=mask,
-                    position_ids=self.positions,
-                    position_embeddings=self.rotary,
-                )
+                output = block(part.value, **context)
                 if advance:
                     if self.allow_nonfinite:
                         output = torch.nan_to_num(output, nan=0.0, posinf=0.0, neginf=0.0)
@@ -109,15 +118,26 @@ class LayerForward:
 
     @contextmanager
     def observed(self, block: nn.Module, observe: dict[str, Observe]) -> Iterator[None]:
-        """Pass the input of each linear, named as within the layer, to `observe[name]` within the context."""
+        """Pass the input of each linear, named as within the layer, to `observe[name]` within the context.
 
-        def make_hook(see: Observe) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def pass_on(linear: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                see(arguments[0])  # what a hook returns would replace the input
+        Where a norm follows the linear, `observe[name]` also gets the weights of its tokens.
+        """
+        after = {self.family.output_proj(m): self.family.wiring.norm_after(m) for m in (ATTENTION, FFN)}
+
+        def make_hook(name: str, see: Observe) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            norm = after.get(name)
+            module = None if norm is None else block.get_submodule(norm)
+
+            def pass_on(linear: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+                # What a hook returns would replace the output.
+                if module is None:
+                    see(arguments[0])
+                else:
+                    see(arguments[0], token_weights(module, output))
 
             return pass_on
 
-        hooks = [block.get_submodule(name).register_forward_pre_hook(make_hook(see)) for name, see in observe.items()]
+        hooks = [block.get_submodule(name).register_forward_hook(make_hook(name, see)) for name, see in observe.items()]
         try:
             yield
         finally:
@@ -125,37 +145,69 @@ class LayerForward:
                 hook.remove()
 
     def run_sublayer(self, block: nn.Module, layer: int, sublayer: str, part: Tensor) -> Tensor:
-        """The residual stream right after one sublayer of the layer: part + sublayer(norm(part)).
+        """The residual stream right after one sublayer of the layer: part + scale · after(sublayer(before(part))).
 
-        part: [windows, tokens, hidden_size], hidden states before the sublayer, on the device. The two halves of a
-        layer, one after the other, are the layer.
+        part: [windows, tokens, hidden_size], hidden states before the sublayer, on the device; of an FFN that is
+        parallel to the attention, those before the layer, and the result then has the attention's output too. The two
+        halves of a layer, each given what `step` leaves, are the layer.
         """
-        normed = block.get_submodule(self.family.norm(sublayer))(part)
-        owner = block.get_submodule(self.family.output_proj(sublayer).split(".")[0])
+        result = part
+        if sublayer == FFN and self.family.wiring.parallel:
+            result = part + self._update(block, layer, ATTENTION, part)
+        result = result + self._update(block, layer, sublayer, part)
+        return torch.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0) if self.allow_nonfinite else result
+
+    def step(self, block: nn.Module, layer: int, sublayer: str, part: MicroBatch) -> Tensor:
+        """`run_sublayer` on a micro-batch, which becomes what the next sublayer is given."""
+        result = self.run_sublayer(block, layer, sublayer, part.value)
+        if self.advances(sublayer):
+            part.write_back(result)
+        return result
+
+    def advances(self, sublayer: str) -> bool:
+        """Whether the next sublayer reads the stream after this one: not after an attention parallel to its FFN."""
+        return sublayer == FFN or not self.family.wiring.parallel
+
+    def _update(self, block: nn.Module, layer: int, sublayer: str, part: Tensor) -> Tensor:
+        """What a sublayer adds to the stream."""
+        family = self.family
+        before, after = family.norm_before(sublayer), family.wiring.norm_after(sublayer)
+        normed = part if before is None else block.get_submodule(before)(part)
         if sublayer == ATTENTION:
             with self._kernels():
-                output, _ = owner(
-                    hidden_states=normed,
-                    attention_mask=self._mask(layer),
-                    position_ids=self.positions,
-                    position_embeddings=self.rotary,
-                )
+                output = family.attention_of(block)(hidden_states=normed, **self._context(layer))
+            output = output[0] if isinstance(output, tuple) else output
         else:
-            output = owner(normed)
-        result = part + output
-        return torch.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0) if self.allow_nonfinite else result
+            output = family.run_ffn(block, normed)
+        if after is not None:
+            output = block.get_submodule(after)(output)
+        scale = family.scales.residual(self.config)
+        return output if scale == 1 else output * scale
+
+    def gain(self, block: nn.Module, sublayer: str) -> Tensor | None:
+        """Factors [hidden_size] of the norm behind a sublayer's output projection; None where there is none."""
+        after = self.family.wiring.norm_after(sublayer)
+        return None if after is None else norm_gain(block.get_submodule(after), self.family.norm)
+
+    def _context(self, layer: int) -> dict[str, Any]:
+        """What a layer, or its attention, is given beside hidden states."""
+        kind = self.family.kind(self.config, layer)
+        context = {"attention_mask": self._mask(layer), "position_ids": self.positions}
+        return context if self._rotary[kind] is None else context | {"position_embeddings": self._rotary[kind]}
 
     def _kernels(self) -> AbstractContextManager[None]:
         return fused_rotary(self.family) if self.fused else nullcontext()
 
     def _mask(self, layer: int) -> Tensor | None:
         """transformers' mask of the layer: None where sdpa is causal by itself, a sliding window where shorter."""
-        sliding = self.family.sliding(self.config, layer)
-        if sliding not in self._masks:
-            make = create_sliding_window_causal_mask if sliding else create_causal_mask
+        kind = self.family.kind(self.config, layer)
+        if kind == LINEAR:  # without padding it needs none
+            return None
+        if kind not in self._masks:
+            make = create_sliding_window_causal_mask if kind == SLIDING else create_causal_mask
             # By position: the name of the fourth, the cache, differs between versions.
-            self._masks[sliding] = make(self.config, self._row, None, None, self.positions)
-        return self._masks[sliding]
+            self._masks[kind] = make(self.config, self._row, None, None, self.positions)
+        return self._masks[kind]
 
 
 def layer_name(family: Family, layer: int, sublayer: str) -> str:

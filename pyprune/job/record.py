@@ -216,12 +216,16 @@ def parameter_counts(source: ModelSource, after: int) -> Parameters:
 
 
 def ratio_summary(asked: float, parameters: Parameters, shapes: list[LayerShape]) -> Ratio:
-    """Ratio asked and met: share of the decoder linears removed, and of the whole model."""
+    """Ratio asked and met: share removed of the decoder linears that may go, and of the whole model.
+
+    shapes: of the dense layers, with what the options leave alone fixed.
+    """
     before, after = parameters["decoder_linears"]
+    prunable = sum(s.prunable_parameters for s in shapes)
     model_before, model_after = parameters["model"]
-    summary: Ratio = {"asked": asked, "met": 1 - after / before, "of_model": 1 - model_after / model_before}
+    summary: Ratio = {"asked": asked, "met": (before - after) / prunable, "of_model": 1 - model_after / model_before}
     if abs(summary["met"] - asked) > TOLERANCE:
-        largest = max(s.group_cost * 3 * s.hidden_size for s in shapes) / before
+        largest = max(s.group_cost * s.ffn_matrices * s.hidden_size for s in shapes) / prunable
         summary["note"] = (
             f"{summary['met']:.4f} instead of {asked:g}: whole units are removed, and one KV group is {largest:.2%} of "
             "the decoder linears (steps are larger with --uniform and --round-to; flap's reference mode counts a "
@@ -240,6 +244,9 @@ def error_curves_entry(curves: list[ErrorCurves], layers: list[LayerEntry]) -> d
     for own, layer in zip(curves, layers, strict=True):
         kept = kept_from_entry(cast(UnitEntry, layer))
         for sublayer, name in UNIT_NAMES.items():
+            if sublayer not in own:
+                entries[name].append({"removed": [], "error": []})
+                continue
             curve, last = own[sublayer].tolist(), len(own[sublayer]) - 1
             cut = min(len(scores_from_entry(cast(UnitEntry, layer))[sublayer]) - len(kept[sublayer]), last)
             points = sorted({round(last * step / _CURVE_STEPS) for step in range(_CURVE_STEPS + 1)} | {cut})

@@ -78,9 +78,10 @@ def config_of(reader: ModelSource, shapes: list[LayerShape], biases: dict[str, b
     if stock is None:
         return registered_config(reader.family, reader.config, shapes, **biases), {}
     zeros = {
-        reader.layer_prefix(layer) + name: torch.zeros(stock.layer_tensors[name], dtype=reader.dtype)
-        for layer in range(reader.layers)
+        reader.layer_prefix(layer) + name: torch.zeros(stock.tensors_of(own)[name], dtype=reader.dtype)
+        for layer, own in enumerate(reader.layer_state_shapes)
         for name in stock.zero_biases
+        if name in stock.tensors_of(own)
     }
     return stock.config, zeros
 

@@ -97,7 +97,7 @@ def hook_points(
     for sublayer, (norm, middle, output) in _PLACES.items():
         output_proj = block.get_submodule(family.output_proj(sublayer))
         handles += [
-            block.get_submodule(family.norm(sublayer)).register_forward_hook(after(norm)),
+            block.get_submodule(str(family.norm_before(sublayer))).register_forward_hook(after(norm)),
             output_proj.register_forward_pre_hook(before(middle)),
             output_proj.register_forward_hook(after(output)),
         ]

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from ..allocation.budget import (
@@ -18,7 +19,8 @@ from ..allocation.budget import (
 from ..allocation.common_size import common_counts, common_sizes
 from ..allocation.layers import LayerSubset, check_layers_ratio, layer_subset, most_removable_of, parse_layers
 from ..allocation.rounding import check_multiple, rounded_counts
-from ..architectures import SUBLAYERS, Family, LayerShape
+from ..allocation.units import parse_units, with_units
+from ..architectures import FFN, SUBLAYERS, Family, LayerShape
 from ..calibration.channel_statistics import ChannelStatistics
 from ..errors import InputError
 from .options import option, options_of
@@ -120,6 +122,10 @@ class Method(ABC):
     def check_layers(self, family: Family, config: Any) -> None:  # noqa: B027 (most methods ask nothing more)
         """InputError for layers that the method cannot prune at any ratio."""
 
+    def prunable(self, shapes: list[LayerShape]) -> list[LayerShape]:
+        """The shapes, with what the options leave alone fixed. InputError: nothing is left that may go."""
+        return shapes
+
     def fitted(self, shapes: list[LayerShape]) -> Self:
         """The method with the option defaults that follow from the model's sizes."""
         return self
@@ -164,8 +170,17 @@ class UnitMethod(Method):
         default_text="all",
     )
 
+    units: str | None = option(
+        None,
+        help="Units that may go: kv-groups (heads where all query heads share one key and value head), channels, or "
+        "both with a comma; --ratio is the share of the parameters of these.",
+        default_text="all that the model's layers can lose",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.units is not None:
+            parse_units(self.units)
         if self.layers is not None:
             parse_layers(self.layers)
             if self.uniform:
@@ -199,17 +214,20 @@ class UnitMethod(Method):
         """Whether every layer's size follows from shapes and ratio alone."""
         return True
 
+    def prunable(self, shapes: list[LayerShape]) -> list[LayerShape]:
+        return with_units(shapes, self.units)
+
     def subset(self, shapes: list[LayerShape]) -> LayerSubset:
         """The layers that may lose units. InputError: the model does not have all of them."""
         return layer_subset(self.layers, len(shapes))
 
     def ratio_within(self, shapes: list[LayerShape], ratio: float) -> float:
         """Ratio within the layers that may lose units, for `ratio` over all layers."""
-        return self.subset(shapes).ratio(shapes, ratio)
+        return self.subset(shapes).ratio(self.prunable(shapes), ratio)
 
     def removed_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts:
         """Units that each layer loses, of a method whose sizes are known."""
-        subset = self.subset(shapes)
+        subset, shapes = self.subset(shapes), self.prunable(shapes)
         return subset.spread(self.counts_within(subset.select(shapes), subset.ratio(shapes, ratio)))
 
     def known_counts(self, shapes: list[LayerShape], ratio: float) -> RemovedCounts | None:
@@ -225,7 +243,7 @@ class UnitMethod(Method):
         return uniform_counts(shapes, ratio, least=self.multiple)
 
     def check(self, shapes: list[LayerShape], ratio: float) -> None:
-        subset = self.subset(shapes)
+        subset, shapes = self.subset(shapes), self.prunable(shapes)
         if self.layers is None:
             self.check_within(shapes, ratio)
             return
@@ -236,15 +254,21 @@ class UnitMethod(Method):
             raise InputError(f"{error} (ratios are those of --layers {self.layers} alone)") from error
 
     def most_removable(self, shapes: list[LayerShape]) -> float:
-        return most_removable_of(self.subset(shapes), shapes, self.multiple)
+        return most_removable_of(self.subset(shapes), self.prunable(shapes), self.multiple)
 
     def check_within(self, shapes: list[LayerShape], ratio: float) -> None:
-        check_multiple(shapes, self.multiple)
+        if any(shape.removable(FFN) for shape in shapes):
+            check_multiple(shapes, self.multiple)
         check_ratio(shapes, ratio, self.multiple)
         if self.uniform:
             common_sizes(shapes, ratio, self.multiple)
         if self.sizes_known:
             self.counts_within(shapes, ratio)
+
+
+def no_scores() -> Tensor:
+    """The scores of a sublayer without units."""
+    return torch.empty(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -270,6 +294,8 @@ class ScoringMethod(UnitMethod):
             sublayer: self.channel_scores(layer[sublayer], sublayer)
             .reshape(shape.units(sublayer), shape.unit_width(sublayer))
             .sum(1)
+            if sublayer in layer
+            else no_scores()
             for sublayer in SUBLAYERS
         }
 
@@ -278,7 +304,7 @@ class ScoringMethod(UnitMethod):
 
     def choose(self, scores: list[UnitScores], shapes: list[LayerShape], ratio: float) -> KeptUnits:
         """The units that stay in every layer."""
-        subset = self.subset(shapes)
+        subset, shapes = self.subset(shapes), self.prunable(shapes)
         own = self.choose_within(subset.select(scores), subset.select(shapes), subset.ratio(shapes, ratio))
         return subset.spread_kept(own, shapes)
 

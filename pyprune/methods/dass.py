@@ -23,7 +23,7 @@ class Dass(InputNormMethod):
     source = "arXiv 2405.01943 (DaSS, Guo et al.)"
 
     def compared_axis(self, family: Family, name: str) -> int:
-        return 0 if name in family.gate_up else 1
+        return 0 if name in family.ffn.inputs else 1
 
     def channel_factor(self, family: Family, name: str, own: Tensor, middle: Tensor) -> Tensor:
-        return middle.pow(POWER)[:, None] if name in family.gate_up else own
+        return middle.pow(POWER)[:, None] if name in family.ffn.inputs else own

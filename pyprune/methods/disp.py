@@ -1,7 +1,8 @@
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..architectures import LayerShape
+from ..architectures import Family, LayerShape
+from ..errors import InputError
 from ..mask_training.budget import check_selections, most_selected_away
 from ..mask_training.gates import GATES
 from .base import compensation_option
@@ -47,6 +48,13 @@ class Disp(LearnedMethod):
 
     def most_removable(self, shapes: list[LayerShape]) -> float:
         return most_selected_away(shapes, self.round_to)
+
+    def check_layers(self, family: Family, config: Any) -> None:
+        if not (family.selects_channels and family.computes_llama(config)):
+            raise InputError(
+                f"disp selects channels of the residual stream for layers wired as Llama's; {family.name} models are "
+                "not, as their config.json has them: take obs, flap or slimgpt"
+            )
 
     def check(self, shapes: list[LayerShape], ratio: float) -> None:
         check_selections(shapes, ratio, self.round_to)

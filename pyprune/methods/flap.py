@@ -21,7 +21,7 @@ from ..allocation.rounding import rounded_counts, worth_by_scores
 from ..architectures import ATTENTION, FFN, SUBLAYERS, LayerShape
 from ..calibration.channel_statistics import ChannelStatistics
 from ..errors import InputError
-from .base import LayerStatistics, ScoringMethod, compensation_option
+from .base import LayerStatistics, ScoringMethod, compensation_option, no_scores
 from .options import option
 from .registry import register
 
@@ -103,6 +103,8 @@ class Flap(ScoringMethod):
             sublayer: standardise(self.channel_scores(layer[sublayer], sublayer))
             .reshape(shape.units(sublayer), shape.unit_width(sublayer))
             .mean(1)
+            if sublayer in layer
+            else no_scores()
             for sublayer in SUBLAYERS
         }
 
@@ -157,6 +159,8 @@ def reference_threshold(scores: list[UnitScores], shapes: list[LayerShape], rati
     rows, costs = [], []
     for sublayer in SUBLAYERS:
         for own, shape in zip(scores, shapes, strict=True):
+            if not shape.removable(sublayer):
+                continue
             rows.append(own[sublayer])
             costs.append(torch.full((len(own[sublayer]),), int(shape.unit_cost(sublayer)), dtype=torch.int64))
     score, cost = torch.cat(rows), torch.cat(costs)

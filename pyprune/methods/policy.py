@@ -1,6 +1,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..architectures import SUBLAYERS, LayerShape
+from ..errors import InputError
 from .base import ScoringMethod, compensation_option
 from .flap import Flap
 from .mask_learning import LearnedMethod, learning_rate_option
@@ -38,6 +40,11 @@ class Policy(LearnedMethod):
     @property
     def backward(self) -> bool:
         return False
+
+    def check(self, shapes: list[LayerShape], ratio: float) -> None:
+        if any(shape.fixed or len(shape.sublayers) < len(SUBLAYERS) for shape in shapes):
+            raise InputError("policy needs KV groups that may go in every layer, which these layers do not have")
+        super().check(shapes, ratio)
 
     @property
     def scoring(self) -> ScoringMethod:

@@ -110,7 +110,7 @@ class SecondOrderMethod(UnitMethod):
         moments: list[LayerStatistics] | None,
     ) -> RemovedCounts:
         """Units that each layer loses; statistics that `dense_statistics` does not name are None."""
-        subset = self.subset(shapes)
+        subset, shapes = self.subset(shapes), self.prunable(shapes)
         own_curves = None if curves is None else subset.select(curves)
         own_moments = None if moments is None else subset.select(moments)
         own_ratio = subset.ratio(shapes, ratio)

@@ -1,7 +1,7 @@
 """Methods that set single weights to zero, in a pattern that hardware may skip; every shape stays."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -65,6 +65,10 @@ class SemiStructuredMethod(Method):
     @property
     def implied_ratio(self) -> float | None:
         return self.zeroed.ratio
+
+    def prunable(self, shapes: list[LayerShape]) -> list[LayerShape]:
+        """Weights go wherever they are, also where units cannot."""
+        return [replace(shape, fixed=()) for shape in shapes]
 
     def check(self, shapes: list[LayerShape], ratio: float) -> None:
         own = self.implied_ratio

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..architectures import Family, LayerShape
 from .pruned import PRUNED_CLASSES
-from .stock import SIZES, common_fields, find_stock, layer_sizes
+from .stock import common_fields, find_stock
 
 
 def pruned_config(
@@ -29,22 +29,23 @@ def registered_config(
     """
     config_class, _, causal_lm_class = PRUNED_CLASSES[family.name]
     return config_class(
-        **layered_fields(config, shapes),
+        **layered_fields(family, config, shapes),
         architectures=[causal_lm_class.__name__],
         o_proj_bias=o_proj_bias,
         down_proj_bias=down_proj_bias,
     )
 
 
-def layered_fields(config: Any, shapes: list[LayerShape]) -> dict[str, Any]:
+def layered_fields(family: Family, config: Any, shapes: list[LayerShape]) -> dict[str, Any]:
     """Configuration fields of the whole model and of layers whose sizes are not the largest."""
-    sizes = [layer_sizes(shape) for shape in shapes]
-    largest = {name: max(layer[name] for layer in sizes) for name in SIZES}
+    sizes = [family.layer_sizes(shape) for shape in shapes]
+    names = dict.fromkeys(name for own in sizes for name in own)
+    largest = {name: max(own[name] for own in sizes if name in own) for name in names}
     per_layer = {
         layer: {name: value for name, value in own.items() if value != largest[name]} for layer, own in enumerate(sizes)
     }
     differing = {layer: own for layer, own in per_layer.items() if own}
-    fields = common_fields(config, shapes[0]) | largest
+    fields = common_fields(family, config, shapes[0]) | largest
     if differing:
         fields |= {"per_layer_config": differing, "allow_global_per_layer_attribute_access": True}
     return fields

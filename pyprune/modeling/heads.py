@@ -37,7 +37,7 @@ def _head(family: Family, config_class: Any, *bases: Any) -> Any:
         config: config_class
         # As in checkpoints of language models. Some classes for question answering have another name for the body,
         # with which they leave the weights of such a checkpoint out and begin at random.
-        base_model_prefix = family.layers.split(".")[0]
+        base_model_prefix = family.body
 
     return Head
 

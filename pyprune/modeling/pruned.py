@@ -4,28 +4,15 @@ Checkpoints keep the tensor names of their family; `config.json` carries transfo
 layers differ. `o_proj_bias` and `down_proj_bias` say that the output projections have a (compensation) bias.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
-from ..architectures import PRUNED_PREFIX, Family
+from ..architectures import PRUNED_PREFIX, Family, without_layers
 
 # Family → its configuration, body and causal language model.
 PRUNED_CLASSES: dict[str, tuple[Any, Any, Any]] = {}
-
-
-@contextmanager
-def without_layers(config: Any) -> Iterator[None]:
-    """Keep the family's constructors from building layers, which would all have the global size."""
-    layers = config.num_hidden_layers
-    config.num_hidden_layers = 0
-    try:
-        yield
-    finally:
-        config.num_hidden_layers = layers
 
 
 def pruned_classes(family: Family) -> tuple[Any, Any, Any]:
@@ -55,7 +42,8 @@ def pruned_classes(family: Family) -> tuple[Any, Any, Any]:
         def __init__(self, config: Any) -> None:
             with without_layers(config):
                 super().__init__(config)
-            self.layers = nn.ModuleList(family.build_layer(config, layer) for layer in range(config.num_hidden_layers))
+            layers = (family.build_layer(config, layer) for layer in range(config.num_hidden_layers))
+            family.put_layers(self, nn.ModuleList(layers))
             self.post_init()
 
     class ForCausalLM(own_causal_lm):
@@ -66,7 +54,7 @@ def pruned_classes(family: Family) -> tuple[Any, Any, Any]:
         def __init__(self, config: Any) -> None:
             with without_layers(config):
                 super().__init__(config)
-            self.model = Model(config)
+            setattr(self, family.body, Model(config))
             self.post_init()
 
     classes = (Config, Model, ForCausalLM)

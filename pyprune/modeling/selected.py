@@ -10,12 +10,11 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..architectures import ATTENTION, FFN, SELECTED_PREFIX, Family
+from ..architectures import ATTENTION, FFN, SELECTED_PREFIX, Family, without_layers
 from ..architectures.channel_selection import SELECTIONS, slices
 from ..ops import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
 from .config import layered_fields
 from .indices import CheckedLayer, CheckedModel
-from .pruned import without_layers
 
 # Family → its configuration, body and causal language model.
 SELECTED_CLASSES: dict[str, tuple[Any, Any, Any]] = {}
@@ -32,7 +31,7 @@ def selected_classes(family: Family) -> tuple[Any, Any, Any]:
     own_layer: Any = family.layer_class
     own_model: Any = family.model_class
     own_causal_lm: Any = family.causal_lm_class
-    norms = {sublayer: family.norm(sublayer) for sublayer in (ATTENTION, FFN)}
+    norms = {sublayer: family.norm_before(sublayer) for sublayer in (ATTENTION, FFN)}
 
     @strict
     class Config(own_config):
@@ -137,7 +136,7 @@ def selected_config(
     """Configuration of the DISP model of a dense (or pruned) one; `counts`: channels of each layer's selections."""
     config_class, _, causal_lm_class = SELECTED_CLASSES[family.name]
     return config_class(
-        **layered_fields(config, family.shapes(config)),
+        **layered_fields(family, config, family.shapes(config)),
         architectures=[causal_lm_class.__name__],
         selections=[{name: own[name] for name in SELECTIONS} for own in counts],
         o_proj_bias=o_proj_bias,

@@ -1,16 +1,19 @@
 """The stock transformers class that holds a uniform model, so that it loads wherever transformers' models do."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from ..architectures import ATTENTION, BUILT_IN, FFN, GRANITE, LLAMA, MISTRAL, SMOLLM3, Family, LayerShape
+from ..architectures import ATTENTION, BUILT_IN, FFN, GRANITE, MISTRAL, SMOLLM3, Family, LayerShape
+from ..architectures.declaration import LINEAR, Rows
 from ..errors import InputError
 
 # SeedOss has flags for all biases in transformers, but vLLM (055e47c) builds its o_proj and its FFN without.
 OTHERS = (MISTRAL, GRANITE, SMOLLM3)
-SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # Fields that transformers writes by itself, or that described the layers of the model before this pruning.
 DERIVED = (
     "model_type",
@@ -45,49 +48,56 @@ _SHARED = (
 
 @dataclass(frozen=True)
 class Stock:
-    """A stock class's configuration and the shapes of the tensors that it asks of every layer, named within it.
+    """A stock class's configuration and the shapes of the tensors that it asks of the layers, named within them.
 
-    `zero_biases` names those that the model has not: as zeros they leave it as it is.
+    layer_tensors: of each kind of layer. rows: of the matrices, as `Attention.rows` and the FFN's. zero_biases: names
+    of those that the model has not: as zeros they leave it as it is.
     """
 
     family: Family
     config: Any
-    layer_tensors: dict[str, tuple[int, ...]]
+    layer_tensors: list[dict[str, tuple[int, ...]]]
+    rows: Rows
     zero_biases: list[str]
 
     def fill(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A layer's tensors in the class's shapes: zero rows, columns and biases where there are more of them.
 
-        A KV group of zeros has values of zero, an FFN channel of zeros is silu(0) · 0: neither contributes anything.
-        Whole groups are contiguous in q, k, v and o, so all padding is at the end of a dimension.
+        A KV group of zeros has values of zero, an FFN channel of zeros goes into a column of zeros: neither contributes
+        anything.
         """
-        query = tensors[self.family.query + ".weight"]
+        some = next(iter(tensors.values()))
         filled: dict[str, Tensor] = {}
-        for name, shape in self.layer_tensors.items():
+        for name, shape in self.tensors_of(tensors).items():
             if name not in tensors:
-                filled[name] = query.new_zeros(shape)
+                filled[name] = some.new_zeros(shape)
             elif tensors[name].shape == shape:
                 filled[name] = tensors[name]
             else:
-                missing = [n - m for n, m in zip(shape, tensors[name].shape, strict=True)]
-                # F.pad counts dimensions from the last one, each with what comes before it and after it.
-                filled[name] = nn.functional.pad(tensors[name], [n for count in reversed(missing) for n in (0, count)])
+                widths = self.rows.get(name.rpartition(".")[0], (1,))
+                filled[name] = _padded(tensors[name], shape, widths)
         return filled
 
-
-def layer_sizes(shape: LayerShape) -> dict[str, int]:
-    """The sizes of a layer under transformers' names."""
-    return {
-        "num_attention_heads": shape.kv_groups * shape.heads_per_group,
-        "num_key_value_heads": shape.kv_groups,
-        "intermediate_size": shape.intermediate_channels,
-    }
+    def tensors_of(self, tensors: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """What the class asks of a layer that has these tensors."""
+        return next(own for own in self.layer_tensors if set(tensors) <= own.keys())
 
 
-def common_fields(config: Any, shape: LayerShape) -> dict[str, Any]:
+def _padded(tensor: Tensor, shape: tuple[int, ...], widths: tuple[int, ...]) -> Tensor:
+    """Zeros behind each block of rows, whose lengths are as `widths`, and behind the columns, up to `shape`."""
+    parts = []
+    for part, width in zip(tensor.split([len(tensor) * w // sum(widths) for w in widths]), widths, strict=True):
+        goal = (shape[0] * width // sum(widths), *shape[1:])
+        missing = [n - m for n, m in zip(goal, part.shape, strict=True)]
+        # F.pad counts dimensions from the last one, each with what comes before it and after it.
+        parts.append(nn.functional.pad(part, [n for count in reversed(missing) for n in (0, count)]))
+    return torch.cat(parts)
+
+
+def common_fields(family: Family, config: Any, shape: LayerShape) -> dict[str, Any]:
     """Everything that a configuration says of the model as a whole, with the sizes of `shape`."""
     common = {name: value for name, value in config.to_dict().items() if name not in DERIVED}
-    return common | layer_sizes(shape) | {"head_dim": shape.head_dim}
+    return common | family.layer_sizes(shape) | {"head_dim": shape.head_dim}
 
 
 def find_stock(
@@ -101,14 +111,18 @@ def find_stock(
     the known families that is Qwen3 with a bias on down_proj, whose norms of queries and keys no class has together
     with it.
     """
-    if any(shape != shapes[0] for shape in shapes):
+    if not alike(shapes):
         return None
-    needed = set(family.layer_state_shapes(config, 0))
+    shape = max(shapes, key=lambda own: own.kv_groups)  # of those that have heads, if any has
+    kinds = {family.kind(config, layer) == LINEAR: layer for layer in range(len(shapes))}
+    needed = [set(family.layer_state_shapes(config, layer)) for layer in kinds.values()]
     flags = ((ATTENTION, o_proj_bias), (FFN, down_proj_bias))
-    needed |= {family.output_proj(sublayer) + ".bias" for sublayer, biased in flags if biased}
-    others = [other for other in OTHERS if other.name != family.name] if family in BUILT_IN else []
+    added = {family.output_proj(sublayer) + ".bias" for sublayer, biased in flags if biased}
+    needed = [own | {name for name in added if name.removesuffix("bias") + "weight" in own} for own in needed]
+    plain = family in BUILT_IN and family.like_llama and family.computes_llama(config)
+    others = [other for other in OTHERS if other.name != family.name] if plain else []
     for candidate in (family, *others):
-        stock = _in_class(candidate, family, config, shapes[0], needed)
+        stock = _in_class(candidate, family, config, shape, [*kinds.values()], needed)
         if stock is not None:
             return stock
     return None
@@ -119,7 +133,7 @@ def stock_config(
 ) -> Stock:
     """Find the stock class as `find_stock`. InputError where there is none: the reason, and what would work."""
     for layer, shape in enumerate(shapes):
-        if shape != shapes[0]:
+        if not alike([shapes[0], shape]):
             raise InputError(
                 f"layer {layer} has {_describe(shape)}, layer 0 has {_describe(shapes[0])}: a stock class needs the "
                 "same in every layer; prune with --uniform, or choose another format"
@@ -137,21 +151,36 @@ def _describe(shape: LayerShape) -> str:
     return f"{shape.kv_groups} KV groups and {shape.intermediate_channels} FFN channels"
 
 
-def _in_class(candidate: Family, family: Family, config: Any, shape: LayerShape, needed: set[str]) -> Stock | None:
-    """The model in one class, or None where that lacks a tensor or a sliding window of it."""
+def alike(shapes: list[LayerShape]) -> bool:
+    """Whether one size describes all layers; those without heads need none of the heads'."""
+    heads = {(s.kv_groups, s.heads_per_group, s.head_dim) for s in shapes if s.kv_groups}
+    return len(heads) < 2 and len({s.intermediate_channels for s in shapes}) == 1
+
+
+def _in_class(
+    candidate: Family,
+    family: Family,
+    config: Any,
+    shape: LayerShape,
+    layers_of_kinds: list[int],
+    needed: list[set[str]],
+) -> Stock | None:
+    """The model in one class, or None where that lacks a tensor or a sliding window of it.
+
+    needed: names of the tensors that the model has in one layer of each kind, `layers_of_kinds`.
+    """
     layers = range(config.num_hidden_layers)
     sliding = [family.sliding(config, layer) for layer in layers]
     own = candidate.name == family.name
-    # LlamaConfig insists on it even when head_dim is written out (transformers 5); the others do not look.
-    if candidate.name == LLAMA.name and shape.hidden_size % (shape.kv_groups * shape.heads_per_group):
-        return None
-    fields = common_fields(config, shape)
+    fields = common_fields(family, config, shape)
     if not own:
-        fields = {name: fields[name] for name in (*_SHARED, *SIZES, "head_dim") if name in fields}
-    biased = {name.split(".")[0] for name in needed if name.endswith(".bias")}
+        fields = {name: fields[name] for name in (*_SHARED, *candidate.sizes, "head_dim") if name in fields}
+    biased = {name.split(".")[0] for own in needed for name in own if name.endswith(".bias")}
     switches = {"attention_bias": "self_attn" in biased, "mlp_bias": "mlp" in biased}
     fields |= {name: on for name, on in switches.items() if name in candidate.config_class.__dataclass_fields__}
-    if candidate is GRANITE:
+    if own:
+        pass
+    elif candidate is GRANITE:
         fields |= {"attention_multiplier": shape.head_dim**-0.5}
     elif candidate is SMOLLM3:
         fields |= {
@@ -160,13 +189,23 @@ def _in_class(candidate: Family, family: Family, config: Any, shape: LayerShape,
             "sliding_window": config.sliding_window if any(sliding) else None,
             "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in sliding],
         }
-    elif candidate is MISTRAL and not own:
+    elif candidate is MISTRAL:
         fields |= {"sliding_window": None}
-    made = candidate.config_class(**fields, architectures=[candidate.causal_lm_class.__name__])
+    try:
+        made = candidate.config_class(**fields, architectures=[candidate.causal_lm_class.__name__])
+    except StrictDataclassError:  # some classes insist on a hidden size that the heads divide, whatever head_dim says
+        return None
     if [candidate.sliding(made, layer) for layer in layers] != sliding:
         return None
-    tensors = candidate.layer_state_shapes(made, 0)
-    missing, spare = needed - tensors.keys(), tensors.keys() - needed
-    if missing or not all(name.endswith(".bias") for name in spare):
-        return None
-    return Stock(candidate, made, tensors, sorted(spare))
+    tensors = [candidate.layer_state_shapes(made, layer) for layer in layers_of_kinds]
+    rows = candidate.attention.rows(shape) | candidate.ffn.rows()
+    spare = []
+    for own, names in zip(tensors, needed, strict=True):
+        for sublayer in shape.sublayers:
+            columns = own.get(candidate.output_proj(sublayer) + ".weight", (0, 0))[1]
+            if columns not in (0, shape.units(sublayer) * shape.unit_width(sublayer)):
+                return None  # its heads are as wide as the hidden size says
+        if names - own.keys() or not all(name.endswith(".bias") for name in own.keys() - names):
+            return None
+        spare += sorted(own.keys() - names)
+    return Stock(candidate, made, tensors, rows, spare)

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def widest_output_proj(shapes: Sequence[LayerShape]) -> int:
     """The most channels that an output projection reads."""
-    return max(shape.units(sublayer) * shape.unit_width(sublayer) for shape in shapes for sublayer in SUBLAYERS)
+    return max(shape.units(sublayer) * shape.unit_width(sublayer) for shape in shapes for sublayer in shape.sublayers)
 
 
 def build_dense(job: Job, forward: LayerForward, stored: Mapping[str, Tensor], layer: int) -> nn.Module:
@@ -128,11 +128,7 @@ class Passes(ABC):
     def layer_config(self, layer: int, shape: LayerShape, kept: Kept) -> Any:
         """The dense configuration with one layer's pruned sizes, to build just that layer."""
         config = copy.copy(self.reader.config.per_layer_config[layer])
-        sizes = {
-            "num_attention_heads": len(kept[ATTENTION]) * shape.heads_per_group,
-            "num_key_value_heads": len(kept[ATTENTION]),
-            "intermediate_size": len(kept[FFN]),
-        }
+        sizes = self.reader.family.layer_sizes(shape.kept(len(kept[ATTENTION]), len(kept[FFN])))
         for name, value in (sizes | self.job.biases).items():
             setattr(config, name, value)
         return config
@@ -145,11 +141,12 @@ class Passes(ABC):
         shape, family = self.reader.shapes[layer], self.reader.family
         config = self.layer_config(layer, shape, kept)
         if self.device.type == "cuda" and len(kept[FFN]) < shape.intermediate_channels:
-            config.intermediate_size = -(-config.intermediate_size // ROUND_CHANNELS) * ROUND_CHANNELS
-            tensors = pad_channels(family, tensors, config.intermediate_size)
+            channels = -(-len(kept[FFN]) // ROUND_CHANNELS) * ROUND_CHANNELS
+            setattr(config, family.sizes[2], channels)
+            tensors = pad_channels(family, tensors, channels)
         if self.job.method.adds_bias:
             zeros = torch.zeros(shape.hidden_size)
-            tensors = {family.output_proj(sublayer) + ".bias": zeros for sublayer in SUBLAYERS} | tensors
+            tensors = {family.output_proj(sublayer) + ".bias": zeros for sublayer in shape.sublayers} | tensors
         return forward.build(tensors.items(), layer, config)
 
     def lay_out(self, layers: Sequence[Mapping[str, Tensor]], more: Mapping[str, Tensor]) -> None:
@@ -173,7 +170,7 @@ class Passes(ABC):
         reader, job = self.reader, self.job
         written = []
         for layer, (shape, kept) in enumerate(zip(reader.shapes, layers, strict=True)):
-            sublayers = SUBLAYERS if job.method.adds_bias else ()
+            sublayers = shape.sublayers if job.method.adds_bias else ()
             bias = {sublayer: torch.empty(shape.hidden_size, device="meta") for sublayer in sublayers}
             written.append(rewrite_layer(reader.family, on_meta(reader.layer_tensors(layer)), shape, kept, bias))
         _, more = config_of(reader, kept_shapes(reader.shapes, KeptUnits(list(layers))), job.biases)

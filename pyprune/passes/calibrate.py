@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..architectures import SUBLAYERS, LayerShape
+from ..architectures import LayerShape
 from ..calibration.channel_statistics import ChannelObserver, ChannelStatistics, column_norms
 from ..checkpoint import ModelSource, load_cached, metadata_of, save_cached
 from ..errors import InputError
@@ -39,8 +39,9 @@ def observe_layer(
             layer_name(forward.family, layer, sublayer),
             by_window,
             forward.allow_nonfinite,
+            forward.gain(block, sublayer),
         )
-        for sublayer in SUBLAYERS
+        for sublayer in forward.reader.shapes[layer].sublayers
     }
     forward.run(
         block, layer, hidden, {forward.family.output_proj(m): o.observe for m, o in observers.items()}, advance=advance
@@ -80,7 +81,8 @@ def weight_statistics(
     for layer in range(reader.layers):
         progress("calibration", layer, reader.layers)
         with meter.layer():
-            names = {m: f"{reader.layer_prefix(layer)}{reader.family.output_proj(m)}.weight" for m in SUBLAYERS}
+            prefix, sublayers = reader.layer_prefix(layer), reader.shapes[layer].sublayers
+            names = {m: f"{prefix}{reader.family.output_proj(m)}.weight" for m in sublayers}
             weights = reader.read(list(names.values()))
             statistics_by_layer.append(
                 {
@@ -140,7 +142,7 @@ def statistics_of(
         for layer, shape in enumerate(shapes):
             own = {name.removeprefix(f"{layer}."): t for name, t in stored.items() if name.startswith(f"{layer}.")}
             statistics_by_layer.append(unpacked(own, {"counts": json.dumps(counts[layer])}))
-            for sublayer in SUBLAYERS:
+            for sublayer in shape.sublayers:
                 channels = shape.units(sublayer) * shape.unit_width(sublayer)
                 if any(t.shape != (channels,) for t in statistics_by_layer[-1][sublayer].tensors().values()):
                     raise ValueError(f"layer {layer}: not {channels} channels of {sublayer}")

@@ -105,7 +105,8 @@ def load_curves(job: Job, path: Path, identity: dict[str, Any]) -> list[ErrorCur
         return None
     try:
         curves = [
-            {sublayer: tensors[f"{layer}.{sublayer}"] for sublayer in SUBLAYERS} for layer in range(job.reader.layers)
+            {sublayer: tensors[f"{layer}.{sublayer}"] for sublayer in shape.sublayers}
+            for layer, shape in enumerate(job.reader.shapes)
         ]
     except KeyError as error:
         raise InputError(f"{path}: damaged error curves ({error}); delete it") from error
@@ -132,14 +133,16 @@ def measure_curves(job: Job, method: SecondOrderMethod, deepest: int, meter: Met
         own: ErrorCurves = {} if known is None else known[0]
         for sublayer in SUBLAYERS:
             where = layer_name(reader.family, layer, sublayer)
-            if known is not None:
+            if known is not None or sublayer not in shape.sublayers:
                 for part in hidden.micro_batches():
-                    part.write_back(forward.run_sublayer(block, layer, sublayer, part.value))
+                    forward.step(block, layer, sublayer, part)
                 continue
             with meter.stage("forward and hessian"):
                 second_moments, energy = observe_sublayer(forward, block, layer, sublayer, hidden, method.centred)
             with meter.stage("choice"):
                 weight = block.get_parameter(reader.family.output_proj(sublayer) + ".weight").data
+                gain = forward.gain(block, sublayer)
+                weight = weight if gain is None else weight * gain[:, None]
                 own[sublayer] = curve_of(
                     second_moments, energy, weight, shape, sublayer, deepest, method.damping, where
                 )
@@ -161,9 +164,8 @@ def observe_sublayer(
     energy = torch.zeros((), dtype=torch.float64, device=forward.device)
     with forward.observed(block, {forward.family.output_proj(sublayer): observer.observe}):
         for part in hidden.micro_batches():
-            result = forward.run_sublayer(block, layer, sublayer, part.value)
+            result = forward.step(block, layer, sublayer, part)
             energy += torch.linalg.vector_norm(result, dtype=torch.float32).double() ** 2
-            part.write_back(result)
     second_moments = observer.result()
     distributed.all_reduce_(energy)
     return second_moments, float(energy) / second_moments.count

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import torch
@@ -16,10 +16,12 @@ from ..calibration.second_moments import HessianObserver, SecondMoments, alignme
 from ..checkpoint import CheckpointWriter
 from ..forward.hidden_states import HiddenStates, MicroBatch
 from ..forward.layer_forward import LayerForward, layer_name
+from ..forward.token_weights import TokenWeights
 from ..job.entries import layer_entry
 from ..job.job import Job
 from ..job.result import PruneResult, UnitResult
 from ..methods import LayerStatistics, SecondOrderMethod
+from ..methods.base import no_scores
 from ..methods.second_order import CURVES, MOMENTS, NONE, Reconstruction
 from ..ops.precision import tf32_products
 from ..runtime import distributed
@@ -119,13 +121,18 @@ class ReconstructionPasses(Passes):
                 tensors = rewrite_layer(family, source, shape, kept, bias, weight)
                 block = self.build_pruned(forward, tensors, layer, kept)
                 del tensors
+            if sublayer not in shape.sublayers:
+                scores[sublayer] = no_scores()
+                self._pass(forward, original, block, layer, sublayer, streams)
+                continue
             second_moments = self._observe(forward, original, block, layer, sublayer, streams)
             own = block.get_parameter(family.output_proj(sublayer) + ".weight").data
+            gain = forward.gain(block, sublayer)
             block = None
             if sublayer == FFN:
                 original = None  # the dense layer is through; what follows takes its memory
-            chosen = self._reconstruct(second_moments, own, layer, sublayer, counts[sublayer])
-            del second_moments, own
+            chosen = self._reconstruct(second_moments, own, gain, layer, sublayer, counts[sublayer])
+            del second_moments, own, gain
             kept[sublayer], scores[sublayer] = chosen.kept, chosen.scores
             if self.method.refits:  # else the stored columns are sliced, whatever the compute type
                 weight[sublayer] = chosen.weight
@@ -149,13 +156,18 @@ class ReconstructionPasses(Passes):
         if not self.method.effective_input_share:
             return {}
         family = self.reader.family
-        norms = {ATTENTION: block.get_submodule(family.norm(FFN))}
+        if not family.wiring.before:  # the sublayers read the stream itself
+            return {ATTENTION: nn.Identity(), FFN: nn.Identity()}
+        norms: dict[str, nn.Module] = {}
+        if not family.wiring.parallel:
+            norms[ATTENTION] = block.get_submodule(str(family.norm_before(FFN)))
         if layer + 1 < self.reader.layers:
-            own = block.get_submodule(family.norm(ATTENTION))
-            name = f"{self.reader.layer_prefix(layer + 1)}{family.norm(ATTENTION)}.weight"
-            norms[FFN] = copy.deepcopy(own)
-            weight = self.reader.read([name])[name].to(self.device, self.job.dtype)
-            norms[FFN].load_state_dict({"weight": weight}, assign=True)
+            own = copy.deepcopy(block.get_submodule(str(family.norm_before(ATTENTION))))
+            prefix = f"{self.reader.layer_prefix(layer + 1)}{family.norm_before(ATTENTION)}."
+            stored = self.reader.read([prefix + name for name in own.state_dict()])
+            state = {name.removeprefix(prefix): t.to(self.device, self.job.dtype) for name, t in stored.items()}
+            own.load_state_dict(state, assign=True)
+            norms[FFN] = own
         return norms
 
     def _align(self, sublayer: str, source: dict[str, Tensor]) -> None:
@@ -165,12 +177,33 @@ class ReconstructionPasses(Passes):
         """
         change, self.change = self.change, None  # D A [hidden, hidden]
         assert change is not None
-        for matrix in self.reader.family.input_projs(sublayer):
+        family = self.reader.family
+        matrices = family.input_projs(sublayer)
+        if sublayer == ATTENTION and family.wiring.shares_norm:
+            matrices += family.input_projs(FFN)
+        for matrix in matrices:
+            if matrix + ".weight" not in source:  # a layer of another kind
+                continue
             stored = source[matrix + ".weight"]
             weight = stored.to(self.device, torch.float32)
             with tf32_products() if stored.dtype != torch.float32 else nullcontext():
                 aligned = weight.addmm(weight, change, alpha=self.method.effective_input_share)
             source[matrix + ".weight"] = aligned.to(stored.device, stored.dtype)
+
+    def _pass(
+        self,
+        forward: LayerForward,
+        original: nn.Module,
+        block: nn.Module,
+        layer: int,
+        sublayer: str,
+        streams: Streams,
+    ) -> None:
+        """Advance both streams past a sublayer without units; the pruned one by the layer as it is by now."""
+        for part, dense in streams.pairs():
+            if dense is not None:
+                forward.step(original, layer, sublayer, dense)
+            forward.step(block, layer, sublayer, part)
 
     def _repeat(
         self, forward: LayerForward, layer: int, stored: Mapping[str, Tensor], streams: Streams, advance: bool
@@ -182,7 +215,7 @@ class ReconstructionPasses(Passes):
                 block = build_dense(self.job, forward, stored, layer)
                 for sublayer in SUBLAYERS:
                     for part in streams.dense.micro_batches():
-                        part.write_back(forward.run_sublayer(block, layer, sublayer, part.value))
+                        forward.step(block, layer, sublayer, part)
             block = self.build_pruned(forward, tensors, layer, kept)
             self._advance(forward, block, layer, ATTENTION, streams)
             self._advance(forward, block, layer, FFN, streams, self._next_norms(block, layer).get(FFN))
@@ -204,7 +237,7 @@ class ReconstructionPasses(Passes):
         """
         if norm is None:
             for part in streams.pruned.micro_batches():
-                part.write_back(forward.run_sublayer(block, layer, sublayer, part.value))
+                forward.step(block, layer, sublayer, part)
             return
         where = f"layer {layer} (after {self.reader.family.output_proj(sublayer)})"
         hidden_size = self.reader.shapes[layer].hidden_size
@@ -219,12 +252,23 @@ class ReconstructionPasses(Passes):
         distributed.broadcast_(self.change)
 
     def _reconstruct(
-        self, second_moments: SecondMoments, weight: Tensor, layer: int, sublayer: str, count: int
+        self,
+        second_moments: SecondMoments,
+        weight: Tensor,
+        gain: Tensor | None,
+        layer: int,
+        sublayer: str,
+        count: int,
     ) -> Reconstruction:
+        """gain: of the norm behind the output projection; errors and targets are those behind it."""
         where = layer_name(self.reader.family, layer, sublayer)
         with self.meter.stage("choice and refit"):
             width = self.reader.shapes[layer].unit_width(sublayer)
-            chosen = self.method.reconstruct(second_moments, weight, count, width, where)
+            seen = weight if gain is None else weight * gain[:, None]
+            chosen = self.method.reconstruct(second_moments, seen, count, width, where)
+            if gain is not None:
+                bias = None if chosen.bias is None else chosen.bias / gain
+                chosen = replace(chosen, weight=chosen.weight / gain[:, None], bias=bias)
             # Devices of two kinds would round, and in a close call choose, in their own ways.
             distributed.broadcast_(chosen.kept, chosen.weight, chosen.bias, chosen.scores)
         if chosen.damping != self.method.damping:
@@ -250,21 +294,23 @@ class ReconstructionPasses(Passes):
         observer = HessianObserver(channels, self.device, where, self.method.centred, forward.allow_nonfinite)
         rows: list[Tensor] = []
 
-        def observe(x: Tensor) -> None:
+        def observe(x: Tensor, weights: TokenWeights | None = None) -> None:
             with self.meter.stage("hessian"):
-                rows[:] = [observer.observe(x)]
+                rows[:] = [observer.observe(x, weights)]
+                token_weights[:] = [weights]
+
+        token_weights: list[TokenWeights | None] = []
 
         for part, dense in streams.pairs():
             goal = None
             if dense is not None:
                 with self.meter.stage("dense forward"):
-                    goal = forward.run_sublayer(original, layer, sublayer, dense.value)
-                    dense.write_back(goal)
+                    goal = forward.step(original, layer, sublayer, dense)
             with self.meter.stage("forward and hessian"), forward.observed(block, {output_proj: observe}):
                 result = forward.run_sublayer(block, layer, sublayer, part.value)
             if goal is not None:
                 with self.meter.stage("stream error"):
-                    observer.observe_stream_error(rows.pop(), goal - result)
+                    observer.observe_stream_error(rows.pop(), goal - result, token_weights.pop())
             rows.clear()
         second_moments = observer.result()
         if observer.nonfinite:

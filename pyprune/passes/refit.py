@@ -50,7 +50,7 @@ class Refit:
             weight.data[rows[:, None], columns] = new.to(weight.dtype)
             with masking_hooks(block, family, masks):
                 for part in self.hidden.micro_batches():
-                    part.write_back(forward.run_sublayer(block, layer, sublayer, part.value))
+                    forward.step(block, layer, sublayer, part)
         return fitted
 
     def _fit(

@@ -59,10 +59,12 @@ def pad_channels(family: Family, tensors: dict[str, Tensor], channels: int) -> d
     more = channels - tensors[output_proj].shape[1]
     if more:
         padded[output_proj] = nn.functional.pad(tensors[output_proj], (0, more))
-        for name in family.gate_up:
-            padded[name + ".weight"] = nn.functional.pad(tensors[name + ".weight"], (0, 0, 0, more))
-            if name + ".bias" in tensors:
-                padded[name + ".bias"] = nn.functional.pad(tensors[name + ".bias"], (0, more))
+        for name, widths in family.ffn.rows().items():
+            for full in (name + ".weight", name + ".bias"):
+                if full in tensors:
+                    blocks = tensors[full].chunk(len(widths))
+                    ends = (0, 0, 0, more) if blocks[0].dim() == 2 else (0, more)
+                    padded[full] = torch.cat([nn.functional.pad(block, ends) for block in blocks])
     return padded
 
 

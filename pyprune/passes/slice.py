@@ -26,9 +26,9 @@ class SlicingPasses(Passes):
     """
 
     def _count_nonfinite(self, layer: int, statistics: LayerStatistics) -> None:
-        for sublayer in SUBLAYERS:
-            if statistics[sublayer].nonfinite:
-                self.nonfinite[layer_name(self.reader.family, layer, sublayer)] = statistics[sublayer].nonfinite
+        for sublayer, own in statistics.items():
+            if own.nonfinite:
+                self.nonfinite[layer_name(self.reader.family, layer, sublayer)] = own.nonfinite
 
     def _calibrate(self, by_window: bool) -> list[LayerStatistics]:
         meter = self.meters["calibration"] = Meter(self.device)
@@ -65,7 +65,7 @@ class SlicingPasses(Passes):
         shape, family = self.reader.shapes[layer], self.reader.family
         bias = {}
         if self.job.method.adds_bias:
-            for sublayer in SUBLAYERS:
+            for sublayer in shape.sublayers:
                 weight = tensors[family.output_proj(sublayer) + ".weight"].to(self.device)
                 mean = statistics[sublayer].mean
                 assert mean is not None

@@ -127,7 +127,7 @@ def _record(
         options=job.method.options,
         seed=o.seed,
         calibration=_calibration(job),
-        ratio=ratio_summary(job.ratio, parameters, job.reader.shapes),
+        ratio=ratio_summary(job.ratio, parameters, job.method.prunable(job.reader.shapes)),
         parameters=parameters,
         dense=dense_summary(job.reader.shapes),
         layers=layers,

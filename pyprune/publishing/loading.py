@@ -9,7 +9,7 @@ from .. import modeling as modeling  # registers the classes of pruned models
 from ..architectures import PRUNED_PREFIX, SELECTED_PREFIX
 from ..checkpoint import CheckpointReader
 from ..errors import InputError
-from ..exporters.gguf_architecture import check_shapes, choose_architecture, rope_scaling
+from ..exporters.gguf_architecture import check_shapes, check_written, choose_architecture, rope_scaling
 
 # Stock classes whose own code in vLLM and in MLX takes a head dimension that is not hidden_size / heads.
 _FREE_HEAD_DIM = ("llama", "mistral", "qwen3")
@@ -42,6 +42,7 @@ def loaders_of(folder: Path) -> Loaders:
 def _has_gguf(reader: CheckpointReader) -> bool:
     """Whether `pyprune export --format gguf` has an architecture for the model."""
     try:
+        check_written(reader)
         check_shapes(reader.shapes)
         choose_architecture(reader, rope_scaling(reader.family, reader.config))
     except InputError:

@@ -406,10 +406,6 @@ def test_uniform_prune_with_biases_is_written_in_a_stock_class(
     torch.testing.assert_close(layered_logits(reader, IDS), logits(small), rtol=1e-5, atol=1e-5)
     again = run(capsys, "prune", small, tmp_path / "again", "--method", "magnitude", "--ratio", 0.3)
     assert again.status == 0, again.err
-    config = json.loads((small / "config.json").read_text()) | {"residual_multiplier": 0.5}
-    (small / "config.json").write_text(json.dumps(config))
-    line = run(capsys, "export", small, tmp_path / "x", "--format", "stock").err.splitlines()[-1]
-    assert "residual_multiplier 0.5 in config.json: only 1 is supported in granite" in line
 
 
 UNITS = UnitResult(KeptUnits([]), [])  # proved against what was written itself

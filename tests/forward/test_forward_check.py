@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pyprune import architectures
 from pyprune.architectures import GRANITE, MISTRAL, Family
+from pyprune.architectures.declaration import FULL, Scales
 from pyprune.checkpoint import CheckpointReader
 from pyprune.errors import InputError
 from pyprune.forward import forward_check
@@ -44,7 +45,7 @@ def windows(length: int = 40) -> Tensor:
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> Family:
     """Granite as somebody would add it who took its layers for Llama's."""
-    family = replace(GRANITE, check=lambda config: None)
+    family = replace(GRANITE, scales=Scales(), computes_llama=lambda config: True)
     monkeypatch.setitem(architectures.FAMILIES, "granite", family)
     return family
 
@@ -119,7 +120,7 @@ def test_a_sliding_window_longer_than_the_text_is_seen(tiny_checkpoint: Callable
     folder = tiny_checkpoint(family="mistral", dtype="float32", sliding_window=4096)
     reader = CheckpointReader(folder)
     check_forward(reader, windows(), CPU, torch.float32)
-    reader.family = replace(MISTRAL, sliding=lambda config, layer: False)
+    reader.family = replace(MISTRAL, kind=lambda config, layer: FULL)
     with pytest.raises(InputError, match=r"FFN of layer 0.*MistralModel"):
         check_forward(reader, windows(), CPU, torch.float32)
 

@@ -240,7 +240,7 @@ def test_obs_beats_slimgpt_and_flap_on_a_trained_model(
 def test_odd_layers(
     tiny_checkpoint: Callable[..., Path], demo_model: Path, text: Path, tmp_path: Path, method: str
 ) -> None:
-    """One KV group, an odd number of channels, and a layer whose FFN is dead: nothing of its inputs is ever active."""
+    """One KV head, so that units are query heads, an odd number of channels, and a layer whose FFN is dead."""
     model = tiny_checkpoint(
         family="llama", dtype="float32", layers=3, heads=2, kv_heads=1, intermediate_size=163, tokenizer=demo_model
     )
@@ -252,7 +252,7 @@ def test_odd_layers(
     save_file(tensors, file, metadata={"format": "pt"})
     plan = pruned(dead, text, tmp_path / "out", method, ratio=0.2)
     assert plan["ratio"]["met"] == pytest.approx(0.2, abs=0.01)
-    assert [len(layer["kv_groups"]) for layer in plan["layers"]] == [1, 1, 1]
+    assert all(1 <= len(layer["kv_groups"]) <= 2 for layer in plan["layers"])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.isfinite(t).all() for t in loaded.state_dict().values())
     if method == "obs":  # what costs nothing goes first

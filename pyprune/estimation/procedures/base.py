@@ -77,7 +77,7 @@ class PassCost(ABC, Generic[MethodT]):
 def forward_flops(shape: LayerShape, samples: int, sequence_length: int) -> float:
     """Multiply-adds of the linears, twice, and causal attention (half of the score matrix)."""
     tokens = samples * sequence_length
-    heads = shape.kv_groups * shape.heads_per_group
+    heads = shape.heads
     return tokens * (2 * shape.parameters + 2 * heads * shape.head_dim * sequence_length)
 
 

@@ -12,7 +12,7 @@ from ...modeling import PRUNED_CLASSES
 # compute what that class does not.
 MODELS = {
     causal_lm_class.__name__: f"{__name__}.model:PrunedForCausalLM"
-    for _, _, causal_lm_class in (PRUNED_CLASSES[family.name] for family in BUILT_IN)
+    for _, _, causal_lm_class in (PRUNED_CLASSES[family.name] for family in BUILT_IN if family.vllm)
 }
 
 

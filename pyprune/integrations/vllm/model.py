@@ -20,6 +20,7 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from vllm.model_executor.models.utils import extract_layer_index
 
 from ...architectures import QWEN2, QWEN3, family_of
+from ...errors import InputError
 from .tensor_parallel import check_tensor_parallel
 
 
@@ -79,5 +80,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = PrunedDecoderLayer):
         config = vllm_config.model_config.hf_config
+        if not family_of(config.model_type).computes_llama(config):
+            raise InputError(f"vLLM: factors or layers of this {config.model_type} model are not those of Llama")
         check_tensor_parallel(family_of(config.model_type).shapes(config), get_tensor_model_parallel_world_size())
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)

@@ -1,0 +1,14 @@
+"""OLMo 3: OLMo 2's layers, with a sliding window and rotary embeddings by kind of layer."""
+
+from .declaration import WHOLE, Attention, by_layer_type
+from .family import Family
+from .olmo2 import BEHIND
+
+OLMO3 = Family(
+    name="olmo3",
+    prefix="Olmo3",
+    attention=Attention(head_norms=WHOLE),
+    wiring=BEHIND,
+    kind=by_layer_type,
+    rotary_by_kind=True,
+)
