@@ -150,7 +150,7 @@ class Family:
         groups = heads if of_groups is None else getattr(own, of_groups)
         head_dim = getattr(own, "head_dim", None) or own.hidden_size // heads
         # Only where all layers have one: of KV groups that went layer by layer, one may be left in some.
-        shared = of_groups is not None and getattr(config, of_groups) == 1 and heads > 1
+        shared = of_groups is not None and whole_value(config, of_groups) == 1 and heads > 1
         fixed = (ATTENTION,) if self.attention.head_norms == WHOLE else ()
         linear = self.kind(config, layer) == LINEAR
         return LayerShape(
@@ -266,6 +266,11 @@ class Family:
             slices[name] = (0, torch.cat(blocks))
         slices[self.output_proj(sublayer)] = (1, expand(kept, shape.unit_width(sublayer)))
         return slices
+
+
+def whole_value(config: Any, name: str) -> Any:
+    """A field of the whole model's configuration, the largest where layers differ, without transformers' warning."""
+    return object.__getattribute__(config, name)
 
 
 def expand(units: Tensor, width: int) -> Tensor:

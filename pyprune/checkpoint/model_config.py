@@ -8,6 +8,7 @@ import torch
 
 from ..architectures import Family, family_of
 from ..architectures.declaration import NO_ROTARY
+from ..architectures.family import whole_value
 from ..errors import InputError
 from ..runtime.files import reason_of
 
@@ -45,7 +46,7 @@ def checked_config(place: str, family: Family, make: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         raise refused(place, error) from error
-    heads, groups = (getattr(config, name) if name else 1 for name in family.sizes[:2])
+    heads, groups = (whole_value(config, name) if name else 1 for name in family.sizes[:2])
     if heads % groups:
         raise InputError(f"{place}: {family.sizes[0]} {heads} is not a multiple of {family.sizes[1]} {groups}")
     return config

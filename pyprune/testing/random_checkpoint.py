@@ -21,16 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from ..architectures import FAMILIES, SUBLAYERS
+from ..architectures.declaration import RMS_PLUS_ONE
 from ..benchmark.models import SHAPES
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 DEFAULT_SHAPE = "llama-1.5b"
 
@@ -56,30 +51,32 @@ def checkpoint_config(
 
     `attributes` are other attributes of the configuration. ValueError: sizes that do not fit together.
     """
-    if family not in ARCHITECTURES:
-        raise ValueError(f"family {family!r} is not one of {', '.join(ARCHITECTURES)}")
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r} is not one of {', '.join(FAMILIES)}")
+    own = FAMILIES[family]
+    of_heads, of_groups, of_channels = own.sizes
+    counts = {of_heads: heads, of_channels: intermediate_size} | ({of_groups: kv_heads} if of_groups else {})
     if heads % kv_heads:
         raise ValueError(f"{heads} heads are not a multiple of {kv_heads} KV heads")
     if hidden_size % heads and (head_dim is None or family == "llama"):  # LlamaConfig insists on it
         raise ValueError(f"hidden size {hidden_size} is not a multiple of {heads} heads")
     if family == "mistral":
         attributes.setdefault("sliding_window", None)  # as in the published models since 0.2
-    return AutoConfig.for_model(
-        family,
+    if family in ("llama", "mistral", "qwen2", "qwen3"):
+        attributes.setdefault("rms_norm_eps", 1e-5)
+    config: PreTrainedConfig = own.config_class(
         hidden_size=hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
         head_dim=head_dim or hidden_size // heads,
-        intermediate_size=intermediate_size,
         vocab_size=vocab_size,
         max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
         tie_word_embeddings=tie,
         dtype=dtype,
-        architectures=[ARCHITECTURES[family]],
+        architectures=[own.causal_lm_class.__name__],
+        **counts,
         **attributes,
     )
+    return config
 
 
 def make_checkpoint(
@@ -123,15 +120,15 @@ def _tensor_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(config).state_dict()
     if config.tie_word_embeddings:
-        del state["lm_head.weight"]
+        del state[FAMILIES[config.model_type].head]
     return {name: tensor.shape for name, tensor in state.items()}
 
 
-def _layer_groups(names: list[str]) -> list[list[str]]:
+def _layer_groups(names: list[str], layers: str) -> list[list[str]]:
     """The names in runs that are made and written together: embeddings, each layer, what follows them."""
 
     def place(name: str) -> str:
-        return name.split(".")[2] if name.startswith("model.layers.") else "outside"
+        return name.removeprefix(layers).split(".")[1] if name.startswith(layers + ".") else "outside"
 
     return [list(run) for _, run in groupby(names, key=place)]
 
@@ -145,7 +142,9 @@ class RandomWeights:
     def __init__(self, config: PreTrainedConfig, seed: int, device: torch.device) -> None:
         self.shapes = _tensor_shapes(config)
         self.dtype, self.device = config.dtype, device
+        self.family = FAMILIES[config.model_type]
         self._layers = config.num_hidden_layers
+        self._outputs = tuple(self.family.output_proj(sublayer) + ".weight" for sublayer in SUBLAYERS)
         # The factor is more than any model has tensors, and small, because torch's CPU generator reads only the low
         # 32 bits of a seed.
         self._seeds = {name: 10_007 * seed + number for number, name in enumerate(self.shapes)}
@@ -155,22 +154,22 @@ class RandomWeights:
 
         Linears and embeddings: N(0, 1/in) (0.022² at 2048 inputs), o_proj and down_proj divided by √(2·layers)
         as in GPT-2 so that the residual stream stays in scale: after 80 layers its root mean square is 0.7
-        (measured at 512 wide). Norms: N(1, 0.02²). Biases: N(0, 0.1²).
+        (measured at 512 wide). Norms: N(1, 0.02²), those that add one N(0, 0.02²). Biases: N(0, 0.1²).
         """
         generator = torch.Generator(self.device).manual_seed(self._seeds[name])
         shape = self.shapes[name]
         mean, std = 0.0, 1 / math.sqrt(shape[-1])
         if name.endswith("norm.weight"):
-            mean, std = 1.0, 0.02
+            mean, std = 0.0 if self.family.norm == RMS_PLUS_ONE else 1.0, 0.02
         elif name.endswith(".bias"):
             std = 0.1
-        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+        elif name.endswith(self._outputs):
             std /= math.sqrt(2 * self._layers)
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(mean, std, generator=generator)
 
 
 def _write_weights(folder: Path, weights: RandomWeights, shard_layers: int, headers_only: bool) -> None:
-    groups = _layer_groups(list(weights.shapes))
+    groups = _layer_groups(list(weights.shapes), weights.family.layers)
     layers = groups[1:-1]
     per_file = shard_layers or len(layers)
     shards = [layers[start : start + per_file] for start in range(0, len(layers), per_file)]
@@ -233,7 +232,7 @@ def main() -> None:
         default=DEFAULT_SHAPE,
         help="the sizes; the options below change single ones",
     )
-    parser.add_argument("--family", choices=ARCHITECTURES)
+    parser.add_argument("--family", choices=FAMILIES)
     sizes = ("hidden-size", "layers", "heads", "kv-heads", "head-dim", "intermediate-size", "vocab-size")
     for size in sizes:
         parser.add_argument(f"--{size}", type=int, metavar="N")

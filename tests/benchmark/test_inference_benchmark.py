@@ -18,7 +18,7 @@ from support.paths import ROOT
 from pyprune.architectures import FAMILIES, LLAMA, LayerShape
 from pyprune.forward.fused import fuse, fused_rotary
 from pyprune.modeling import pruned_config
-from pyprune.testing.random_checkpoint import ARCHITECTURES, SHAPES, checkpoint_config
+from pyprune.testing.random_checkpoint import SHAPES, checkpoint_config
 
 PHASES = ("prefill", "decode")
 PUBLISHED = (LayerShape(4096, 128, 32, 1, 11008), LayerShape(4096, 128, 8, 4, 14336))
@@ -52,7 +52,7 @@ def nonuniform_model(family: str) -> Any:
     return build(pruned_config(FAMILIES[family], config, shapes, False, False), torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @torch.no_grad()
 def test_static_cache_of_layers_that_differ(family: str) -> None:
     """Every layer's cache has its own KV heads, and each step's logits are those of a forward without a cache."""
