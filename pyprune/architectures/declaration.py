@@ -14,8 +14,9 @@ Rows = dict[str, tuple[int, ...]]  # matrix -> rows that a unit owns in each of 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 # Kinds of norms: w · x / rms(x); (1 + w) · x / rms(x), multiplied in float32; x less its mean, with or without a bias.
 RMS, RMS_PLUS_ONE, LAYER = "rms", "rms + 1", "layer"
-# What rotary embeddings turn: both halves of whole heads, as Llama; anything else; or there are none.
-HALVES, OTHER_ROTARY, NO_ROTARY = "halves", "other", "none"
+# Which channels of a head, or of its first part, rotary embeddings turn together: those of its two halves, as Llama;
+# neighbours, by the angles of the first half, as GLM; otherwise; or there are none.
+HALVES, NEIGHBOURS, OTHER_ROTARY, NO_ROTARY = "halves", "neighbours", "other", "none"
 # Norms of queries and keys whose weights heads share, or of which each head has its own, or over all heads at once.
 SHARED, OWN, WHOLE = "shared", "own", "whole"
 

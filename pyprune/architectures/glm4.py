@@ -1,6 +1,6 @@
 """GLM-4-0414 and GLM-Z1: GLM's layers with a norm behind each sublayer as well."""
 
-from .declaration import OTHER_ROTARY, Gated, Wiring
+from .declaration import NEIGHBOURS, Gated, Wiring
 from .family import Family
 
 GLM4 = Family(
@@ -8,5 +8,5 @@ GLM4 = Family(
     prefix="Glm4",
     ffn=Gated(fused="mlp.gate_up_proj"),
     wiring=Wiring(after=("post_self_attn_layernorm", "post_mlp_layernorm")),
-    rotary=OTHER_ROTARY,
+    rotary=NEIGHBOURS,
 )

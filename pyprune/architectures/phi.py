@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import InputError
 from .cohere import SIDE_BY_SIDE
-from .declaration import LAYER, OTHER_ROTARY, Attention, Plain
+from .declaration import LAYER, Attention, Plain
 from .family import Family
 
 
@@ -22,6 +22,5 @@ PHI = Family(
     ffn=Plain(up="mlp.fc1", output="mlp.fc2"),
     wiring=SIDE_BY_SIDE,
     norm=LAYER,
-    rotary=OTHER_ROTARY,
     check=check_norms,
 )

@@ -1,6 +1,6 @@
 """Phi-3, Phi-3.5 and Phi-4: Llama's layers with fused query, key and value, and fused gate and up."""
 
-from .declaration import FULL, OTHER_ROTARY, SLIDING, Attention, Gated
+from .declaration import FULL, SLIDING, Attention, Gated
 from .family import Family
 
 PHI3 = Family(
@@ -9,5 +9,4 @@ PHI3 = Family(
     attention=Attention(fused="self_attn.qkv_proj", reads_sizes=True),
     ffn=Gated(fused="mlp.gate_up_proj"),
     kind=lambda config, layer: FULL if config.sliding_window is None else SLIDING,
-    rotary=OTHER_ROTARY,  # of a part of each head in Phi-4-mini
 )

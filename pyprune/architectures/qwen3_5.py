@@ -3,7 +3,7 @@
 The FFN loses channels everywhere, the attention KV groups where there are any.
 """
 
-from .declaration import OTHER_ROTARY, RMS_PLUS_ONE, SHARED, Attention, by_layer_type
+from .declaration import RMS_PLUS_ONE, SHARED, Attention, by_layer_type
 from .family import Family
 
 QWEN3_5 = Family(
@@ -17,6 +17,5 @@ QWEN3_5 = Family(
         linear=tuple(f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
     ),
     norm=RMS_PLUS_ONE,
-    rotary=OTHER_ROTARY,
     kind=by_layer_type,
 )

@@ -4,7 +4,7 @@ where `use_parallel_residual` says so."""
 from typing import Any
 
 from ..errors import InputError
-from .declaration import LAYER, OTHER_ROTARY
+from .declaration import LAYER
 from .family import Family
 
 
@@ -15,4 +15,4 @@ def check_layers(config: Any) -> None:
             raise InputError(f"{name} in config.json: stablelm models with it are not supported")
 
 
-STABLELM = Family(name="stablelm", prefix="StableLm", norm=LAYER, rotary=OTHER_ROTARY, check=check_layers)
+STABLELM = Family(name="stablelm", prefix="StableLm", norm=LAYER, check=check_layers)

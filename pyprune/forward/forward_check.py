@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..architectures import SUBLAYERS, without_layers
 from ..checkpoint import ModelSource, layer_loader
 from ..errors import InputError
-from .fused import fuse, runs_fused
+from .fused import activation_of, fuse, runs_fused
 from .layer_forward import LayerForward
 
 TOKENS = 128
@@ -56,7 +56,7 @@ def check_forward(reader: ModelSource, windows: Tensor, device: torch.device, dt
         _compare(_halves(forward, block, layer, entered), left, changed, UNFUSED, forward, what)
         if runs_fused(device, dtype):
             forward.fused = True
-            fuse(block, reader.family, getattr(reader.config, "hidden_act", ""))
+            fuse(block, reader.family, activation_of(reader.config))
             what = f"layer {layer} with pyprune's kernels differs from"
             _compare(_halves(forward, block, layer, entered), left, changed, FUSED, forward, what)
             forward.fused = False

@@ -1,5 +1,6 @@
 """Run decoder layers one at a time over hidden states, with transformers' layer classes."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,12 +12,14 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from ..architectures import ATTENTION, FFN, Family
 from ..architectures.declaration import LINEAR, NO_ROTARY, SLIDING
 from ..checkpoint import ModelSource
-from .fused import fuse, fused_rotary, runs_fused
+from .fused import activation_of, fuse, fused_rotary, runs_fused, unfused
 from .hidden_states import HiddenStates, MicroBatch
 from .token_weights import norm_gain, token_weights
 
 # Gets the input of a linear [..., in]; where a norm follows it, also what its tokens weigh.
 Observe = Callable[..., object]
+
+logger = logging.getLogger(__name__)
 
 # Tokens in one micro-batch. On a GPU 16384 fill it; on a CPU 512 keep the FFN's temporaries (tokens x intermediate
 # x 4, float32) small beside a layer's weights, and GEMMs there gain nothing from more.
@@ -49,6 +52,9 @@ class LayerForward:
         self.device, self.dtype = device, dtype
         self.allow_nonfinite = allow_nonfinite
         self.fused = runs_fused(device, dtype)
+        left = unfused(self.family, reader.config) if self.fused else []
+        if left:
+            logger.info("PyTorch computes %s of %s layers; kernels the rest", " and ".join(left), self.family.name)
         self.windows = windows
         length = windows.shape[1]
         self.batch = batch or micro_batch(device, length)
@@ -96,7 +102,7 @@ class LayerForward:
             del tensor  # the next one is read after this one is gone
         block.load_state_dict(state, assign=True)
         if self.fused:
-            fuse(block, self.family, getattr(self.config, "hidden_act", ""))
+            fuse(block, self.family, activation_of(self.config))
         return block.eval()
 
     @torch.no_grad()

@@ -55,7 +55,13 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True, "attention_bias": True},
     "cohere2": {**_MIXED, "logit_scale": 0.25},
     "starcoder2": {"sliding_window": 16, "use_bias": True},
-    "stablelm": {"use_qkv_bias": True},
+    "stablelm": {
+        "use_qkv_bias": True,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
     "nemotron": {"attention_bias": True, "mlp_bias": True},
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention"],
