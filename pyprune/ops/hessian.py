@@ -322,7 +322,7 @@ def launch_triton(rows: Tensor, lower: Tensor, sums: Tensor | None, weights: Ten
         if rows.shape[1] * rows.element_size() % 16 == 0:
             rows = on_sixteen_bytes(rows)
         configuration = configuration_for(capability, rows)
-        hessian_triton(rows, lower, sums, configuration, properties.multi_processor_count)
+        hessian_triton(rows, lower, sums, configuration, properties.multi_processor_count, weights)
 
 
 # Shape: [rows, channels]. On a CPU the reference is BLAS.
@@ -333,9 +333,7 @@ HESSIAN: Operator[Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
         "cuda": Kernel(
             launch_cuda, (ON_NVIDIA_GPU, HALF_DTYPE, WIDTH_8, UNWEIGHTED, CORE_BUILT, CORE_WITH_CUDA, CORE_WITH_WGMMA)
         ),
-        "triton": Kernel(
-            launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, UNWEIGHTED, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)
-        ),
+        "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)),
         "reference": Kernel(hessian_update_reference),
     },
 )

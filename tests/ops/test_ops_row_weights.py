@@ -16,8 +16,9 @@ from pyprune.ops import (
     hessian_finish,
     hessian_update,
 )
-from pyprune.ops.hessian import hessian_update_reference
-from pyprune.ops.requirements import KERNEL_DTYPES
+from pyprune.ops.dispatch import choose
+from pyprune.ops.hessian import HESSIAN, hessian_update_reference
+from pyprune.ops.requirements import KERNEL_DTYPES, UNWEIGHTED, Problem
 
 each_hessian_backend = each_backend_of("cuda", "triton")
 each_moments_backend = each_backend_of("cpu", "cuda", "triton")
@@ -177,6 +178,19 @@ def test_hessian_with_weights_of_one_has_the_bits_without(dtype: torch.dtype, ba
     assert torch.equal(weighted.finish(centred=True), plain.finish(centred=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_large_weighted_hessian_has_the_same_bits_three_times(dtype: torch.dtype) -> None:
+    """Many steps and tiles: an operand that is overwritten while it is read would show."""
+    x = torch.randn(20_000, 1032, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(dtype)
+    weights = powers_of_two(20_000, "cuda")
+    first, second, third = (hessian_of((x, weights)) for _ in range(3))
+    assert torch.equal(first.lower.tril(), second.lower.tril())
+    assert torch.equal(first.sums, third.sums)
+    assert torch.equal(first.lower.tril(), third.lower.tril())
+    assert_hessian_matches(x, weights, first, 2.0**-20)
+
+
 @each_moments_backend
 @each_dtype
 @pytest.mark.parametrize("make", [powers_of_two, any_weights])
@@ -314,6 +328,14 @@ def test_rows_of_any_shape(view: str, device: str) -> None:
     exact = exact_hessian(x.reshape(-1, 48), own)[0]
     assert torch.equal(hessian_of((x, own)).finish().double(), exact)
     assert_moments_match(x.reshape(-1, 48), own, moments_of((x, own)))
+
+
+def test_a_kernel_without_weights_says_so() -> None:
+    weighted, plain = (Problem(torch.device("cuda"), torch.bfloat16, (4, 8), own) for own in (True, False))
+    assert UNWEIGHTED in HESSIAN.kernels["cuda"].requirements
+    assert UNWEIGHTED.reason(weighted) == "the rows have weights, and this kernel takes none"
+    assert (UNWEIGHTED.holds(weighted), UNWEIGHTED.holds(plain)) == (False, True)
+    assert choose("hessian", torch.ones(4, 8), weighted=True).backend == "reference"
 
 
 X = torch.ones(4, 3)
