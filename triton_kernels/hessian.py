@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..ops.row_weights import divisor_of
 from ..ops.tuning import tuned_configuration
 from .channel_moments import configuration_for as moments_configuration
 from .channel_moments import divide_rows, tiles_of_chunk
@@ -397,13 +398,6 @@ def configuration_for(capability: tuple[int, int], x: torch.Tensor) -> Configura
 def flush_steps_for(steps: int, depth: int) -> int:
     """Blocks of `depth` rows between two flushes of the accumulator: equal chunks of at most FLUSH_ROWS rows."""
     return ceil(steps / ceil(steps / (FLUSH_ROWS // depth)))
-
-
-def divisor_of(weights: torch.Tensor) -> torch.Tensor:
-    """Of weights [rows] the least power of two that is not below any |w|, float32 scalar on their device; of 0, 1."""
-    mantissa, exponent = torch.frexp(weights.abs().amax())  # mantissa 0.5 to 1
-    exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-    return ((exponent + 127) << 23).view(torch.float32)  # the bits of 2^exponent
 
 
 def hessian_triton(

@@ -243,13 +243,6 @@ else:
         values = weights[:, None] * x.float()
         assert torch.equal(lower.tril(), (values.t() @ values).tril())
 
-    @pytest.mark.parametrize("power", [-40, -1, 0, 1, 40])
-    def test_divisors(power: int) -> None:
-        for factor, expected in ((1.0, power), (1.25, power + 1), (0.75, power)):
-            weights = torch.tensor([0.0, -factor, factor / 2]) * 2.0**power
-            assert hessian.divisor_of(weights) == 2.0**expected
-        assert hessian.divisor_of(torch.zeros(3)) == 1
-
     @pytest.mark.parametrize("configuration", [TMA, POINTERS], ids=["tma", "pointers"])
     @pytest.mark.parametrize(("multiprocessors", "split"), [(4, 2), (40, 6)])
     def test_split_tiles(configuration: Configuration, multiprocessors: int, split: int) -> None:

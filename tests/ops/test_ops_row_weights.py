@@ -17,8 +17,9 @@ from pyprune.ops import (
     hessian_update,
 )
 from pyprune.ops.dispatch import choose
-from pyprune.ops.hessian import HESSIAN, hessian_update_reference
+from pyprune.ops.hessian import HESSIAN, hessian_update_reference, padded_squares
 from pyprune.ops.requirements import KERNEL_DTYPES, UNWEIGHTED, Problem
+from pyprune.ops.row_weights import divisor_of
 
 each_hessian_backend = each_backend_of("cuda", "triton")
 each_moments_backend = each_backend_of("cpu", "cuda", "triton")
@@ -137,6 +138,23 @@ def test_hessian_with_any_weights(rows: int, channels: int, dtype: torch.dtype, 
     with forced_backend("hessian", backend, device, dtype, channels, weighted=True):
         hessian = hessian_of((x, weights))
     assert_hessian_matches(x, weights, hessian, FP32_UNIT if backend == "reference" else 2 * ELEMENT_ROUNDING[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 8), (129, 72), (3000, 264)])
+def test_launch_of_the_cuda_hessian_with_weights(rows: int, channels: int, dtype: torch.dtype) -> None:
+    """The launch alone, whichever backend is chosen for weighted rows; far from 1 in float16."""
+    x, weights = integers(rows, channels, dtype, "cuda"), powers_of_two(rows, "cuda") * 2.0**12
+    lower, sums = torch.zeros(channels, channels, device="cuda"), torch.zeros(channels, device="cuda")
+    with forced_backend("hessian", "cuda", "cuda", dtype, channels):
+        HESSIAN.kernels["cuda"].launch(x, lower, sums, weights)
+    exact, exact_sums, _ = exact_hessian(x, weights)
+    if rows < 1000:  # more sums are rounded
+        assert torch.equal(lower.tril().double(), exact.tril())
+        assert torch.equal(sums.double(), exact_sums)
+    state = Hessian(rows, lower, sums, weights.double().square().sum())
+    assert_hessian_matches(x, weights, state, FP32_UNIT)
 
 
 @each_hessian_backend
@@ -330,10 +348,29 @@ def test_rows_of_any_shape(view: str, device: str) -> None:
     assert_moments_match(x.reshape(-1, 48), own, moments_of((x, own)))
 
 
+@pytest.mark.parametrize("power", [-40, -1, 0, 1, 40])
+def test_divisors(power: int) -> None:
+    for factor, expected in ((1.0, power), (1.25, power + 1), (0.75, power)):
+        weights = torch.tensor([0.0, -factor, factor / 2]) * 2.0**power
+        assert divisor_of(weights) == 2.0**expected
+    assert divisor_of(torch.zeros(3)) == 1
+
+
+def test_weights_as_the_core_takes_them() -> None:
+    weights = torch.tensor([-3.0, 0.5, 1.0]).repeat(23)[:65]
+    squares, factor = padded_squares(weights, torch.bfloat16)
+    assert factor is None
+    assert torch.equal(squares, torch.cat([weights.square(), torch.zeros(63)]))
+    scaled, factor = padded_squares(weights, torch.float16)
+    assert factor == 16
+    assert torch.equal(scaled * 16, squares)
+    assert len(padded_squares(weights[:64], torch.float16)[0]) == 64
+
+
 def test_a_kernel_without_weights_says_so() -> None:
     weighted, plain = (Problem(torch.device("cuda"), torch.bfloat16, (4, 8), own) for own in (True, False))
     assert UNWEIGHTED in HESSIAN.kernels["cuda"].requirements
-    assert UNWEIGHTED.reason(weighted) == "the rows have weights, and this kernel takes none"
+    assert UNWEIGHTED.reason(weighted) == "the rows have weights, which this kernel is not used with"
     assert (UNWEIGHTED.holds(weighted), UNWEIGHTED.holds(plain)) == (False, True)
     assert choose("hessian", torch.ones(4, 8), weighted=True).backend == "reference"
 
