@@ -5,6 +5,9 @@ centres every tile of `tile_rows` rows on the tile's own mean and merges it into
 Golub & LeVeque 1983), all in float32 registers. Stage 2 merges the chunks, and then the running state, in
 fixed order. When there is one chunk, stage 1 merges into the state itself and stage 2 is not launched.
 
+With weights of rows, of which `weights` holds the square roots, a row counts w² where it else counts 1, and the
+chunks' Σ w² are partial results like their means. Kernels without weights are compiled without them.
+
 Nothing is added atomically and the chunks depend on nothing but the shape and the device: the same input
 gives the same bits.
 """
@@ -80,6 +83,27 @@ def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
+def merge_weighted(total_a, mean_a, m2_a, total_b, mean_b, m2_b):
+    """As merge_moments, for totals of weights, which may both be 0."""
+    fraction = tl.where(total_b > 0, total_b / (total_a + total_b), 0.0)
+    delta = mean_b - mean_a
+    return mean_a + delta * fraction, m2_a + m2_b + delta * delta * (total_a * fraction)
+
+
+@triton.jit
+def weighted_moments(values, roots):
+    """Σ w², mean and M2 of a tile [rows, channels], whose roots w [rows] are 0 in rows that are not there.
+
+    The total is summed for each channel: what one thread needs it computes, and no thread asks another.
+    """
+    squares = tl.broadcast_to((roots * roots)[:, None], values.shape)
+    total = tl.sum(squares, 0)
+    mean = tl.sum(values * squares, 0) * tl.where(total > 0, 1.0 / total, 0.0)
+    centred = values - mean[None, :]
+    return total, mean, tl.sum(centred * centred * squares, 0)
+
+
+@triton.jit
 def tiles_of_chunk(x, row_stride, tiles_per_chunk, longer_chunks, TILE_ROWS: tl.constexpr, TILE_CHANNELS: tl.constexpr):
     """What the program (block of channels, chunk of rows) reads, with the arguments of chunk_moments.
 
@@ -108,6 +132,9 @@ def chunk_moments(
     longer_chunks,
     tail_rows,  # rows after the last full tile; the last chunk takes them
     count,  # float32: rows already in the state; read with MERGE_STATE only
+    weights,  # float32 [rows], or None, as the next two
+    total,  # float64 scalar: the weights in the state, instead of count
+    out_total,  # float32 [chunks]; written unless MERGE_STATE
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -123,6 +150,10 @@ def chunk_moments(
 
     mean = tl.zeros((TILE_CHANNELS,), tl.float32)
     m2 = tl.zeros((TILE_CHANNELS,), tl.float32)
+    if weights is not None:
+        seen = tl.zeros((TILE_CHANNELS,), tl.float32)
+        root = weights + (chunk * tiles_per_chunk + tl.minimum(chunk, longer_chunks)).to(tl.int64) * TILE_ROWS
+        root += tl.arange(0, TILE_ROWS)
     # A loop without a dot is pipelined only when tl.range is told so (Triton 3.6).
     for index in tl.range(0, tiles, num_stages=STAGES):
         if WHOLE_BLOCKS:
@@ -131,13 +162,19 @@ def chunk_moments(
             values = tl.load(tile + offsets, mask=inside[None, :], other=0.0, eviction_policy="evict_first").to(
                 tl.float32
             )
-        tile_mean = tl.sum(values, 0) * (1.0 / TILE_ROWS)
-        centred = values - tile_mean[None, :]
-        # Full tiles weigh the same, so n_b / (n_a + n_b) = 1 / (index + 1).
-        fraction = 1.0 / tl.cast(index + 1, tl.float32)
-        delta = tile_mean - mean
-        mean += delta * fraction
-        m2 += tl.sum(centred * centred, 0) + delta * delta * (tl.cast(index * TILE_ROWS, tl.float32) * fraction)
+        if weights is not None:
+            tile_total, tile_mean, tile_m2 = weighted_moments(values, tl.load(root))
+            mean, m2 = merge_weighted(seen, mean, m2, tile_total, tile_mean, tile_m2)
+            seen += tile_total
+            root += TILE_ROWS
+        else:
+            tile_mean = tl.sum(values, 0) * (1.0 / TILE_ROWS)
+            centred = values - tile_mean[None, :]
+            # Full tiles weigh the same, so n_b / (n_a + n_b) = 1 / (index + 1).
+            fraction = 1.0 / tl.cast(index + 1, tl.float32)
+            delta = tile_mean - mean
+            mean += delta * fraction
+            m2 += tl.sum(centred * centred, 0) + delta * delta * (tl.cast(index * TILE_ROWS, tl.float32) * fraction)
         tile += TILE_ROWS * stride
 
     if EARLY_MERGE:
@@ -146,16 +183,28 @@ def chunk_moments(
     if (chunk == tl.num_programs(1) - 1) & (tail_rows > 0):
         present = (tl.arange(0, TILE_ROWS) < tail_rows)[:, None] & inside[None, :]
         values = tl.load(tile + offsets, mask=present, other=0.0).to(tl.float32)
-        tail_mean = tl.sum(values, 0) / tail_rows.to(tl.float32)
-        centred = tl.where(present, values - tail_mean[None, :], 0.0)
-        tail_m2 = tl.sum(centred * centred, 0)
-        mean, m2 = merge_moments(rows.to(tl.float32), mean, m2, tail_rows.to(tl.float32), tail_mean, tail_m2)
-        rows += tail_rows
+        if weights is not None:
+            roots = tl.load(root, mask=tl.arange(0, TILE_ROWS) < tail_rows, other=0.0)
+            tail_total, tail_mean, tail_m2 = weighted_moments(values, roots)
+            mean, m2 = merge_weighted(seen, mean, m2, tail_total, tail_mean, tail_m2)
+            seen += tail_total
+        else:
+            tail_mean = tl.sum(values, 0) / tail_rows.to(tl.float32)
+            centred = tl.where(present, values - tail_mean[None, :], 0.0)
+            tail_m2 = tl.sum(centred * centred, 0)
+            mean, m2 = merge_moments(rows.to(tl.float32), mean, m2, tail_rows.to(tl.float32), tail_mean, tail_m2)
+            rows += tail_rows
 
     if MERGE_STATE:
         state_mean = tl.load(out_mean + channel, mask=inside, other=0.0)
         state_m2 = tl.load(out_m2 + channel, mask=inside, other=0.0)
-        mean, m2 = merge_moments(count, state_mean, state_m2, rows.to(tl.float32), mean, m2)
+        if weights is not None:
+            before = tl.load(total).to(tl.float32)
+            mean, m2 = merge_weighted(before, state_mean, state_m2, seen, mean, m2)
+        else:
+            mean, m2 = merge_moments(count, state_mean, state_m2, rows.to(tl.float32), mean, m2)
+    elif weights is not None:
+        tl.store(out_total + chunk + channel, seen, mask=channel == 0)
     out = chunk.to(tl.int64) * channels + channel
     tl.store(out_mean + out, mean, mask=inside)
     tl.store(out_m2 + out, m2, mask=inside)
@@ -173,6 +222,8 @@ def merge_chunks(
     longer_chunks,
     tail_rows,
     count,  # float32: rows already in the state
+    total,  # float64 scalar: the weights in the state, instead of count; or None, as the next
+    chunk_total,  # float32 [chunks]: weights, instead of rows
     TILE_ROWS: tl.constexpr,  # rows of a tile of stage 1
     GROUP: tl.constexpr,  # chunks merged at a time
     BLOCK_CHANNELS: tl.constexpr,
@@ -182,6 +233,8 @@ def merge_chunks(
     inside = channel < channels
     mean = tl.load(state_mean + channel, mask=inside, other=0.0)
     m2 = tl.load(state_m2 + channel, mask=inside, other=0.0)
+    if chunk_total is not None:
+        count = tl.load(total).to(tl.float32)
     if EARLY_MERGE:
         gdc_wait()  # until every program of stage 1 has ended and what it stored can be read
     for first in tl.range(0, chunks, GROUP):
@@ -190,14 +243,22 @@ def merge_chunks(
         offsets = chunk.to(tl.int64)[:, None] * channels + channel[None, :]  # [GROUP, BLOCK_CHANNELS]
         means = tl.load(chunk_mean + offsets, mask=present, other=0.0)
         m2s = tl.load(chunk_m2 + offsets, mask=present, other=0.0)
-        rows = (tiles_per_chunk + (chunk < longer_chunks).to(tl.int32)) * TILE_ROWS
-        rows += tl.where(chunk == chunks - 1, tail_rows, 0)
-        weight = tl.where(chunk < chunks, rows, 0).to(tl.float32)[:, None]
-        group_count = tl.sum(weight)
-        group_mean = tl.sum(means * weight, 0) / group_count
+        if chunk_total is not None:
+            weight = tl.load(chunk_total + chunk, mask=chunk < chunks, other=0.0)[:, None]
+            group_count = tl.sum(weight)
+            group_mean = tl.sum(means * weight, 0) * tl.where(group_count > 0, 1.0 / group_count, 0.0)
+        else:
+            rows = (tiles_per_chunk + (chunk < longer_chunks).to(tl.int32)) * TILE_ROWS
+            rows += tl.where(chunk == chunks - 1, tail_rows, 0)
+            weight = tl.where(chunk < chunks, rows, 0).to(tl.float32)[:, None]
+            group_count = tl.sum(weight)
+            group_mean = tl.sum(means * weight, 0) / group_count
         centred = tl.where(present, means - group_mean[None, :], 0.0)
         group_m2 = tl.sum(m2s + weight * centred * centred, 0)
-        mean, m2 = merge_moments(count, mean, m2, group_count, group_mean, group_m2)
+        if chunk_total is not None:
+            mean, m2 = merge_weighted(count, mean, m2, group_count, group_mean, group_m2)
+        else:
+            mean, m2 = merge_moments(count, mean, m2, group_count, group_mean, group_m2)
         count += group_count
     tl.store(state_mean + channel, mean, mask=inside)
     tl.store(state_m2 + channel, m2, mask=inside)
@@ -247,11 +308,14 @@ def channel_moments_triton(
     m2: torch.Tensor,
     configuration: Configuration,
     multiprocessors: int,
+    weights: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
 ) -> None:
     """Merge the rows of x into the state.
 
     x: [rows, channels] bf16, fp16 or fp32, unit stride in channels, any row stride, at least one row.
     count: rows already in the state. mean, m2: float32 [channels], contiguous, changed in place.
+    weights: float32 [rows], contiguous, and total: float64 scalar, Σ w² already in the state; or None, both.
     The device of x is current.
     """
     rows, channels = x.shape
@@ -263,6 +327,9 @@ def channel_moments_triton(
     else:
         # [2, chunks, channels], every element written by stage 1 before stage 2 reads it
         chunk_mean, chunk_m2 = torch.empty(2, chunks.count, channels, dtype=torch.float32, device=x.device)
+    chunk_total = None
+    if weights is not None and not merge_state:
+        chunk_total = torch.empty(chunks.count, dtype=torch.float32, device=x.device)
     division = (chunks.tiles, chunks.longer, chunks.tail_rows, float(count))
     chunk_moments[(triton.cdiv(channels, configuration.tile_channels), chunks.count)](
         x,
@@ -271,6 +338,9 @@ def channel_moments_triton(
         channels,
         x.stride(0),
         *division,
+        weights,
+        total,
+        chunk_total,
         TILE_ROWS=configuration.tile_rows,
         TILE_CHANNELS=configuration.tile_channels,
         STAGES=configuration.stages,
@@ -289,6 +359,8 @@ def channel_moments_triton(
         channels,
         chunks.count,
         *division,
+        total,
+        chunk_total,
         TILE_ROWS=configuration.tile_rows,
         GROUP=MERGE_GROUP,
         BLOCK_CHANNELS=MERGE_CHANNELS,

@@ -1,4 +1,4 @@
-"""Second moments in Triton: lower += xᵀx where row ≥ column, and sums += Σ x, for x [rows, channels].
+"""Second moments in Triton: lower += Σ w² x xᵀ where row ≥ column, and sums += Σ w² x, for x [rows, channels].
 
 One program computes one tile of the triangle over all rows, or over a part of them: the tiles that would leave the
 last wave of programs mostly empty are cut along the rows; all parts but the first go to a workspace, and a second
@@ -9,6 +9,11 @@ Tensor cores cut off the low bits of an accumulator at every step, and a diagona
 diag(H) drifts by −5e-6 when the accumulator is kept for 2048 rows, −2.7e-5 for 8192, −5.5e-3 for all (H200, bf16).
 The accumulator therefore never runs over more than FLUSH_ROWS rows, and is then added to a total in registers,
 rounded to nearest.
+
+Weights, of which `weights` holds the square roots w, multiply one operand of a product on its way through registers:
+w² x is exact in the rows' type where w is a power of two, and the other operand stays in shared memory, which wgmma
+demands. float16 has too few exponents for w²: its weights are divided by a power of two not below the largest one,
+and the accumulators multiplied by it again. Kernels without weights are compiled without them.
 
 The sums are a pass of their own: a block of x that feeds both a product and a sum gets one buffer too few from
 Triton 3.6, whose next load then overwrites what wgmma still reads.
@@ -25,6 +30,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..ops.row_weights import divisor_of
 from ..ops.tuning import tuned_configuration
 from .channel_moments import configuration_for as moments_configuration
 from .channel_moments import divide_rows, tiles_of_chunk
@@ -108,11 +114,24 @@ def work_of(program, whole_tiles, split_tiles):
     return tile, part, split - split_tiles
 
 
-@triton.jit(do_not_specialize=["steps", "part_steps", "flush_steps", "tile_rows", "whole_tiles", "split_tiles"])
+@triton.jit
+def weighted(block, weights, divisor, first, rows):
+    """w² times the rows of a block [DEPTH, TILE], which begins at row `first`, in its type."""
+    row = first + tl.arange(0, block.shape[0])
+    roots = tl.load(weights + row, mask=row < rows, other=0.0)
+    if divisor is not None:
+        roots *= 1.0 / tl.load(divisor)
+    return (block.to(tl.float32) * (roots * roots)[:, None]).to(block.dtype)
+
+
+@triton.jit(do_not_specialize=["rows", "steps", "part_steps", "flush_steps", "tile_rows", "whole_tiles", "split_tiles"])
 def hessian_tma(
     x,  # descriptor of [rows, channels], blocks [DEPTH, TILE]
     lower,  # descriptor of float32 [channels, channels], blocks [TILE, TILE]
     workspace,  # descriptor of float32 [slots · TILE, TILE], zeros, blocks as in `lower`
+    weights,  # float32 [rows], or None
+    divisor,  # float32 scalar, a power of two that weights are divided by, or None
+    rows,
     steps,  # blocks of DEPTH rows in x
     part_steps,  # blocks in a part of a split tile
     flush_steps,  # blocks that the accumulator may run over
@@ -137,6 +156,8 @@ def hessian_tma(
     for step in tl.range(first, last):
         left = x.load([step * DEPTH, row])  # [DEPTH, TILE]
         right = x.load([step * DEPTH, column])
+        if weights is not None:
+            left = weighted(left, weights, divisor, step * DEPTH, rows)
         accumulator = tl.dot(left.T, right, accumulator)
         until_flush -= 1
         if (until_flush == 0) & (step + 1 < last):
@@ -144,6 +165,8 @@ def hessian_tma(
             accumulator = tl.zeros((TILE, TILE), tl.float32)
             until_flush = flush_steps
     accumulator += total
+    if divisor is not None:
+        accumulator *= tl.load(divisor) * tl.load(divisor)
     if part == 0:
         lower.atomic_add([row, column], accumulator)
     else:
@@ -167,6 +190,8 @@ def hessian_pointers(
     x,  # [rows, channels]
     lower,  # float32 [channels, channels]
     workspace,  # float32 [slots, TILE, TILE]
+    weights,  # as in hessian_tma
+    divisor,
     rows,
     channel_units,  # channels / UNIT
     stride_units,  # elements from row to row / UNIT
@@ -203,6 +228,8 @@ def hessian_pointers(
         block = x + (step * DEPTH + depth).to(tl.int64)[:, None] * stride
         left = tl.load(block + row[None, :], mask=present & (row < channels)[None, :], other=0.0)
         right = tl.load(block + column[None, :], mask=present & (column < channels)[None, :], other=0.0)
+        if weights is not None:
+            left = weighted(left, weights, divisor, step * DEPTH, rows)
         accumulator = tl.dot(left.T, right, accumulator, input_precision=PRECISION)
         if FLUSH:
             until_flush -= 1
@@ -212,6 +239,8 @@ def hessian_pointers(
                 until_flush = flush_steps
     if FLUSH:
         accumulator += total
+    if divisor is not None:
+        accumulator *= tl.load(divisor) * tl.load(divisor)
     if part == 0:
         out = lower + row.to(tl.int64)[:, None] * channels + column[None, :]
         inside = (row < channels)[:, None] & (column < channels)[None, :]
@@ -254,6 +283,7 @@ def add_parts(
 def chunk_sums(
     x,  # [rows, channels], row_stride elements from row to row
     out,  # float32 [chunks, channels]
+    weights,  # float32 [rows], or None
     channels,
     row_stride,
     tiles_per_chunk,  # as in channel_moments.chunk_moments
@@ -263,20 +293,32 @@ def chunk_sums(
     TILE_CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Σ x over every chunk of rows."""
+    """Σ w² x over every chunk of rows."""
     channel, tiles, tile, offsets, stride = tiles_of_chunk(
         x, row_stride, tiles_per_chunk, longer_chunks, TILE_ROWS, TILE_CHANNELS
     )
     inside = channel < channels
     sums = tl.zeros((TILE_CHANNELS,), tl.float32)
+    chunk = tl.program_id(1)
+    if weights is not None:
+        root = weights + (chunk * tiles_per_chunk + tl.minimum(chunk, longer_chunks)).to(tl.int64) * TILE_ROWS
+        root += tl.arange(0, TILE_ROWS)
     # A loop without a dot is pipelined only when tl.range is told so (Triton 3.6).
     for _ in tl.range(0, tiles, num_stages=STAGES):
-        sums += tl.sum(tl.load(tile + offsets, mask=inside[None, :], other=0.0).to(tl.float32), 0)
+        values = tl.load(tile + offsets, mask=inside[None, :], other=0.0).to(tl.float32)
+        if weights is not None:
+            roots = tl.load(root)
+            values *= (roots * roots)[:, None]
+            root += TILE_ROWS
+        sums += tl.sum(values, 0)
         tile += TILE_ROWS * stride
-    chunk = tl.program_id(1)
     if (chunk == tl.num_programs(1) - 1) & (tail_rows > 0):
         present = (tl.arange(0, TILE_ROWS) < tail_rows)[:, None] & inside[None, :]
-        sums += tl.sum(tl.load(tile + offsets, mask=present, other=0.0).to(tl.float32), 0)
+        values = tl.load(tile + offsets, mask=present, other=0.0).to(tl.float32)
+        if weights is not None:
+            roots = tl.load(root, mask=tl.arange(0, TILE_ROWS) < tail_rows, other=0.0)
+            values *= (roots * roots)[:, None]
+        sums += tl.sum(values, 0)
     tl.store(out + chunk.to(tl.int64) * channels + channel, sums, mask=inside)
 
 
@@ -364,12 +406,14 @@ def hessian_triton(
     sums: torch.Tensor | None,
     configuration: Configuration,
     multiprocessors: int,
+    weights: torch.Tensor | None = None,
 ) -> None:
-    """lower += xᵀx where row ≥ column; sums += Σ x unless None.
+    """lower += Σ w² x xᵀ where row ≥ column; sums += Σ w² x unless None.
 
     x: [rows, channels] bf16, fp16 or fp32, unit stride in channels, any row stride, at least one row.
     lower: float32 [channels, channels], contiguous; above its diagonal anything may be written. sums: float32
-    [channels], contiguous. The device of x is current. A configuration with `tma` needs read_unit(x) = 8.
+    [channels], contiguous. weights: float32 [rows], contiguous, w; None: 1. The device of x is current. A
+    configuration with `tma` needs read_unit(x) = 8.
     """
     rows, channels = x.shape
     tile = configuration.tile
@@ -381,6 +425,7 @@ def hessian_triton(
     if division.slots:
         workspace = torch.zeros(division.slots * tile, tile, dtype=torch.float32, device=x.device)
     longest = division.part_steps if not division.whole else steps
+    divisor = divisor_of(weights) if weights is not None and x.dtype == torch.float16 else None
     lengths = (steps, division.part_steps, flush_steps_for(longest, configuration.depth))
     shape = {"TILE": tile, "BAND": configuration.band}
     options = {"DEPTH": configuration.depth, "num_warps": configuration.warps, "num_stages": configuration.stages}
@@ -389,6 +434,9 @@ def hessian_triton(
             TensorDescriptor(x, [rows, channels], [row_stride_of(x), 1], [configuration.depth, tile]),
             TensorDescriptor(lower, [channels, channels], [channels, 1], [tile, tile]),
             TensorDescriptor(workspace, list(workspace.shape), [workspace.shape[1], 1], [tile, tile]),
+            weights,
+            divisor,
+            rows,
             *lengths,
             *tiles,
             **shape,
@@ -400,6 +448,8 @@ def hessian_triton(
             x,
             lower,
             workspace,
+            weights,
+            divisor,
             rows,
             channels // unit,
             row_stride_of(x) // unit,
@@ -416,11 +466,13 @@ def hessian_triton(
             lower, workspace, channels, division.parts, *tiles, STRIP=STRIP_ROWS, **shape, num_warps=4
         )
     if sums is not None:
-        column_sums_triton(x, sums, multiprocessors)
+        column_sums_triton(x, sums, multiprocessors, weights)
 
 
-def column_sums_triton(x: torch.Tensor, sums: torch.Tensor, multiprocessors: int) -> None:
-    """sums += Σ x. x: [rows, channels], at least one row; sums: float32 [channels], contiguous."""
+def column_sums_triton(
+    x: torch.Tensor, sums: torch.Tensor, multiprocessors: int, weights: torch.Tensor | None = None
+) -> None:
+    """sums += Σ w² x. x: [rows, channels], at least one row; sums: float32 [channels], weights: [rows], contiguous."""
     rows, channels = x.shape
     configuration = moments_configuration((9, 0), x.element_size())
     chunks = divide_rows(rows, channels, multiprocessors, configuration)
@@ -428,6 +480,7 @@ def column_sums_triton(x: torch.Tensor, sums: torch.Tensor, multiprocessors: int
     chunk_sums[(triton.cdiv(channels, configuration.tile_channels), chunks.count)](
         x,
         partial,
+        weights,
         channels,
         row_stride_of(x),
         chunks.tiles,

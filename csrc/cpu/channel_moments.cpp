@@ -66,9 +66,18 @@ void run_pieces(int64_t pieces, int threads, const Piece& piece) {
   work();
 }
 
+// What the rows of a chunk count: one each, or their weights.
+double total_of_chunk(const Partition& partition, int64_t chunk, const float* roots) {
+  const int64_t begin = partition.chunk_begin(chunk), end = partition.chunk_begin(chunk + 1);
+  if (roots == nullptr) return static_cast<double>(end - begin);
+  double total = 0;
+  for (int64_t row = begin; row < end; ++row) total += roots[row] * roots[row];
+  return total;
+}
+
 }  // namespace
 
-void channel_moments_cpu(const Rows& x, const MomentsState& state, int threads) {
+void channel_moments_cpu(const Rows& x, const MomentsState& state, int threads, const RowWeights& weights) {
   if (x.rows == 0 || x.channels == 0) return;
   const Partition partition(x.rows, x.channels);
   const BlockMoments kernel = choose_kernel(x.dtype);
@@ -87,16 +96,22 @@ void channel_moments_cpu(const Rows& x, const MomentsState& state, int threads) 
     const int64_t begin = partition.chunk_begin(chunk);
     const int64_t offset = chunk * plane + block * COLUMN_BLOCK;
     const char* start = static_cast<const char*>(x.x) + (begin * x.row_stride + block * COLUMN_BLOCK) * size;
-    kernel(start, partition.chunk_begin(chunk + 1) - begin, x.row_stride, partition.block_columns(block),
-           means.data() + offset, m2s.data() + offset);
+    kernel(start, weights.roots == nullptr ? nullptr : weights.roots + begin, partition.chunk_begin(chunk + 1) - begin,
+           x.row_stride, partition.block_columns(block), means.data() + offset, m2s.data() + offset);
   });
 
+  std::vector<double> totals(partition.chunks);
+  for (int64_t chunk = 0; chunk < partition.chunks; ++chunk) {
+    totals[chunk] = total_of_chunk(partition, chunk, weights.roots);
+  }
+  const double before = weights.roots == nullptr || state.count == 0 ? static_cast<double>(state.count) : *weights.total;
   for (int64_t c = 0; c < x.channels; ++c) {
-    double count = static_cast<double>(state.count);
+    double count = before;
     double mean = state.count > 0 ? state.mean[c] : 0.0;
     double m2 = state.count > 0 ? state.m2[c] : 0.0;
     for (int64_t chunk = 0; chunk < partition.chunks; ++chunk) {
-      const double rows = static_cast<double>(partition.chunk_begin(chunk + 1) - partition.chunk_begin(chunk));
+      const double rows = totals[chunk];
+      if (rows == 0) continue;
       const double weight = rows / (count + rows);
       const double delta = means[chunk * plane + c] - mean;
       mean += delta * weight;

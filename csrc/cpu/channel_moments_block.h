@@ -8,7 +8,9 @@ namespace pyprune {
 constexpr int COLUMN_BLOCK = 1024;
 
 // Moments of [rows, columns], columns <= COLUMN_BLOCK. Writes mean and m2 up to the next vector boundary.
-using BlockMoments = void (*)(const void* x, int64_t rows, int64_t row_stride, int columns, float* mean, float* m2);
+// roots: square roots of the rows' weights, [rows]; null where every row weighs 1.
+using BlockMoments = void (*)(const void* x, const float* roots, int64_t rows, int64_t row_stride, int columns,
+                              float* mean, float* m2);
 
 struct BlockMomentsTable {
   BlockMoments float32, bfloat16, float16;

@@ -69,7 +69,10 @@ void prepare_current_device() {
     throw std::runtime_error("hessian: this kernel needs a device of compute capability 9.0, device " +
                              std::to_string(device) + " has " + std::to_string(major) + "." + std::to_string(minor));
   }
-  check(cudaFuncSetAttribute(accumulate_hessian<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::BYTES));
+  check(cudaFuncSetAttribute(accumulate_hessian<Element, false>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             Layout::BYTES));
+  check(cudaFuncSetAttribute(accumulate_hessian<Element, true>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             Layout::WEIGHTED_BYTES));
   prepared[device] = true;
 }
 
@@ -81,11 +84,14 @@ size_t workspace_bytes(int64_t channels) {
 }
 
 template <typename Element>
-void launch(const Rows& x, const HessianState& hessian, void* workspace, int multiprocessors, cudaStream_t stream) {
+void launch(const Rows& x, const HessianState& hessian, void* workspace, int multiprocessors, cudaStream_t stream,
+            const HessianWeights& weights) {
   prepare_current_device<Element>();
   const int clusters = clusters_of(multiprocessors);
   const Plan plan = make_plan(x.rows, x.channels, clusters);
-  const Arguments arguments = {plan, static_cast<int>(x.channels), hessian.sums, static_cast<Workspace*>(workspace)};
+  const Arguments arguments = {plan, static_cast<int>(x.channels), hessian.sums, static_cast<Workspace*>(workspace),
+                               weights};
+  const bool weighted = weights.weights != nullptr;
   // The driver takes no stride shorter than a row, though one row has no use for it.
   const int64_t row_stride = x.rows == 1 ? x.channels : x.row_stride;
   const CUtensorMap x_map =
@@ -103,11 +109,12 @@ void launch(const Rows& x, const HessianState& hessian, void* workspace, int mul
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(BLOCKS * std::min(clusters, plan.units())));
   config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = Layout::BYTES;
+  config.dynamicSmemBytes = weighted ? Layout::WEIGHTED_BYTES : Layout::BYTES;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, accumulate_hessian<Element>, x_map, lower_map, arguments));
+  const auto kernel = weighted ? accumulate_hessian<Element, true> : accumulate_hessian<Element, false>;
+  check(cudaLaunchKernelEx(&config, kernel, x_map, lower_map, arguments));
 }
 
 }  // namespace
@@ -117,11 +124,11 @@ size_t hessian_update_cuda_workspace(int64_t rows, int64_t channels, int) {
 }
 
 void hessian_update_cuda(const Rows& x, const HessianState& hessian, void* workspace, int multiprocessors,
-                         CUstream_st* stream) {
+                         CUstream_st* stream, const HessianWeights& weights) {
   if (x.rows == 0 || x.channels == 0) return;
   switch (x.dtype) {
-    case DType::bfloat16: launch<__nv_bfloat16>(x, hessian, workspace, multiprocessors, stream); break;
-    case DType::float16: launch<__half>(x, hessian, workspace, multiprocessors, stream); break;
+    case DType::bfloat16: launch<__nv_bfloat16>(x, hessian, workspace, multiprocessors, stream, weights); break;
+    case DType::float16: launch<__half>(x, hessian, workspace, multiprocessors, stream, weights); break;
     case DType::float32: throw std::runtime_error("hessian: rows must be bfloat16 or float16");
   }
 }

@@ -59,7 +59,11 @@ struct Layout {
   static constexpr int ANNOUNCED = EMPTY + STAGES * 8;
   static constexpr int UNITS = static_cast<int>(ceil_div(ANNOUNCED + ANNOUNCED_UNITS * 8, 16) * 16);
   static constexpr int BYTES = UNITS + ANNOUNCED_UNITS * 16;
-  static_assert(BYTES <= 227 * 1024);
+  // Of rows with weights: those of each stage.
+  static constexpr int WEIGHTS = BYTES;
+  static constexpr int WEIGHTS_BYTES = STAGE_ROWS * 4;
+  static constexpr int WEIGHTED_BYTES = WEIGHTS + STAGES * WEIGHTS_BYTES;
+  static_assert(WEIGHTED_BYTES <= 227 * 1024);
   static_assert(ANNOUNCED_UNITS >= STAGES + 3);
 };
 
@@ -75,6 +79,7 @@ struct Arguments {
   int channels;
   float* sums;
   Workspace* workspace;
+  HessianWeights weights;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -86,6 +91,7 @@ constexpr int MAY_ADD = 1;                              // one for each group
 constexpr int ADDED = MAY_ADD + GROUPS;                 // one for each group
 constexpr int BUFFER_EMPTY = ADDED + GROUPS;            // two for each group
 constexpr int BUFFER_FULL = BUFFER_EMPTY + 2 * GROUPS;  // two for each group
+constexpr int WEIGHED = BUFFER_FULL + 2 * GROUPS;       // one for each group
 constexpr int GROUP_AND_HELPER = GROUP + WARP;
 
 // A place in the ring of stages, and the parity of the phase that fills it.
@@ -111,6 +117,7 @@ struct Shared {
   __device__ uint32_t row_box(int stage, int box) const {
     return base + stage * Layout::STAGE_BYTES + box * Layout::BOX_BYTES;
   }
+  __device__ uint32_t weights(int stage) const { return base + Layout::WEIGHTS + stage * Layout::WEIGHTS_BYTES; }
   __device__ uint32_t column_box(int stage, int box) const { return row_box(stage, BLOCK_BOXES + box); }
   __device__ uint32_t flush_buffer(int group, int buffer) const {
     return base + Layout::FLUSH_BUFFERS + (group * 2 + buffer) * FLUSH_BUFFER_BYTES;
@@ -149,6 +156,7 @@ __device__ Unit dealt_unit(const Plan& plan, uint32_t ticket) {
 
 // One thread of each block. Block 0's also deals the units: in order, so that whoever waits for an earlier chunk of a
 // tile waits for a cluster that is already at work on it.
+template <bool WEIGHTED>
 __device__ void load(const Shared& shared, const CUtensorMap& x, const Arguments& arguments, int block) {
   uint32_t* const next_unit = &arguments.workspace->next_unit;
   constexpr uint16_t BOTH_BLOCKS = (1 << BLOCKS) - 1;
@@ -166,7 +174,11 @@ __device__ void load(const Shared& shared, const CUtensorMap& x, const Arguments
       const int row = (unit.first_step + step) * STAGE_ROWS;
       const uint32_t full = shared.full(ring.stage);
       barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
-      barrier_arrive_expecting(full, diagonal ? BOXES * Layout::BOX_BYTES : Layout::STAGE_BYTES);
+      constexpr int WEIGHTS_BYTES = WEIGHTED ? Layout::WEIGHTS_BYTES : 0;
+      barrier_arrive_expecting(full, (diagonal ? BOXES * Layout::BOX_BYTES : Layout::STAGE_BYTES) + WEIGHTS_BYTES);
+      if constexpr (WEIGHTED) {
+        load_bytes(shared.weights(ring.stage), arguments.weights.weights + row, WEIGHTS_BYTES, full);
+      }
 #pragma unroll
       for (int box = first_box; box < first_box + BLOCK_BOXES; ++box) {
         load_box_into(BOTH_BLOCKS, shared.column_box(ring.stage, box), x, unit.tile_column * TILE + box * BOX, row,
@@ -191,6 +203,21 @@ __device__ float2 unpack(uint32_t pair, __nv_bfloat16) {
 }
 __device__ float2 unpack(uint32_t pair, __half) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
 
+__device__ uint32_t pack(float2 pair, __nv_bfloat16) {
+  const __nv_bfloat162 packed = __float22bfloat162_rn(pair);
+  return reinterpret_cast<const uint32_t&>(packed);
+}
+__device__ uint32_t pack(float2 pair, __half) {
+  const __half2 packed = __float22half2_rn(pair);
+  return reinterpret_cast<const uint32_t&>(packed);
+}
+
+__device__ float load_shared(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // A group sums the 64 columns of one box, a warp 16 of them, a lane 8 of them over every 16th row.
 template <typename Element>
 struct ColumnSums {
@@ -201,7 +228,9 @@ struct ColumnSums {
   static __device__ int row(int lane) { return lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8; }
   static __device__ int group16(int warp, int lane) { return warp * 2 + lane % 2; }
 
-  __device__ void add(uint32_t box, int warp, int lane) {
+  // weights: those of the rows, if they have any.
+  template <bool WEIGHTED>
+  __device__ void add(uint32_t box, uint32_t weights, int warp, int lane) {
 #pragma unroll
     for (int r = row(lane); r < STAGE_ROWS; r += ROW_LANES) {
       uint32_t pairs[4];
@@ -212,8 +241,14 @@ struct ColumnSums {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 pair = unpack(pairs[i], Element());
-        sums[2 * i] += pair.x;
-        sums[2 * i + 1] += pair.y;
+        if constexpr (WEIGHTED) {
+          const float weight = load_shared(weights + r * 4);
+          sums[2 * i] += weight * pair.x;
+          sums[2 * i + 1] += weight * pair.y;
+        } else {
+          sums[2 * i] += pair.x;
+          sums[2 * i + 1] += pair.y;
+        }
       }
     }
   }
@@ -243,6 +278,34 @@ struct Worker {
   __device__ int row() const { return warp * 16 + lane / 4; }
 };
 
+// Times their weights, the rows of a box, by the group that alone multiplies with the result; `to` may be `from`.
+// A second operand in registers would save shared memory's bandwidth, but with 128 registers of sums ptxas (CUDA 13.0)
+// finds too few for it and has the products wait for each other.
+template <typename Element>
+__device__ __forceinline__ void weigh(uint32_t to, uint32_t from, uint32_t weights, const Worker& me) {
+  constexpr int VECTORS = BOX * 2 / 16;  // of a row
+  const int thread = me.warp * WARP + me.lane;
+#pragma unroll
+  for (int v = thread; v < STAGE_ROWS * VECTORS; v += GROUP) {
+    uint32_t pairs[4];
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                 : "r"(from + v * 16)
+                 : "memory");
+    const float weight = load_shared(weights + v / VECTORS * 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack(pairs[i], Element());
+      pairs[i] = pack(make_float2(pair.x * weight, pair.y * weight), Element());
+    }
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + v * 16), "r"(pairs[0]), "r"(pairs[1]),
+                 "r"(pairs[2]), "r"(pairs[3])
+                 : "memory");
+  }
+  copy_engine_fence_for_shared();
+  named_sync(WEIGHED + me.group, GROUP);
+}
+
 // Into the buffers, 32 columns at a time; the helper hands them on. Rows of 128 bytes, swizzled as in the map.
 template <int N>
 __device__ __forceinline__ void flush(const float (&sum)[N / 2], const Worker& me, const Shared& shared) {
@@ -265,7 +328,7 @@ __device__ __forceinline__ void flush(const float (&sum)[N / 2], const Worker& m
 }
 
 // A group's part of one unit: 64 rows by the tile's first N columns.
-template <typename Element, int N, bool DIAGONAL>
+template <typename Element, int N, bool DIAGONAL, bool WEIGHTED>
 __device__ __forceinline__ void multiply(const Shared& shared, Ring& ring, const Unit& unit, const Worker& me,
                                          const Arguments& arguments) {
   constexpr int PRODUCT_ROWS = 16;
@@ -283,7 +346,12 @@ __device__ __forceinline__ void multiply(const Shared& shared, Ring& ring, const
   for (int step = 0; step < unit.steps; ++step, ring.advance()) {
     const int stage = ring.stage;
     barrier_wait(shared.full(stage), ring.parity);
-    const uint32_t rows = DIAGONAL ? shared.column_box(stage, N / BAND - 1) : shared.row_box(stage, me.group);
+    uint32_t rows = DIAGONAL ? shared.column_box(stage, N / BAND - 1) : shared.row_box(stage, me.group);
+    if constexpr (WEIGHTED) {
+      // On the diagonal the rows are columns too, of both groups, and the place of other tiles' rows is free.
+      weigh<Element>(shared.row_box(stage, me.group), rows, shared.weights(stage), me);
+      rows = shared.row_box(stage, me.group);
+    }
     const uint64_t a = product_operand(rows, Layout::BOX_BYTES);
     const uint64_t b = product_operand(shared.column_box(stage, 0), Layout::BOX_BYTES);
     products_begin();
@@ -294,7 +362,7 @@ __device__ __forceinline__ void multiply(const Shared& shared, Ring& ring, const
     }
     products_commit();
     if (with_sums) {
-      column_sums.add(shared.column_box(stage, own_box), me.warp, me.lane);
+      column_sums.template add<WEIGHTED>(shared.column_box(stage, own_box), shared.weights(stage), me.warp, me.lane);
       __syncwarp();
     }
     if (step > 0) {
@@ -307,6 +375,13 @@ __device__ __forceinline__ void multiply(const Shared& shared, Ring& ring, const
   products_are_done(sum);
   release(done_stage);
 
+  if constexpr (WEIGHTED) {
+    const float factor = arguments.weights.factor == nullptr ? 1.0f : *arguments.weights.factor;
+#pragma unroll
+    for (float& element : sum) element *= factor;
+#pragma unroll
+    for (float& column : column_sums.sums) column *= factor;
+  }
   flush<N>(sum, me, shared);
   if (with_sums) {
     named_sync(MAY_ADD + me.group, GROUP_AND_HELPER);
@@ -315,21 +390,21 @@ __device__ __forceinline__ void multiply(const Shared& shared, Ring& ring, const
   }
 }
 
-template <typename Element>
+template <typename Element, bool WEIGHTED>
 __device__ void multiply_all(const Shared& shared, const Arguments& arguments, const Worker& me) {
   Ring ring;
   for (uint32_t n = 0;; ++n) {
     const Unit unit = announced_unit(shared, n);
     if (unit.steps == 0) return;
     if (!unit.diagonal()) {
-      multiply<Element, TILE, false>(shared, ring, unit, me, arguments);
+      multiply<Element, TILE, false, WEIGHTED>(shared, ring, unit, me, arguments);
       continue;
     }
     switch (diagonal_band(me.block, me.group)) {
-      case 0: multiply<Element, BAND, true>(shared, ring, unit, me, arguments); break;
-      case 1: multiply<Element, 2 * BAND, true>(shared, ring, unit, me, arguments); break;
-      case 2: multiply<Element, 3 * BAND, true>(shared, ring, unit, me, arguments); break;
-      default: multiply<Element, 4 * BAND, true>(shared, ring, unit, me, arguments); break;
+      case 0: multiply<Element, BAND, true, WEIGHTED>(shared, ring, unit, me, arguments); break;
+      case 1: multiply<Element, 2 * BAND, true, WEIGHTED>(shared, ring, unit, me, arguments); break;
+      case 2: multiply<Element, 3 * BAND, true, WEIGHTED>(shared, ring, unit, me, arguments); break;
+      default: multiply<Element, 4 * BAND, true, WEIGHTED>(shared, ring, unit, me, arguments); break;
     }
   }
 }
@@ -387,7 +462,7 @@ __device__ void help(const Shared& shared, const CUtensorMap& lower, const Argum
 #endif
 
 // A persistent grid of clusters of two blocks.
-template <typename Element>
+template <typename Element, bool WEIGHTED>
 __global__ void __launch_bounds__(THREADS, 1)
     accumulate_hessian(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap lower,
                        const __grid_constant__ Arguments arguments) {
@@ -409,9 +484,9 @@ __global__ void __launch_bounds__(THREADS, 1)
   cluster_sync();
 
   if (warp < LOADER_WARP) {
-    multiply_all<Element>(shared, arguments, {block, warp / GROUP_WARPS, warp % GROUP_WARPS, lane});
+    multiply_all<Element, WEIGHTED>(shared, arguments, {block, warp / GROUP_WARPS, warp % GROUP_WARPS, lane});
   } else if (warp == LOADER_WARP) {
-    if (lane == 0) load(shared, x, arguments, block);
+    if (lane == 0) load<WEIGHTED>(shared, x, arguments, block);
     __syncwarp();
   } else {
     help(shared, lower, arguments, block, warp - LOADER_WARP - 1, lane);

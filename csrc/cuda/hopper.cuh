@@ -163,6 +163,14 @@ __device__ __forceinline__ void add_to_global(float* p, float a) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(a) : "memory");
 }
 
+// `bytes`, a multiple of 16 at addresses on 16, into this block, announced at one of its barriers.
+__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+      "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // ---- warpgroup products
 
 // Operands that lie in memory with 64 elements (128 bytes) of the M or N dimension to a row of K, the 16-byte groups of

@@ -72,7 +72,7 @@ class Case:
     """A problem of one size: a row. Tensors are made by `make` only.
 
     where: the model and the place in it. table: the operator's name in the table of backends, None where it has one
-    implementation on every device; shape: what that table looks at.
+    implementation on every device; shape: what that table looks at; weighted: whether the rows have weights.
     """
 
     operator: str
@@ -83,6 +83,7 @@ class Case:
     make: Callable[[torch.device], Problem]
     table: str | None = None
     shape: tuple[int, ...] = ()
+    weighted: bool = False
 
     @property
     def id(self) -> str:
@@ -100,10 +101,16 @@ class Case:
         """
         if self.table is None:
             return [OURS]
-        eligible = eligible_backends(self.table, BackendProblem(device, self.dtype, self.shape))
+        eligible = eligible_backends(self.table, BackendProblem(device, self.dtype, self.shape, self.weighted))
         if wanted:
             return [name for name in eligible if name in wanted]
         return [name for name in eligible if name != "reference"] or ["reference"]
+
+
+def row_weights(device: torch.device, rows: int) -> Tensor:
+    """Square roots of weights, 1/4 to 4 in powers of two: float32 [rows]. bfloat16 rows times them are exact."""
+    generator = torch.Generator(device).manual_seed(2)
+    return 2.0 ** torch.randint(-2, 3, (rows,), generator=generator, device=device)
 
 
 def on_backends(own: Candidate, names: list[str]) -> list[Candidate]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .checks import FLOATS, SINGLE, check_apart, check_contiguous, check_device, check_kind, check_matrix, check_rows
 from .declaration import Kernel, Operator
 from .dispatch import choose_launch
-from .moments import as_rows, multiprocessors_of, row_count
+from .moments import address_of, as_rows, multiprocessors_of, row_count
 from .requirements import (
     AMPERE_OR_LATER,
     CORE_BUILT,
@@ -32,7 +32,7 @@ from .requirements import (
     dtype_name,
     required_core,
 )
-from .row_weights import check_total, check_weights, share, sum_of_weights, total_before
+from .row_weights import check_total, check_weights, divisor_of, share, sum_of_weights, total_before
 from .split_tf32 import has_fast_tf32, split_gram
 
 OPERATOR = "hessian"
@@ -42,6 +42,8 @@ REFERENCE_CHUNK_ROWS = 2048
 # Columns of the lower triangle that one product of the reference covers. A block computes half a square too much,
 # REFERENCE_BLOCK / channels of the whole; narrower ones run slower in BLAS.
 REFERENCE_BLOCK = 512
+# HESSIAN_WEIGHTS_MULTIPLE of csrc/include/pyprune/hessian.h: rows that the core's kernel loads at a time.
+PADDED_ROWS = 64
 # Columns that are mirrored at a time: 4 MiB of temporary memory, and 28 steps at 28672 channels.
 MIRROR_BLOCK = 1024
 # Channels from which WᵀW of float32 weights is summed from split products on tensor cores, where these are fast, and
@@ -228,7 +230,9 @@ def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None, weights: Tenso
     x: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides.
     lower: float32 [channels, channels], contiguous, on x's device, changed in place; above the diagonal anything
     may be written. sums: float32 [channels], contiguous, changed in place, or None.
-    weights: float32 [rows], any stride, the square roots w of the rows' weights w²; None: 1.
+    weights: float32 [rows], any stride, the square roots w of the rows' weights w²; None: 1. The reference multiplies in
+    float32; kernels round one factor, w² x, to the type of 16-bit rows, which is exact where w is a power of two (in
+    float16 as long as |w² x| is at least 2⁻¹⁴ of the largest w²). A weight of 0 does not hide a NaN.
     Has no gradients, and autograd does not say so: x must not need any.
     Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
@@ -288,6 +292,17 @@ def on_sixteen_bytes(rows: Tensor) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
+def padded_squares(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weights as the core's kernel takes them: w² [rows, rounded up to PADDED_ROWS], 0 beyond the rows, and a factor.
+
+    For float16 divided by the factor, float32 scalar, which makes them 1 at most; None for other types.
+    """
+    squares = torch.zeros(-(-len(weights) // PADDED_ROWS) * PADDED_ROWS, dtype=torch.float32, device=weights.device)
+    divisor = divisor_of(weights) if dtype == torch.float16 else None
+    torch.square(weights if divisor is None else weights / divisor, out=squares[: len(weights)])
+    return squares, None if divisor is None else divisor.square()
+
+
 def launch_cuda(rows: Tensor, lower: Tensor, sums: Tensor | None, weights: Tensor | None) -> None:
     core = required_core()
     multiprocessors = multiprocessors_of(rows.device)
@@ -296,6 +311,7 @@ def launch_cuda(rows: Tensor, lower: Tensor, sums: Tensor | None, weights: Tenso
         count, channels = rows.shape
         size = core.hessian_update_cuda_workspace(count, channels, multiprocessors)
         workspace = torch.empty(size, dtype=torch.uint8, device=rows.device)
+        squares, factor = (None, None) if weights is None else padded_squares(weights, rows.dtype)
         core.hessian_update_cuda(
             rows.data_ptr(),
             dtype_name(rows.dtype),
@@ -310,6 +326,8 @@ def launch_cuda(rows: Tensor, lower: Tensor, sums: Tensor | None, weights: Tenso
             workspace_bytes=size,
             multiprocessors=multiprocessors,
             stream=torch.cuda.current_stream().cuda_stream,
+            weights_ptr=address_of(squares),
+            factor_ptr=address_of(factor),
         )
 
 
@@ -322,10 +340,11 @@ def launch_triton(rows: Tensor, lower: Tensor, sums: Tensor | None, weights: Ten
         if rows.shape[1] * rows.element_size() % 16 == 0:
             rows = on_sixteen_bytes(rows)
         configuration = configuration_for(capability, rows)
-        hessian_triton(rows, lower, sums, configuration, properties.multi_processor_count)
+        hessian_triton(rows, lower, sums, configuration, properties.multi_processor_count, weights)
 
 
-# Shape: [rows, channels]. On a CPU the reference is BLAS.
+# Shape: [rows, channels]. On a CPU the reference is BLAS. UNWEIGHTED: the CUDA kernel's way with weights is written and
+# has tests, but has not been run on a device; the Triton kernel takes weighted rows until it has.
 HESSIAN: Operator[Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]] = Operator(
     OPERATOR,
     versions={"Hessian": 2, "hessian_finish": 2, "hessian_update": 2, "lower_gram": 1},
@@ -333,9 +352,7 @@ HESSIAN: Operator[Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
         "cuda": Kernel(
             launch_cuda, (ON_NVIDIA_GPU, HALF_DTYPE, WIDTH_8, UNWEIGHTED, CORE_BUILT, CORE_WITH_CUDA, CORE_WITH_WGMMA)
         ),
-        "triton": Kernel(
-            launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, UNWEIGHTED, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)
-        ),
+        "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)),
         "reference": Kernel(hessian_update_reference),
     },
 )

@@ -25,7 +25,6 @@ from .requirements import (
     ON_NVIDIA_GPU,
     SIZES_FIT_INT32,
     TRITON,
-    UNWEIGHTED,
     dtype_name,
     required_core,
 )
@@ -272,11 +271,21 @@ def core_arguments(rows: Tensor, count: int, mean: Tensor, m2: Tensor) -> tuple[
     return (rows.data_ptr(), dtype, *rows.shape, row_stride, count, mean.data_ptr(), m2.data_ptr())
 
 
+def address_of(x: Tensor | None) -> int:
+    """The address of x, as the compiled core takes it; 0: there is none."""
+    return 0 if x is None else x.data_ptr()
+
+
 def launch_cpu(
     rows: Tensor, count: int, mean: Tensor, m2: Tensor, weights: Tensor | None, total: Tensor | None
 ) -> None:
     core = required_core()
-    core.channel_moments_cpu(*core_arguments(rows, count, mean, m2), threads=torch.get_num_threads())
+    core.channel_moments_cpu(
+        *core_arguments(rows, count, mean, m2),
+        threads=torch.get_num_threads(),
+        weights_ptr=address_of(weights),
+        total_ptr=address_of(total),
+    )
 
 
 @cache
@@ -290,7 +299,7 @@ def launch_cuda(
     core = required_core()
     multiprocessors = multiprocessors_of(rows.device)
     dtype = dtype_name(rows.dtype)
-    size = core.channel_moments_cuda_workspace(dtype, *rows.shape, multiprocessors)
+    size = core.channel_moments_cuda_workspace(dtype, *rows.shape, multiprocessors, weights is not None)
     with torch.cuda.device(rows.device):
         workspace = torch.empty(size, dtype=torch.uint8, device=rows.device)
         core.channel_moments_cuda(
@@ -299,6 +308,8 @@ def launch_cuda(
             workspace_bytes=size,
             multiprocessors=multiprocessors,
             stream=torch.cuda.current_stream().cuda_stream,
+            weights_ptr=address_of(weights),
+            total_ptr=address_of(total),
         )
 
 
@@ -310,7 +321,7 @@ def launch_triton(
     properties = torch.cuda.get_device_properties(rows.device)
     configuration = configuration_for((properties.major, properties.minor), rows.element_size(), rows.device)
     with torch.cuda.device(rows.device):
-        channel_moments_triton(rows, count, mean, m2, configuration, properties.multi_processor_count)
+        channel_moments_triton(rows, count, mean, m2, configuration, properties.multi_processor_count, weights, total)
 
 
 # Shape: [rows, channels]
@@ -318,11 +329,9 @@ CHANNEL_MOMENTS: Operator[Callable[[Tensor, int, Tensor, Tensor, Tensor | None, 
     OPERATOR,
     versions={"ChannelMoments": 2, "channel_moments_update": 2, "channel_moments_update_reference": 2},
     kernels={
-        "cuda": Kernel(launch_cuda, (ON_NVIDIA_GPU, KERNEL_DTYPE, UNWEIGHTED, *CUDA_CORE)),
-        "triton": Kernel(
-            launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, UNWEIGHTED, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)
-        ),
-        "cpu": Kernel(launch_cpu, (ON_CPU, KERNEL_DTYPE, UNWEIGHTED, CORE_BUILT)),
+        "cuda": Kernel(launch_cuda, (ON_NVIDIA_GPU, KERNEL_DTYPE, *CUDA_CORE)),
+        "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)),
+        "cpu": Kernel(launch_cpu, (ON_CPU, KERNEL_DTYPE, CORE_BUILT)),
         "reference": Kernel(channel_moments_update_reference),
     },
 )

@@ -200,7 +200,7 @@ CORE_WITH_WGMMA = Requirement(
 UNWEIGHTED = Requirement(
     "rows without weights",
     lambda problem: not problem.weighted,
-    lambda problem: "the rows have weights, and this kernel takes none",
+    lambda problem: "the rows have weights, which this kernel is not used with",
 )
 # The tensor memory accelerator reads rows that start on 16 bytes: 8 elements of 2 bytes.
 WIDTH_8 = Requirement(

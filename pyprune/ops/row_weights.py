@@ -57,3 +57,13 @@ def sum_of_weights(weights: Tensor) -> Tensor:
 def share(part: Tensor, total: Tensor) -> Tensor:
     """part / total, and 0 where total is 0: nothing has a weight."""
     return torch.where(total == 0, 0, part / total)
+
+
+def divisor_of(weights: Tensor) -> Tensor:
+    """Of weights [rows] the least power of two that is not below any |w|, float32 scalar on their device; of 0, 1.
+
+    float16 has too few exponents for w² x: kernels divide w by it, and multiply their sums by its square.
+    """
+    mantissa, exponent = torch.frexp(weights.abs().amax())  # mantissa 0.5 to 1
+    exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
+    return ((exponent + 127) << 23).view(torch.float32)  # the bits of 2^exponent

@@ -171,9 +171,38 @@ def test_one_row_read_many_times() -> None:
     assert torch.equal(state.m2, torch.zeros(19))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_copies_of_rows(isa: str, dtype: torch.dtype) -> None:
+    """Squares of 0 to 3 as weights, in a stream and around the widths of vectors, blocks and chunks."""
+    for rows, channels in ((1, 1), (7, 17), (33, 1025), (1100, 35)):
+        x, roots = normal(rows, channels, dtype, mean=3.0), torch.arange(1, rows + 1) % 4
+        mean, m2 = torch.full((2, channels), float("nan"))
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for part, own in zip(x.tensor_split([rows // 3]), roots.float().tensor_split([rows // 3]), strict=True):
+            core.channel_moments_cpu(
+                part.data_ptr(), str(dtype).removeprefix("torch."), len(part), channels, channels, count,
+                mean.data_ptr(), m2.data_ptr(), 2, own.data_ptr(), total.data_ptr(),
+            )  # fmt: skip
+            count += len(part)
+            total += own.square().sum()
+        assert_moments_match(x.repeat_interleave(roots.square(), 0), mean, m2)
+
+
+def test_without_weights_no_total_is_read() -> None:
+    x = normal(100, 35, torch.float32)
+    expected, found = moments_of(x), torch.zeros(2, 35)
+    core.channel_moments_cpu(
+        x.data_ptr(), "float32", 100, 35, 35, 0, found[0].data_ptr(), found[1].data_ptr(), 1, weights_ptr=0, total_ptr=3
+    )
+    assert torch.equal(found, torch.stack([expected.mean, expected.m2]))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"weights_ptr": 4098}, "weights_ptr is not aligned to 4 bytes"),
+        ({"weights_ptr": 4096}, "total_ptr is null"),
+        ({"weights_ptr": 4096, "total_ptr": 4100}, "total_ptr is not aligned to 8 bytes"),
         ({"dtype": "float64"}, "dtype must be float32, bfloat16 or float16, not float64"),
         ({"rows": -1}, "rows must not be negative"),
         ({"channels": -1}, "channels must not be negative"),

@@ -147,6 +147,30 @@ def test_cuda_and_cpu_kernels_agree(dtype: torch.dtype) -> None:
     assert_moments_match(host, state.mean.cpu(), state.m2.cpu())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 1), (7, 64), (63, 65), (1029, 264), (9000, 1000)])
+def test_weights_are_copies_of_rows(rows: int, channels: int, multiprocessors: int, dtype: torch.dtype) -> None:
+    """Squares of 0 to 3 as weights; roots between NaN, and a workspace that is NaN, are neither read nor overrun."""
+    x, roots = normal(rows, channels, dtype, mean=3.0), torch.arange(1, rows + 1, device="cuda") % 4
+    buffer = torch.full((rows + 16,), float("nan"), device="cuda")
+    buffer[7 : 7 + rows] = roots
+    state, total = State(channels), torch.zeros((), dtype=torch.float64, device="cuda")
+    name, cut = str(dtype).removeprefix("torch."), rows // 3
+    for first, last in ((0, cut), (cut, rows)):
+        size = core.channel_moments_cuda_workspace(name, last - first, channels, multiprocessors, True)
+        workspace = torch.full((size // 4 + WORKSPACE_GUARD,), float("nan"), device="cuda")
+        core.channel_moments_cuda(
+            x[first:].data_ptr(), name, last - first, channels, channels, first, state.mean.data_ptr(),
+            state.m2.data_ptr(), workspace.data_ptr(), size, multiprocessors, torch.cuda.current_stream().cuda_stream,
+            buffer[7 + first :].data_ptr(), total.data_ptr(),
+        )  # fmt: skip
+        assert workspace[-WORKSPACE_GUARD:].isnan().all()
+        total += roots[first:last].square().sum()
+    assert state.guards_are_untouched()
+    assert_moments_match(x.repeat_interleave(roots.square(), 0), state.mean, state.m2)
+
+
 def test_no_rows_change_nothing() -> None:
     x = normal(20, 9, torch.float32)
     state = moments_of(x)

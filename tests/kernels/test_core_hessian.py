@@ -17,10 +17,23 @@ on_hopper = [
 BLOCK = 64  # above the diagonal only blocks of this size on it may be written
 
 
-def update(x: Tensor, lower: Tensor, sums: Tensor | None, multiprocessors: int = 132) -> None:
-    """One update through raw addresses, with a NaN-filled workspace."""
+def update(
+    x: Tensor,
+    lower: Tensor,
+    sums: Tensor | None,
+    multiprocessors: int = 132,
+    weights: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> None:
+    """One update through raw addresses, with a NaN-filled workspace. weights: [rows], padded here, NaN beyond."""
     size = core.hessian_update_cuda_workspace(*x.shape, multiprocessors)
     workspace = torch.full((size // 4,), float("nan"), device="cuda")
+    padded = None
+    if weights is not None:
+        multiple = -(-len(x) // 64) * 64
+        padded = torch.full((multiple + 64,), float("nan"), device="cuda")
+        padded[:multiple] = 0
+        padded[: len(x)] = weights
     core.hessian_update_cuda(
         x.data_ptr(),
         str(x.dtype).removeprefix("torch."),
@@ -34,6 +47,8 @@ def update(x: Tensor, lower: Tensor, sums: Tensor | None, multiprocessors: int =
         size,
         multiprocessors,
         torch.cuda.current_stream().cuda_stream,
+        0 if padded is None else padded.data_ptr(),
+        0 if factor is None else factor.data_ptr(),
     )
 
 
@@ -78,6 +93,35 @@ class TestOnHopper:
         assert memory[:, channels:].isnan().all()
         if sums is not None:
             assert torch.equal(sums.double(), x.double().sum(0) + 1)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        ("rows", "channels", "multiprocessors"),
+        [(1, 8, 132), (63, 72, 132), (64, 256, 132), (129, 264, 132), (4097, 1024, 4), (10000, 1352, 132)],
+    )
+    def test_weights(self, rows: int, channels: int, multiprocessors: int, dtype: torch.dtype) -> None:
+        """Powers of two from 1/16 to 1, and 0, times 16: sums of integers are exact."""
+        x = integers(rows, channels, channels + 8, dtype)
+        weights = 2.0 ** -torch.randint(0, 5, (rows,), device="cuda")
+        weights[::7] = 0
+        factor = torch.tensor(16.0, device="cuda")
+        lower, sums = torch.full((channels, channels), 3.0, device="cuda"), torch.ones(channels, device="cuda")
+        update(x, lower, sums, multiprocessors, weights, factor)
+        rows64 = x.double()
+        exact = (16 * weights.double()[:, None] * rows64).T @ rows64 + 3
+        assert torch.equal(lower.tril().double(), exact.tril())
+        assert torch.equal(sums.double(), 16 * weights.double() @ rows64 + 1)
+
+    def test_weights_of_one_have_the_bits_without(self) -> None:
+        x = torch.randn(20000, 2048, device="cuda", dtype=torch.bfloat16)
+        results = []
+        for weights in (None, *[torch.ones(20000, device="cuda")] * 3):
+            lower, sums = torch.zeros(2048, 2048, device="cuda"), torch.zeros(2048, device="cuda")
+            update(x, lower, sums, weights=weights)
+            results.append((lower.tril(), sums))
+        for lower, sums in results[1:]:
+            assert torch.equal(lower, results[0][0])
+            assert torch.equal(sums, results[0][1])
 
     def test_few_multiprocessors(self) -> None:
         x = integers(9000, 776, 776, torch.bfloat16)
@@ -142,6 +186,8 @@ VALID = {
         ({"lower_stride": 66}, "lower_stride must be a multiple of 4, got 66"),
         ({"lower_stride": 60}, "lower_stride must not be below channels"),
         ({"sums_ptr": 2}, "sums_ptr is not aligned to 4 bytes"),
+        ({"weights_ptr": (1 << 20) + 8}, "weights_ptr is not aligned to 16 bytes"),
+        ({"weights_ptr": 1 << 20, "factor_ptr": 2}, "factor_ptr is not aligned to 4 bytes"),
         ({"workspace_bytes": 16}, "the workspace has 16 bytes and needs 32"),
         ({"workspace_ptr": 0}, "workspace_ptr is null"),
         ({"multiprocessors": 0}, "multiprocessors must be positive"),

@@ -17,28 +17,39 @@ if not INTERPRETED:
     from pyprune.triton_kernels.hessian import FLUSH_ROWS, Configuration, divide_tiles, flush_steps_for, tile_count
     from support.machine_code import RESERVED_SHARED_MEMORY, SHARED_MEMORY, MachineCode, compile_kernel
 
-    SIZES = ("steps", "part_steps", "flush_steps", "tile_rows", "whole_tiles", "split_tiles")
+    SIZES = ("rows", "steps", "part_steps", "flush_steps", "tile_rows", "whole_tiles", "split_tiles")
 
-    def compile_tma(element: str, configuration: Configuration) -> MachineCode:
+    def weight_arguments(element: str, weighted: bool) -> tuple[dict[str, str], dict[str, None]]:
+        """Types of the weights' arguments, and those that are None: all without weights, the divisor but of fp16."""
+        types = {"weights": "*fp32"} if weighted else {}
+        types |= {"divisor": "*fp32"} if weighted and element == "fp16" else {}
+        return types, dict.fromkeys({"weights", "divisor"} - types.keys())
+
+    def compile_tma(element: str, configuration: Configuration, weighted: bool = False) -> MachineCode:
         tile, depth = configuration.tile, configuration.depth
         out = f"tensordesc<fp32[{tile},{tile}]>"
         types = {"x": f"tensordesc<{element}[{depth},{tile}]>", "lower": out, "workspace": out}
+        pointers, absent = weight_arguments(element, weighted)
         return compile_kernel(
             hessian.hessian_tma,
             90,
-            types | dict.fromkeys(SIZES, "i32"),
-            {"TILE": tile, "DEPTH": depth, "BAND": configuration.band},
-            set(),
+            types | pointers | dict.fromkeys(SIZES, "i32"),
+            {"TILE": tile, "DEPTH": depth, "BAND": configuration.band} | absent,
+            set(pointers),
             num_warps=configuration.warps,
             num_stages=configuration.stages,
         )
 
-    def compile_pointers(target: int, element: str, configuration: Configuration, unit: int) -> MachineCode:
+    def compile_pointers(
+        target: int, element: str, configuration: Configuration, unit: int, weighted: bool = False
+    ) -> MachineCode:
         pointers = {"x": f"*{element}", "lower": "*fp32", "workspace": "*fp32"}
+        weights, absent = weight_arguments(element, weighted)
+        pointers |= weights
         return compile_kernel(
             hessian.hessian_pointers,
             target,
-            pointers | dict.fromkeys((*SIZES, "rows", "channel_units", "stride_units"), "i32"),
+            pointers | dict.fromkeys((*SIZES, "channel_units", "stride_units"), "i32"),
             {
                 "TILE": configuration.tile,
                 "DEPTH": configuration.depth,
@@ -46,8 +57,9 @@ if not INTERPRETED:
                 "UNIT": unit,
                 "PRECISION": "tf32x3",
                 "FLUSH": element != "fp32",
-            },
-            {"lower", "workspace"} if unit == 1 else set(pointers),
+            }
+            | absent,
+            {*pointers} - {"x"} if unit == 1 else set(pointers),
             num_warps=configuration.warps,
             num_stages=configuration.stages,
         )
@@ -89,8 +101,30 @@ if not INTERPRETED:
             assert copies
             assert all(re.search(r"\], 0x10\b", copy) for copy in copies), copies
 
+    @pytest.mark.parametrize("element", ["bf16", "fp16"])
+    def test_weighted_tma_kernel_fits(element: str) -> None:
+        code = compile_tma(element, hessian.TMA, weighted=True)
+        assert code.stack == 0, "a spill"
+        assert code.shared <= SHARED_MEMORY[90] - RESERVED_SHARED_MEMORY
+        # The weighted operand is in registers: one block fewer, which nothing reads after it was copied there. The
+        # other one has a block for every stage, as without weights.
+        assert code.shared >= (2 * hessian.TMA.stages - 1) * hessian.TMA.depth * 2 * hessian.TMA.tile
+        assert re.search(r"wgmma\.mma_async[^;]*\}, \{%r\d+", code.ptx), "an operand in registers"
+        # Four products a step, the last three of which run while the next operand is prepared: those of the step
+        # before are done when its block is loaded anew.
+        assert re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", code.ptx) == ["3", "3", "3", "3", "0"]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("target", "element", "configuration", "unit"), POINTER_KERNELS)
+    def test_weighted_pointer_kernel_fits(target: int, element: str, configuration: Configuration, unit: int) -> None:
+        code = compile_pointers(target, element, configuration, unit, weighted=True)
+        # A few registers too many of sm_80, where tf32x3 needs nearly all of them without weights.
+        assert code.stack <= (288 if (target, element, unit) == (80, "fp32", 4) else 0)
+        assert code.shared <= SHARED_MEMORY[target] - RESERVED_SHARED_MEMORY
+
+    @pytest.mark.parametrize("weighted", [False, True])
     @pytest.mark.parametrize("target", [80, 90])
-    def test_second_launch_and_sums_fit(target: int) -> None:
+    def test_second_launch_and_sums_fit(target: int, weighted: bool) -> None:
         for tile in (64, 128):
             code = compile_kernel(
                 hessian.add_parts,
@@ -106,13 +140,14 @@ if not INTERPRETED:
             code = compile_kernel(
                 hessian.chunk_sums,
                 target,
-                {"x": f"*{element}", "out": "*fp32"}
+                {"x": f"*{element}", "out": "*fp32", "weights": "*fp32"}
                 | dict.fromkeys(("channels", "row_stride", "tiles_per_chunk", "longer_chunks", "tail_rows"), "i32"),
                 {
                     "TILE_ROWS": configuration.tile_rows,
                     "TILE_CHANNELS": configuration.tile_channels,
                     "STAGES": configuration.stages,
-                },
+                }
+                | ({} if weighted else {"weights": None}),
                 {"x", "out", "row_stride"},
                 num_warps=configuration.warps,
             )
@@ -165,15 +200,17 @@ else:
         """Rows whose products and their sums are exact in float32."""
         return torch.randint(-3, 4, (rows, channels), generator=torch.Generator().manual_seed(rows)).to(dtype)
 
-    def assert_exact(x: Tensor, configuration: Configuration, multiprocessors: int) -> None:
+    def assert_exact(
+        x: Tensor, configuration: Configuration, multiprocessors: int, weights: Tensor | None = None
+    ) -> None:
         channels = x.shape[1]
         below = torch.ones(channels, channels, dtype=torch.bool).tril()
         lower = torch.where(below, 3.0, torch.nan)
         sums = torch.ones(channels)
-        hessian_triton(x, lower, sums, configuration, multiprocessors)
-        values = x.float()
+        hessian_triton(x, lower, sums, configuration, multiprocessors, weights)
+        values = x.float() if weights is None else weights[:, None] * x.float()
         assert torch.equal(lower[below], (values.t() @ values + 3)[below])
-        assert torch.equal(sums, values.sum(0) + 1)
+        assert torch.equal(sums, (values if weights is None else weights[:, None] * values).sum(0) + 1)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize(("rows", "channels"), [(1, 8), (37, 24), (300, 56)])
@@ -184,6 +221,27 @@ else:
     @pytest.mark.parametrize(("rows", "channels"), [(1, 1), (37, 5), (130, 33), (300, 40)])
     def test_pointers(rows: int, channels: int, dtype: torch.dtype) -> None:
         assert_exact(integers(rows, channels, dtype), POINTERS, multiprocessors=7)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    @pytest.mark.parametrize("configuration", [TMA, POINTERS], ids=["tma", "pointers"])
+    def test_weights(configuration: Configuration, dtype: torch.dtype) -> None:
+        """Powers of two from 1/4 to 4, signs and zeros, which leave all sums exact; in split tiles too."""
+        if configuration.tma and dtype == torch.float32:
+            pytest.skip("the tensor memory accelerator's kernel reads 16-bit rows")
+        for rows, channels, multiprocessors in ((37, 24, 7), (300, 40, 40)):
+            weights = 2.0 ** torch.randint(-2, 3, (rows,), generator=torch.Generator().manual_seed(1))
+            weights[::5] *= -1
+            weights[::11] = 0
+            assert_exact(integers(rows, channels, dtype), configuration, multiprocessors, weights)
+
+    def test_weights_beyond_float16() -> None:
+        """2¹⁸ squared is no float16, and its sums of small integers are exact in float32."""
+        x, weights = integers(60, 24, torch.float16), torch.full((60,), 2.0**18)
+        weights[::2] = 2.0**15
+        lower = torch.zeros(24, 24)
+        hessian_triton(x, lower, None, TMA, 7, weights)
+        values = weights[:, None] * x.float()
+        assert torch.equal(lower.tril(), (values.t() @ values).tril())
 
     @pytest.mark.parametrize("configuration", [TMA, POINTERS], ids=["tma", "pointers"])
     @pytest.mark.parametrize(("multiprocessors", "split"), [(4, 2), (40, 6)])

@@ -11,10 +11,19 @@ from support.machine_code import MachineCode, compile_kernel
 ELEMENT_TYPES = {2: ("bf16", "fp16"), 4: ("fp32",)}
 
 
+# A kernel with weights reads these, one without is compiled without them.
+WEIGHTS = {"weights": "*fp32", "total": "*fp64", "out_total": "*fp32"}
+
+
 def compile_chunk_moments(
-    target: int, element: str, configuration: Configuration, whole_blocks: bool, merge_state: bool
+    target: int,
+    element: str,
+    configuration: Configuration,
+    whole_blocks: bool,
+    merge_state: bool,
+    weighted: bool = False,
 ) -> MachineCode:
-    pointers = {"x": f"*{element}", "out_mean": "*fp32", "out_m2": "*fp32"}
+    pointers = {"x": f"*{element}", "out_mean": "*fp32", "out_m2": "*fp32"} | (WEIGHTS if weighted else {})
     sizes = dict.fromkeys(("channels", "row_stride", "tiles_per_chunk", "longer_chunks", "tail_rows"), "i32")
     constants = {
         "TILE_ROWS": configuration.tile_rows,
@@ -23,7 +32,7 @@ def compile_chunk_moments(
         "WHOLE_BLOCKS": whole_blocks,
         "MERGE_STATE": merge_state,
         "EARLY_MERGE": configuration.early_merge and not merge_state,
-    }
+    } | ({} if weighted else dict.fromkeys(WEIGHTS))
     aligned = {*pointers, "channels", "row_stride"}
     types = pointers | sizes | {"count": "fp32"}
     return compile_kernel(
@@ -49,10 +58,22 @@ def test_chunk_moments_fits(target: int, element_size: int) -> None:
     assert 1 <= configuration.resident <= min(residents), "not all resident programs fit on a multiprocessor"
 
 
+@pytest.mark.parametrize(("target", "element_size", "merge_state"), [(80, 2, False), (90, 2, False), (90, 4, True)])
+def test_weighted_chunk_moments_fits(target: int, element_size: int, merge_state: bool) -> None:
+    configuration = CONFIGURATIONS[target, element_size]
+    element = ELEMENT_TYPES[element_size][0]
+    code = compile_chunk_moments(target, element, configuration, False, merge_state, weighted=True)
+    assert code.stack == 0, "a spill"
+    assert code.resident(target, configuration.warps) >= configuration.resident
+    assert "shfl" not in code.ptx, "a column's sum stays in one thread"
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("target", sorted({target for target, _ in CONFIGURATIONS}))
-def test_merge_chunks_fits(target: int) -> None:
+def test_merge_chunks_fits(target: int, weighted: bool) -> None:
     early_merge = target >= 90
     pointers = dict.fromkeys(("chunk_mean", "chunk_m2", "state_mean", "state_m2"), "*fp32")
+    pointers |= {"total": "*fp64", "chunk_total": "*fp32"} if weighted else {}
     sizes = dict.fromkeys(("channels", "chunks", "tiles_per_chunk", "longer_chunks", "tail_rows"), "i32")
     code = compile_kernel(
         channel_moments.merge_chunks,
@@ -63,7 +84,8 @@ def test_merge_chunks_fits(target: int) -> None:
             "GROUP": channel_moments.MERGE_GROUP,
             "BLOCK_CHANNELS": channel_moments.MERGE_CHANNELS,
             "EARLY_MERGE": early_merge,
-        },
+        }
+        | ({} if weighted else {"total": None, "chunk_total": None}),
         {*pointers, "channels"},
         num_warps=channel_moments.MERGE_WARPS,
         launch_pdl=early_merge,

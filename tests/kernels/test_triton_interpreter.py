@@ -89,6 +89,42 @@ else:
         x = {"wide rows": wide[:, :33], "one apart": wide[:, 1:34], "single row": wide[7:8, :33]}[view]
         assert_within_analysed_bound(x, *moments([x]), merges=1)
 
+    def weighted_moments(x: Tensor, roots: Tensor, cuts: list[int], multiprocessors: int = 40) -> tuple[Tensor, Tensor]:
+        mean, m2 = torch.zeros(2, x.shape[1])
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for part, own in zip(x.tensor_split(cuts), roots.tensor_split(cuts), strict=True):
+            channel_moments_triton(part, count, mean, m2, SMALL, multiprocessors, own, total)
+            total += own.double().square().sum()
+            count += len(part)
+        return mean, m2
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("rows", "channels"), [(1, 1), (3, 5), (67, 17)])
+    def test_weights(rows: int, channels: int, dtype: torch.dtype) -> None:
+        """Of 1, 2 and 3, whose squares are as many copies of the row; and of 0, a row that is not there."""
+        torch.manual_seed(rows)
+        x = (torch.randn(rows, channels) * 2 + 5).to(dtype)
+        copies = torch.randint(0, 4, (rows,))
+        copies[0] = 1
+        repeated = x.repeat_interleave(copies.square(), 0)
+        for cuts in ([], [rows // 3]):
+            found = weighted_moments(x, copies.float(), cuts)
+            assert_within_analysed_bound(repeated, *found, merges=1 + len(cuts))
+
+    def test_weights_of_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels, "SMALLEST_CHUNK_TILES", 1)
+        torch.manual_seed(5)
+        x, roots = torch.randn(4 * 150 + 1, 3), torch.ones(601)
+        assert divide_rows(*x.shape, 150, SMALL).count == 150
+        roots[:300] = 0
+        assert_as_good_as_torch(x[300:], *weighted_moments(x, roots, [], multiprocessors=150))
+
+    def test_nothing_weighs_anything() -> None:
+        for rows in (3, 200):
+            mean, m2 = weighted_moments(torch.randn(rows, 33), torch.zeros(rows), [1])
+            assert not mean.any()
+            assert not m2.any()
+
     def test_nan_stays_in_its_channel() -> None:
         x = torch.randn(300, 33)
         clean = moments([x])

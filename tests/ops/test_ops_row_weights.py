@@ -16,8 +16,10 @@ from pyprune.ops import (
     hessian_finish,
     hessian_update,
 )
-from pyprune.ops.hessian import hessian_update_reference
-from pyprune.ops.requirements import KERNEL_DTYPES
+from pyprune.ops.dispatch import choose
+from pyprune.ops.hessian import HESSIAN, hessian_update_reference, padded_squares
+from pyprune.ops.requirements import KERNEL_DTYPES, UNWEIGHTED, Problem
+from pyprune.ops.row_weights import divisor_of
 
 each_hessian_backend = each_backend_of("cuda", "triton")
 each_moments_backend = each_backend_of("cpu", "cuda", "triton")
@@ -27,7 +29,8 @@ FP32_UNIT = 2.0**-24
 
 # Half a unit in the last place of the rows' type: what one operand of a kernel's product is rounded by, where a weight
 # is no power of two.
-ELEMENT_ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: FP32_UNIT}
+# float32 is multiplied as tf32x3, which keeps 22 bits of each factor and leaves out the product of the small halves.
+ELEMENT_ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 3 * 2.0**-22}
 
 
 def powers_of_two(rows: int, device: str, largest: int = 2) -> Tensor:
@@ -138,6 +141,23 @@ def test_hessian_with_any_weights(rows: int, channels: int, dtype: torch.dtype, 
     assert_hessian_matches(x, weights, hessian, FP32_UNIT if backend == "reference" else 2 * ELEMENT_ROUNDING[dtype])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 8), (129, 72), (3000, 264)])
+def test_launch_of_the_cuda_hessian_with_weights(rows: int, channels: int, dtype: torch.dtype) -> None:
+    """The launch alone, whichever backend is chosen for weighted rows; far from 1 in float16."""
+    x, weights = integers(rows, channels, dtype, "cuda"), powers_of_two(rows, "cuda") * 2.0**12
+    lower, sums = torch.zeros(channels, channels, device="cuda"), torch.zeros(channels, device="cuda")
+    with forced_backend("hessian", "cuda", "cuda", dtype, channels):
+        HESSIAN.kernels["cuda"].launch(x, lower, sums, weights)
+    exact, exact_sums, _ = exact_hessian(x, weights)
+    if rows < 1000:  # more sums are rounded
+        assert torch.equal(lower.tril().double(), exact.tril())
+        assert torch.equal(sums.double(), exact_sums)
+    state = Hessian(rows, lower, sums, weights.double().square().sum())
+    assert_hessian_matches(x, weights, state, FP32_UNIT)
+
+
 @each_hessian_backend
 def test_hessian_of_float16_neither_overflows_nor_vanishes(backend: str, device: str) -> None:
     """w² x is beyond float16 at both ends: 2²⁰ · 1000 and 2⁻²⁰ · 1."""
@@ -171,10 +191,26 @@ def test_hessian_with_weights_of_one_has_the_bits_without(dtype: torch.dtype, ba
     with forced_backend("hessian", backend, device, dtype, 72, weighted=True):
         weighted, plain = hessian_of((x, torch.ones(1000, device=device))), Hessian.zeros(72, device, sums=True)
         plain.update(x)
-    assert torch.equal(weighted.sums, plain.sums)
     assert plain.total is None
+    if backend != "reference":  # another instruction reads an operand of the tensor cores
+        assert_hessian_matches(x, torch.ones(1000, device=device), weighted, 2 * ELEMENT_ROUNDING[torch.float32])
+        return
+    assert torch.equal(weighted.sums, plain.sums)
     assert torch.equal(weighted.mean(), plain.mean())
     assert torch.equal(weighted.finish(centred=True), plain.finish(centred=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_large_weighted_hessian_has_the_same_bits_three_times(dtype: torch.dtype) -> None:
+    """Many steps and tiles: an operand that is overwritten while it is read would show."""
+    x = torch.randn(20_000, 1032, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(dtype)
+    weights = powers_of_two(20_000, "cuda")
+    first, second, third = (hessian_of((x, weights)) for _ in range(3))
+    assert torch.equal(first.lower.tril(), second.lower.tril())
+    assert torch.equal(first.sums, third.sums)
+    assert torch.equal(first.lower.tril(), third.lower.tril())
+    assert_hessian_matches(x, weights, first, 2.0**-20)
 
 
 @each_moments_backend
@@ -314,6 +350,33 @@ def test_rows_of_any_shape(view: str, device: str) -> None:
     exact = exact_hessian(x.reshape(-1, 48), own)[0]
     assert torch.equal(hessian_of((x, own)).finish().double(), exact)
     assert_moments_match(x.reshape(-1, 48), own, moments_of((x, own)))
+
+
+@pytest.mark.parametrize("power", [-40, -1, 0, 1, 40])
+def test_divisors(power: int) -> None:
+    for factor, expected in ((1.0, power), (1.25, power + 1), (0.75, power)):
+        weights = torch.tensor([0.0, -factor, factor / 2]) * 2.0**power
+        assert divisor_of(weights) == 2.0**expected
+    assert divisor_of(torch.zeros(3)) == 1
+
+
+def test_weights_as_the_core_takes_them() -> None:
+    weights = torch.tensor([-3.0, 0.5, 1.0]).repeat(23)[:65]
+    squares, factor = padded_squares(weights, torch.bfloat16)
+    assert factor is None
+    assert torch.equal(squares, torch.cat([weights.square(), torch.zeros(63)]))
+    scaled, factor = padded_squares(weights, torch.float16)
+    assert factor == 16
+    assert torch.equal(scaled * 16, squares)
+    assert len(padded_squares(weights[:64], torch.float16)[0]) == 64
+
+
+def test_a_kernel_without_weights_says_so() -> None:
+    weighted, plain = (Problem(torch.device("cuda"), torch.bfloat16, (4, 8), own) for own in (True, False))
+    assert UNWEIGHTED in HESSIAN.kernels["cuda"].requirements
+    assert UNWEIGHTED.reason(weighted) == "the rows have weights, which this kernel is not used with"
+    assert (UNWEIGHTED.holds(weighted), UNWEIGHTED.holds(plain)) == (False, True)
+    assert choose("hessian", torch.ones(4, 8), weighted=True).backend == "reference"
 
 
 X = torch.ones(4, 3)

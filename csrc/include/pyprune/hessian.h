@@ -17,6 +17,15 @@ struct HessianState {
   float* sums;  // [channels], the sum of x[i]; may be null
 };
 
+// Weights of rows, in device memory; without them every row weighs 1. One factor of a product is an element times its
+// row's weight, rounded to the element's type: powers of two round nothing. float16, whose exponents are few, takes
+// weights of at most 1, and `factor`, which all sums are multiplied by.
+struct HessianWeights {
+  const float* weights = nullptr;  // [rows, rounded up to 64], 0 beyond the rows, aligned to 16 bytes
+  const float* factor = nullptr;  // one number; null: 1
+};
+constexpr int64_t HESSIAN_WEIGHTS_MULTIPLE = 64;
+
 // Bytes of device memory, aligned to 16, that one update needs.
 size_t hessian_update_cuda_workspace(int64_t rows, int64_t channels, int multiprocessors);
 
@@ -28,6 +37,6 @@ constexpr int64_t HESSIAN_CHUNK_ROWS = 3072;
 // Products are exact; the order of sums depends on the sizes and `multiprocessors` alone, so results repeat bit for
 // bit. Throws std::runtime_error with CUDA's text.
 void hessian_update_cuda(const Rows& x, const HessianState& hessian, void* workspace, int multiprocessors,
-                         CUstream_st* stream);
+                         CUstream_st* stream, const HessianWeights& weights = {});
 
 }  // namespace pyprune

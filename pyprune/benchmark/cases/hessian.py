@@ -6,6 +6,7 @@ The sweep also adds up many updates: what sums that are cut off, not rounded, ta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...ops.hessian import hessian_finish, hessian_update
 from ...ops.precision import exact_float32
-from ..case import FULL, OTHER, SWEEP, Candidate, Case, Problem, Scale, normal
+from ..case import FULL, OTHER, SWEEP, Candidate, Case, Problem, Scale, normal, row_weights
 from ..models import Model
 from ..rates import Work
 
@@ -61,6 +62,8 @@ HALF_WAYS: dict[str, Update] = {
 }
 ACCURACY_REFERENCE = "h += x.float().T @ x.float()"
 
+# (rows, channels) with weights.
+WEIGHTED, SMALL_WEIGHTED = (32768, 4096), (512, 256)
 # (rows, channels, rows an update) of the drift: 1 M tokens as a run accumulates them, 8 GiB.
 DRIFT, SMALL_DRIFT = (2**20, 4096, 2**15), (2**12, 64, 2**7)
 
@@ -119,6 +122,38 @@ def problem(rows: int, channels: int, device: torch.device) -> Problem:
             Candidate("h.addmm_(x.float().T, x.float())", updated_by(update_float32_addmm), h.zero_),
         ),
         lambda result: {"H": largest_error(x, result)},
+        ACCURACY_REFERENCE,
+        lambda plain: {"H": largest_allowed(plain["H"], rows)},
+    )
+
+
+def weighted_problem(rows: int, channels: int, device: torch.device) -> Problem:
+    """The same with weights, which plain PyTorch brings in with a scaled copy of the rows."""
+    x = normal(device, torch.bfloat16, rows, channels)
+    weights = row_weights(device, rows)
+    factors = weights.bfloat16().unsqueeze(1)  # [rows, 1]
+    h = torch.zeros(channels, channels, device=device)
+
+    def scaled(update: Update) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with exact_float32():
+                update(x * factors, h)
+            return h
+
+        return run
+
+    def own() -> Tensor:
+        hessian_update(x, h, None, weights)
+        return h
+
+    return Problem(
+        Candidate("own", own, h.zero_),
+        (
+            Candidate(ACCURACY_REFERENCE, scaled(update_float32), h.zero_),
+            *(Candidate(f"x * w, then {name}", scaled(update), h.zero_) for name, update in HALF_WAYS.items()),
+            Candidate("x * w, then hessian_update", scaled(update_ours), h.zero_),
+        ),
+        lambda result: {"H": largest_error(x * factors, result)},
         ACCURACY_REFERENCE,
         lambda plain: {"H": largest_allowed(plain["H"], rows)},
     )
@@ -214,11 +249,19 @@ def cases(model: Model, scale: Scale) -> Iterator[Case]:
         yield case_of(f"{model.name}-{place}", scale.statistics, channels)
 
 
+def weighted_case(rows: int, channels: int) -> Case:
+    work = update_work(rows, channels)
+    work = replace(work, bytes=work.bytes + 4 * rows)
+    size, make = (rows, channels), partial(weighted_problem, rows, channels)
+    return Case("hessian", "weighted", f"{rows}x{channels}", torch.bfloat16, work, make, "hessian", size, True)
+
+
 def sweep(scale: Scale) -> Iterator[Case]:
-    """Few rows, few channels, many of either; and the drift of the diagonal over many updates."""
+    """Few rows, few channels, many of either; rows with weights; the drift of the diagonal over many updates."""
     large = ((2048, 4096), (32768, 2048), (131072, 4096), (16384, 28672))
     for rows, channels in large if scale is FULL else ((64, 256), (4096, 512)):
         yield case_of(SWEEP, rows, channels)
+    yield weighted_case(*(WEIGHTED if scale is FULL else SMALL_WEIGHTED))
     rows, channels, batch = DRIFT if scale is FULL else SMALL_DRIFT
     work = update_work(rows, channels, rows // batch)
     size, make = f"{rows}x{channels}by{batch}", partial(drift_problem, rows, channels, batch)
