@@ -230,7 +230,9 @@ def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None, weights: Tenso
     x: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides.
     lower: float32 [channels, channels], contiguous, on x's device, changed in place; above the diagonal anything
     may be written. sums: float32 [channels], contiguous, changed in place, or None.
-    weights: float32 [rows], any stride, the square roots w of the rows' weights w²; None: 1.
+    weights: float32 [rows], any stride, the square roots w of the rows' weights w²; None: 1. The reference multiplies
+    in float32; kernels round one factor, w² x, to the type of 16-bit rows, which is exact where w is a power of two
+    (in float16 as long as |w² x| is at least 2⁻¹⁴ of the largest w²). A weight of 0 does not hide a NaN.
     Has no gradients, and autograd does not say so: x must not need any.
     Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
