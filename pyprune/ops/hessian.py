@@ -230,9 +230,9 @@ def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None, weights: Tenso
     x: [..., channels] bfloat16, float16, float32 (float64: reference only), any strides.
     lower: float32 [channels, channels], contiguous, on x's device, changed in place; above the diagonal anything
     may be written. sums: float32 [channels], contiguous, changed in place, or None.
-    weights: float32 [rows], any stride, the square roots w of the rows' weights w²; None: 1. The reference multiplies in
-    float32; kernels round one factor, w² x, to the type of 16-bit rows, which is exact where w is a power of two (in
-    float16 as long as |w² x| is at least 2⁻¹⁴ of the largest w²). A weight of 0 does not hide a NaN.
+    weights: float32 [rows], any stride, the square roots w of the rows' weights w²; None: 1. The reference multiplies
+    in float32; kernels round one factor, w² x, to the type of 16-bit rows, which is exact where w is a power of two
+    (in float16 as long as |w² x| is at least 2⁻¹⁴ of the largest w²). A weight of 0 does not hide a NaN.
     Has no gradients, and autograd does not say so: x must not need any.
     Raises ValueError for arguments that do not fit each other, InputError as choose_backend does.
     """
@@ -350,7 +350,7 @@ HESSIAN: Operator[Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
     versions={"Hessian": 2, "hessian_finish": 2, "hessian_update": 2, "lower_gram": 1},
     kernels={
         "cuda": Kernel(
-            launch_cuda, (ON_NVIDIA_GPU, HALF_DTYPE, WIDTH_8, UNWEIGHTED, CORE_BUILT, CORE_WITH_CUDA, CORE_WITH_WGMMA)
+            launch_cuda, (ON_NVIDIA_GPU, HALF_DTYPE, WIDTH_8, CORE_BUILT, CORE_WITH_CUDA, CORE_WITH_WGMMA)
         ),
         "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)),
         "reference": Kernel(hessian_update_reference),

@@ -66,9 +66,15 @@ RECORD: dict[str, tuple[str, ...]] = {
     "inverse_factor": ("(h: Tensor, damping: float = 0.01, where: str = 'hessian') -> InverseFactor",),
     "lower_gram": ("(weight: Tensor) -> Tensor",),
     "refit": ("(weight: Tensor, elimination: Elimination) -> Tensor",),
-    "rms_norm": ("(Tensor x, Tensor weight, float eps) -> Tensor",),
+    "rms_norm": (
+        "(Tensor x, Tensor weight, float eps) -> Tensor",
+        "(Tensor x, Tensor weight, float eps, bool plus_one=False) -> Tensor",
+    ),
     "rms_norm_gather": ("(Tensor x, Tensor weight, float eps, Tensor index) -> Tensor",),
-    "rotate_": ("(Tensor(a!) x, Tensor cos, Tensor sin) -> ()",),
+    "rotate_": (
+        "(Tensor(a!) x, Tensor cos, Tensor sin) -> ()",
+        "(Tensor(a!) x, Tensor cos, Tensor sin, bool neighbours=False) -> ()",
+    ),
     "scatter_add_": ("(Tensor(a!) residual, Tensor update, Tensor index) -> ()",),
     "scatter_add_rms_norm_gather_": (
         "(Tensor(a!) residual, Tensor update, Tensor update_index, Tensor weight, float eps, Tensor index) -> Tensor",
@@ -78,7 +84,10 @@ RECORD: dict[str, tuple[str, ...]] = {
     ),
     "spd_inverse": ("(Tensor h, float shift) -> (Tensor inverse, Tensor info)",),
     "spd_inverse_factor": ("(Tensor h, float shift) -> (Tensor factor, Tensor info)",),
-    "swiglu_": ("(Tensor(a!) gate, Tensor up) -> ()",),
+    "swiglu_": (
+        "(Tensor(a!) gate, Tensor up) -> ()",
+        '(Tensor(a!) gate, Tensor up, str activation="silu") -> ()',
+    ),
 }
 
 
