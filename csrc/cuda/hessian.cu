@@ -52,6 +52,22 @@ CUtensorMap box_map(CUtensorMapDataType type, int element_bytes, const void* add
   return map;
 }
 
+// A vector of float32 whose stretches go to shared memory as they are. Loads outside of it give zeros.
+CUtensorMap stretch_map(const float* address, int64_t length, int stretch) {
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(length)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(stretch)};
+  const cuuint32_t steps[] = {1};
+  CUtensorMap map;
+  const CUresult status = tensor_map_encoder()(
+      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 1, const_cast<float*>(address), sizes, nullptr, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error("hessian: the driver refused a tensor map, error " + std::to_string(status));
+  }
+  return map;
+}
+
 // Prepares the current device at its first use.
 template <typename Element>
 void prepare_current_device() {
@@ -99,6 +115,7 @@ void launch(const Rows& x, const HessianState& hessian, void* workspace, int mul
               x.rows, x.channels, row_stride, STAGE_ROWS);
   const CUtensorMap lower_map = box_map(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, hessian.lower, x.channels, x.channels,
                                         hessian.stride, BAND);
+  const CUtensorMap weights_map = weighted ? stretch_map(weights.weights, x.rows, STAGE_ROWS) : x_map;
   check(cudaMemsetAsync(workspace, 0, workspace_bytes(x.channels), stream));
 
   cudaLaunchAttribute cluster;
@@ -114,7 +131,7 @@ void launch(const Rows& x, const HessianState& hessian, void* workspace, int mul
   config.attrs = &cluster;
   config.numAttrs = 1;
   const auto kernel = weighted ? accumulate_hessian<Element, true> : accumulate_hessian<Element, false>;
-  check(cudaLaunchKernelEx(&config, kernel, x_map, lower_map, arguments));
+  check(cudaLaunchKernelEx(&config, kernel, x_map, lower_map, arguments, weights_map));
 }
 
 }  // namespace

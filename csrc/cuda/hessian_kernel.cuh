@@ -60,7 +60,7 @@ struct Layout {
   static constexpr int UNITS = static_cast<int>(ceil_div(ANNOUNCED + ANNOUNCED_UNITS * 8, 16) * 16);
   static constexpr int BYTES = UNITS + ANNOUNCED_UNITS * 16;
   // Of rows with weights: those of each stage.
-  static constexpr int WEIGHTS = BYTES;
+  static constexpr int WEIGHTS = static_cast<int>(ceil_div(BYTES, 128) * 128);
   static constexpr int WEIGHTS_BYTES = STAGE_ROWS * 4;
   static constexpr int WEIGHTED_BYTES = WEIGHTS + STAGES * WEIGHTS_BYTES;
   static_assert(WEIGHTED_BYTES <= 227 * 1024);
@@ -157,7 +157,8 @@ __device__ Unit dealt_unit(const Plan& plan, uint32_t ticket) {
 // One thread of each block. Block 0's also deals the units: in order, so that whoever waits for an earlier chunk of a
 // tile waits for a cluster that is already at work on it.
 template <bool WEIGHTED>
-__device__ void load(const Shared& shared, const CUtensorMap& x, const Arguments& arguments, int block) {
+__device__ void load(const Shared& shared, const CUtensorMap& x, const CUtensorMap& weights, const Arguments& arguments,
+                     int block) {
   uint32_t* const next_unit = &arguments.workspace->next_unit;
   constexpr uint16_t BOTH_BLOCKS = (1 << BLOCKS) - 1;
   prefetch_map(x);
@@ -177,7 +178,7 @@ __device__ void load(const Shared& shared, const CUtensorMap& x, const Arguments
       constexpr int WEIGHTS_BYTES = WEIGHTED ? Layout::WEIGHTS_BYTES : 0;
       barrier_arrive_expecting(full, (diagonal ? BOXES * Layout::BOX_BYTES : Layout::STAGE_BYTES) + WEIGHTS_BYTES);
       if constexpr (WEIGHTED) {
-        load_bytes(shared.weights(ring.stage), arguments.weights.weights + row, WEIGHTS_BYTES, full);
+        load_stretch(shared.weights(ring.stage), weights, row, full);
       }
 #pragma unroll
       for (int box = first_box; box < first_box + BLOCK_BOXES; ++box) {
@@ -465,7 +466,7 @@ __device__ void help(const Shared& shared, const CUtensorMap& lower, const Argum
 template <typename Element, bool WEIGHTED>
 __global__ void __launch_bounds__(THREADS, 1)
     accumulate_hessian(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap lower,
-                       const __grid_constant__ Arguments arguments) {
+                       const __grid_constant__ Arguments arguments, const __grid_constant__ CUtensorMap weights) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared shared = {shared_address(memory)};
@@ -486,7 +487,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (warp < LOADER_WARP) {
     multiply_all<Element, WEIGHTED>(shared, arguments, {block, warp / GROUP_WARPS, warp % GROUP_WARPS, lane});
   } else if (warp == LOADER_WARP) {
-    if (lane == 0) load<WEIGHTED>(shared, x, arguments, block);
+    if (lane == 0) load<WEIGHTED>(shared, x, weights, arguments, block);
     __syncwarp();
   } else {
     help(shared, lower, arguments, block, warp - LOADER_WARP - 1, lane);

@@ -115,6 +115,15 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& map, in
       : "memory");
 }
 
+// A stretch of a vector that begins at `first`; `to` lies on 128 bytes. (compute-sanitizer knows whose write a bulk copy
+// without a map is, not that its barrier orders it before the reads, and reports a race.)
+__device__ __forceinline__ void load_stretch(uint32_t to, const CUtensorMap& map, int first, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2}], [%3];" ::"r"(to),
+      "l"(&map), "r"(first), "r"(barrier)
+      : "memory");
+}
+
 // Into every block of the cluster named by a bit of `blocks`, at the same address, announced at the same barrier.
 __device__ __forceinline__ void load_box_into(uint16_t blocks, uint32_t to, const CUtensorMap& map, int column, int row,
                                               uint32_t barrier) {
@@ -161,14 +170,6 @@ __device__ __forceinline__ void store_release(uint32_t* p, uint32_t value) {
 
 __device__ __forceinline__ void add_to_global(float* p, float a) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(a) : "memory");
-}
-
-// `bytes`, a multiple of 16 at addresses on 16, into this block, announced at one of its barriers.
-__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-      "r"(bytes), "r"(barrier)
-      : "memory");
 }
 
 // ---- warpgroup products

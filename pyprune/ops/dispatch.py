@@ -125,15 +125,13 @@ def eligible_backends(operator: str, problem: Problem) -> list[str]:
     return [item for item in OPERATORS[operator].kernels if unmet_requirement(operator, item, problem) is None]
 
 
-def choose_backend(operator: str, x: Tensor, shape: tuple[int, ...] | None = None, weighted: bool = False) -> str:
-    """Choose the backend that runs this operator on x.
-
-    shape: where the operator's differs from x's. weighted: whether the rows of x have weights.
+def choose_backend(operator: str, x: Tensor, shape: tuple[int, ...] | None = None) -> str:
+    """Choose the backend that runs this operator on x; `shape`: where the operator's differs from x's.
 
     Raises InputError where one is forced that is not known, or that cannot run this input. Logs, once for each cause,
     that a preferred backend is missing from the installation.
     """
-    problem = Problem(x.device, x.dtype, tuple(x.shape) if shape is None else shape, weighted)
+    problem = Problem(x.device, x.dtype, tuple(x.shape) if shape is None else shape)
     forced = forced_backend(operator)
     if forced is not None:
         unmet = unmet_requirement(operator, forced.backend, problem)
@@ -155,17 +153,15 @@ def choose_backend(operator: str, x: Tensor, shape: tuple[int, ...] | None = Non
     return backend
 
 
-def choose_launch(
-    operator: Operator[Launch], x: Tensor, shape: tuple[int, ...] | None = None, weighted: bool = False
-) -> Launch:
+def choose_launch(operator: Operator[Launch], x: Tensor, shape: tuple[int, ...] | None = None) -> Launch:
     """The launch of the backend that choose_backend names."""
-    return operator.kernels[choose_backend(operator.name, x, shape, weighted)].launch
+    return operator.kernels[choose_backend(operator.name, x, shape)].launch
 
 
-def choose(operator: str, x: Tensor, weighted: bool = False) -> BackendChoice:
+def choose(operator: str, x: Tensor) -> BackendChoice:
     """Choose a backend as choose_backend does, with the reason against each other backend."""
-    backend = choose_backend(operator, x, weighted=weighted)
-    return explain(operator, Problem(x.device, x.dtype, tuple(x.shape), weighted), backend, forced_backend(operator))
+    backend = choose_backend(operator, x)
+    return explain(operator, Problem(x.device, x.dtype, tuple(x.shape)), backend, forced_backend(operator))
 
 
 def explain(operator: str, problem: Problem, backend: str, forced: Forced | None) -> BackendChoice:

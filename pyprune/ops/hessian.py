@@ -27,7 +27,6 @@ from .requirements import (
     ON_NVIDIA_GPU,
     SIZES_FIT_INT32,
     TRITON,
-    UNWEIGHTED,
     WIDTH_8,
     dtype_name,
     required_core,
@@ -244,7 +243,7 @@ def hessian_update(x: Tensor, lower: Tensor, sums: Tensor | None, weights: Tenso
         return
     rows = as_rows(x)
     weights = None if weights is None else weights.contiguous()
-    choose_launch(HESSIAN, rows, weighted=weights is not None)(rows, lower, sums, weights)
+    choose_launch(HESSIAN, rows)(rows, lower, sums, weights)
 
 
 @hessian_update.register_fake
@@ -343,15 +342,12 @@ def launch_triton(rows: Tensor, lower: Tensor, sums: Tensor | None, weights: Ten
         hessian_triton(rows, lower, sums, configuration, properties.multi_processor_count, weights)
 
 
-# Shape: [rows, channels]. On a CPU the reference is BLAS. UNWEIGHTED: the CUDA kernel's way with weights is written and
-# has tests, but has not been run on a device; the Triton kernel takes weighted rows until it has.
+# Shape: [rows, channels]. On a CPU the reference is BLAS.
 HESSIAN: Operator[Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]] = Operator(
     OPERATOR,
     versions={"Hessian": 2, "hessian_finish": 2, "hessian_update": 2, "lower_gram": 1},
     kernels={
-        "cuda": Kernel(
-            launch_cuda, (ON_NVIDIA_GPU, HALF_DTYPE, WIDTH_8, CORE_BUILT, CORE_WITH_CUDA, CORE_WITH_WGMMA)
-        ),
+        "cuda": Kernel(launch_cuda, (ON_NVIDIA_GPU, HALF_DTYPE, WIDTH_8, CORE_BUILT, CORE_WITH_CUDA, CORE_WITH_WGMMA)),
         "triton": Kernel(launch_triton, (ON_NVIDIA_GPU, KERNEL_DTYPE, AMPERE_OR_LATER, SIZES_FIT_INT32, *TRITON)),
         "reference": Kernel(hessian_update_reference),
     },

@@ -251,7 +251,7 @@ def channel_moments_update(
         return
     rows = as_rows(x)
     weights = None if weights is None else weights.contiguous()
-    choose_launch(CHANNEL_MOMENTS, rows, weighted=weights is not None)(rows, count, mean, m2, weights, total)
+    choose_launch(CHANNEL_MOMENTS, rows)(rows, count, mean, m2, weights, total)
 
 
 @channel_moments_update.register_fake

@@ -23,15 +23,11 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Problem:
-    """Problem that a backend is chosen for.
-
-    shape: as the operator's file defines it; None: any shape. weighted: whether the rows have weights.
-    """
+    """Problem that a backend is chosen for. shape: as the operator's file defines it; None: any shape."""
 
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, ...] | None
-    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,11 +192,6 @@ CORE_WITH_WGMMA = Requirement(
         f"the kernel needs wgmma: compute capability 9.0, built for sm_90a; this is "
         f"{torch.cuda.get_device_name(problem.device)}, the core was built for {', '.join(core_architectures())}"
     ),
-)
-UNWEIGHTED = Requirement(
-    "rows without weights",
-    lambda problem: not problem.weighted,
-    lambda problem: "the rows have weights, which this kernel is not used with",
 )
 # The tensor memory accelerator reads rows that start on 16 bytes: 8 elements of 2 bytes.
 WIDTH_8 = Requirement(

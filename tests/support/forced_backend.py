@@ -24,18 +24,13 @@ def each_backend_of(*kernels: str) -> pytest.MarkDecorator:
 
 @contextmanager
 def forced_backend(
-    operator: str,
-    backend: str,
-    device: str,
-    dtype: torch.dtype = torch.float32,
-    width: int | None = None,
-    weighted: bool = False,
+    operator: str, backend: str, device: str, dtype: torch.dtype = torch.float32, width: int | None = None
 ) -> Iterator[None]:
     """Run on this backend; skip, with the table's own reason, where it cannot run an input [1, width].
 
-    Without a width nothing is asked of the shape. weighted: whether the rows have weights.
+    Without a width nothing is asked of the shape.
     """
-    problem = Problem(torch.device(device), dtype, None if width is None else (1, width), weighted)
+    problem = Problem(torch.device(device), dtype, None if width is None else (1, width))
     unmet = unmet_requirement(operator, backend, problem)
     if unmet is not None:
         pytest.skip(unmet.reason(problem))
