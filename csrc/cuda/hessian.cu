@@ -55,11 +55,12 @@ CUtensorMap box_map(CUtensorMapDataType type, int element_bytes, const void* add
 // A vector of float32 whose stretches go to shared memory as they are. Loads outside of it give zeros.
 CUtensorMap stretch_map(const float* address, int64_t length, int stretch) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(length)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(length) * 4};  // of no dimension, but it may not be null
   const cuuint32_t box[] = {static_cast<cuuint32_t>(stretch)};
   const cuuint32_t steps[] = {1};
   CUtensorMap map;
   const CUresult status = tensor_map_encoder()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 1, const_cast<float*>(address), sizes, nullptr, box, steps,
+      &map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 1, const_cast<float*>(address), sizes, strides, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
