@@ -55,7 +55,13 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True, "attention_bias": True},
     "cohere2": {**_MIXED, "logit_scale": 0.25},
     "starcoder2": {"sliding_window": 16, "use_bias": True},
-    "stablelm": {"use_qkv_bias": True},
+    "stablelm": {
+        "use_qkv_bias": True,
+        "head_dim": None,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
     "nemotron": {"attention_bias": True, "mlp_bias": True},
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention"],
