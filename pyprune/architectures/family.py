@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .declaration import FULL, HALVES, LINEAR, RMS, SHARED, SLIDING, Attention, Gated, Plain, Scales, Wiring
+from .declaration import FULL, HALVES, LINEAR, RMS, SHARED, SLIDING, Attention, Gated, Plain, Rows, Scales, Wiring
 from .shape import ATTENTION, FFN, SUBLAYERS, LayerShape
 
 # The flags of a configuration that say that the output projections have a (compensation) bias.
@@ -251,15 +251,18 @@ class Family:
         norm.load_state_dict({name: tensors[f"{path}.{name}"] for name in norm.state_dict()}, assign=True)
         return norm
 
+    def unit_rows(self, shape: LayerShape, sublayer: str) -> Rows:
+        """Rows that a unit owns of the matrices, and norms, whose rows go with the output projection's columns."""
+        return self.attention.rows(shape) if sublayer == ATTENTION else self.ffn.rows()
+
     def unit_slices(self, shape: LayerShape, sublayer: str, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Map the names of matrices to the slices of the kept units: (dimension, indices).
 
         Dimension 1 is the output projection's input; dimension 0 the output rows of the input projections (and of its
         bias), and of norms that heads own.
         """
-        rows = self.attention.rows(shape) if sublayer == ATTENTION else self.ffn.rows()
         slices = {}
-        for name, widths in rows.items():
+        for name, widths in self.unit_rows(shape, sublayer).items():
             starts = [sum(widths[:k]) * shape.units(sublayer) for k in range(len(widths))]
             blocks = [start + expand(kept, width) for start, width in zip(starts, widths, strict=True)]
             slices[name] = (0, torch.cat(blocks))

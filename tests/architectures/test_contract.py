@@ -24,6 +24,7 @@ from support.contract import (
     logits,
     refitted_naively,
 )
+from support.family_models import LIKE_LLAMA
 from support.gguf_models import add_tokenizer
 from support.written import checkpoint_bytes, checkpoint_tensors
 
@@ -186,11 +187,13 @@ def test_exports_that_are_not_declared_are_refused(subject: Subject, tmp_path: P
 
 
 @pytest.mark.slow
-def test_gguf(subject: Subject, tmp_path: Path) -> None:
-    if "gguf" in refusals(subject):
-        pytest.skip("not declared, or its small model computes what Llama does not")
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.gguf])
+def test_gguf(name: str, tmp_path: Path) -> None:
+    """Written where it is declared, and compared where llama.cpp is installed."""
+    subject = Subject.made(FAMILIES[name], tmp_path, **LIKE_LLAMA.get(name, {}))
     add_tokenizer(subject.uniform)
-    pyprune.export(subject.uniform, tmp_path / "model.gguf", "gguf", dtype="f32")  # compared, where llama.cpp is
+    result = pyprune.export(subject.uniform, tmp_path / "model.gguf", "gguf", dtype="f32")
+    assert result["class"].removesuffix(", f32") in subject.family.gguf
 
 
 @pytest.mark.slow

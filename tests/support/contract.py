@@ -34,8 +34,8 @@ class Subject:
     folder: Path
 
     @classmethod
-    def made(cls, family: Family, folder: Path) -> "Subject":
-        return cls(family, save_small_model(family, folder / "dense"))
+    def made(cls, family: Family, folder: Path, **changes: Any) -> "Subject":
+        return cls(family, save_small_model(family, folder / "dense", **changes))
 
     @cached_property
     def reader(self) -> CheckpointReader:

@@ -71,6 +71,17 @@ OWN: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
     },
 }
+# By family that GGUF is written for, what makes its small model one that llama.cpp holds.
+LIKE_LLAMA: dict[str, dict[str, Any]] = {
+    "qwen3": {"attention_bias": False},
+    "granite": {
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 8**-0.5,
+        "logits_scaling": 1.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 1]},
+}
 
 
 def small_model(family: Family, seed: int = 0, **changes: Any) -> Any:
@@ -96,4 +107,13 @@ def save_small_model(family: Family, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-__all__ = ["FAMILIES", "OWN", "SIZES", "VOCABULARY", "AutoModelForCausalLM", "save_small_model", "small_model"]
+__all__ = [
+    "FAMILIES",
+    "LIKE_LLAMA",
+    "OWN",
+    "SIZES",
+    "VOCABULARY",
+    "AutoModelForCausalLM",
+    "save_small_model",
+    "small_model",
+]
