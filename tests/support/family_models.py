@@ -49,6 +49,7 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4": {"attention_bias": True},
     "gemma2": {**_MIXED, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
     "gemma3_text": {**_MIXED, "query_pre_attn_scalar": 12},
+    "olmo": {"clip_qkv": 1.0, "attention_bias": True},
     "olmo2": {"attention_bias": True},
     "olmo3": _MIXED,
     "exaone4": _MIXED,
