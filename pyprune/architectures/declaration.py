@@ -60,7 +60,7 @@ class Attention:
         if self.interleaved:
             rows: Rows = {self.inputs[0]: (query + 2 * own,)}
         elif self.fused:
-            rows = {self.fused: (query,) if shape.shared_key_value else (query, own, own)}
+            rows = {self.fused: (query, own, own)}
         elif shape.shared_key_value:
             rows = {self.query: (query,)}
         else:

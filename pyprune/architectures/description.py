@@ -8,6 +8,7 @@ from typing import Any
 from .family import Family
 
 _IN_LAYER = re.compile(r"\.\d+\.(.+)\.(?:weight|bias)$")  # a tensor's name behind the layer's number
+_ALIKE = 0.6  # difflib's own bound of close matches
 
 
 def describe(family: Family) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def exports(family: Family) -> list[str]:
 
 
 def nearest_family(families: Mapping[str, Family], model_type: str, tensors: Iterable[str]) -> str:
-    """Name of the family whose layers have the names of these tensors most; of equals, the one named most alike."""
+    """Name of the family whose layers have the names of these tensors most; of equals the one named alike, or the first."""
     found = {match[1] for match in map(_IN_LAYER.search, tensors) if match}
 
     def likeness(family: Family) -> tuple[float, float]:
@@ -47,6 +48,6 @@ def nearest_family(families: Mapping[str, Family], model_type: str, tensors: Ite
         own = {*described["attention"], *described["ffn"], *family.wiring.before, *family.wiring.after}
         own |= set(family.attention.norms) if family.attention.head_norms else set()
         alike = SequenceMatcher(None, model_type, family.name).ratio()
-        return (len(own & found) / len(own | found), alike)
+        return (len(own & found) / len(own | found), alike if alike >= _ALIKE else 0)
 
     return max(families.values(), key=likeness).name

@@ -149,8 +149,9 @@ class Family:
         heads, channels = getattr(own, of_heads), getattr(own, of_channels)
         groups = heads if of_groups is None else getattr(own, of_groups)
         head_dim = None if self.attention.square else getattr(own, "head_dim", None)
-        # Only where all layers have one: of KV groups that went layer by layer, one may be left in some.
-        shared = of_groups is not None and getattr(config, of_groups) == 1 and heads > 1
+        # Only where all layers have one: of KV groups that went layer by layer, one may be left in some. In a fused
+        # matrix the one group stays.
+        shared = of_groups is not None and getattr(config, of_groups) == 1 and heads > 1 and not self.attention.fused
         linear = self.kind(config, layer) == LINEAR
         return LayerShape(
             own.hidden_size,

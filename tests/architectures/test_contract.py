@@ -153,7 +153,9 @@ def test_estimate_is_exact(subject: Subject) -> None:
         counts.append(0)
         for layer, shape in enumerate(own.shapes):
             for sublayer in shape.sublayers:
-                linears = (*subject.family.input_projs(sublayer), subject.family.output_proj(sublayer))
+                rows, family = own.family.unit_rows(shape, sublayer), own.family
+                linears = [name for name in family.input_projs(sublayer) if name in rows]
+                linears += [family.output_proj(sublayer)]
                 counts[-1] += sum(math.prod(own.layer_tensors(layer)[f"{name}.weight"].shape) for name in linears)
     assert said.parameters["decoder_linears"] == counts
     assert said.bytes == [subject.reader.bytes, reader.bytes]

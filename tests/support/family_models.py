@@ -47,6 +47,7 @@ OWN: dict[str, dict[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 256, "sliding_window": 16},
     "glm": {"attention_bias": True},
     "glm4": {"attention_bias": True},
+    "gemma": {"num_key_value_heads": 1},
     "gemma2": {**_MIXED, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
     "gemma3_text": {**_MIXED, "query_pre_attn_scalar": 12},
     "olmo": {"clip_qkv": 1.0, "attention_bias": True},
