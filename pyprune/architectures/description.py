@@ -40,7 +40,7 @@ def exports(family: Family) -> list[str]:
 
 
 def nearest_family(families: Mapping[str, Family], model_type: str, tensors: Iterable[str]) -> str:
-    """Name of the family whose layers have the names of these tensors most; of equals the one named alike, or the first."""
+    """Name of the family whose layers have these tensors' names most; of equals the one named alike, or the first."""
     found = {match[1] for match in map(_IN_LAYER.search, tensors) if match}
 
     def likeness(family: Family) -> tuple[float, float]:

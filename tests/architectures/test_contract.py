@@ -76,24 +76,20 @@ def test_sublayers_in_turn_are_the_layer(subject: Subject) -> None:
         assert_same(in_turn.data, whole.data, f"layer {layer}: its sublayers and itself")
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("sizes", ["adaptive", "uniform"])
 def test_pruned_is_masked(subject: Subject, sizes: str) -> None:
     """Without compensation it is the dense model with the removed units' columns of the output projections at zero."""
     output: Path = getattr(subject, sizes)
-    masked, removed = subject.dense(), 0
-    for layer, kept in enumerate(subject.kept(output)):
-        for sublayer in subject.reader.shapes[layer].sublayers:
-            weight = subject.output_proj(masked, layer, sublayer).weight
-            columns = torch.zeros(weight.shape[1], dtype=torch.bool)
-            columns[subject.columns(kept, layer, sublayer)] = True
-            weight[:, ~columns] = 0
-            removed += int((~columns).sum())
-    assert removed, "nothing was removed"
     found = loaded(output, attn_implementation=subject.family.attention_backend)
     if sizes == "uniform":
         assert type(found).__module__.startswith("transformers."), f"{type(found).__name__} is no stock class"
-    assert_same(logits(found), logits(masked), "logits of the pruned and of the masked model")
+    assert_same(logits(found), logits(subject.masked(output)), "logits of the pruned and of the masked model")
+
+
+def test_one_key_value_head_in_a_fused_matrix(tmp_path: Path) -> None:
+    """It stays with its query heads; the FFN is pruned."""
+    subject = Subject.made(FAMILIES["phi3"], tmp_path, num_key_value_heads=1)
+    assert_same(logits(loaded(subject.adaptive)), logits(subject.masked(subject.adaptive)), "pruned and masked")
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import pyprune
 from pyprune.allocation.budget import Kept
 from pyprune.architectures import ATTENTION, FFN, Family, expand
-from pyprune.architectures.declaration import LINEAR
 from pyprune.checkpoint import CheckpointReader
 from pyprune.job.record import read_record
 from support.family_models import VOCABULARY, AutoModelForCausalLM, save_small_model
@@ -80,14 +79,24 @@ class Subject:
         """Input columns of the sublayer's output projection that kept units own."""
         return expand(kept[sublayer], self.reader.shapes[layer].unit_width(sublayer))
 
+    @torch.no_grad()
+    def masked(self, output: Path) -> Any:
+        """The dense model with zeros in the columns that a pruning's removed units own."""
+        model, removed = self.dense(), 0
+        for layer, kept in enumerate(self.kept(output)):
+            for sublayer in self.reader.shapes[layer].sublayers:
+                weight = self.output_proj(model, layer, sublayer).weight
+                columns = torch.ones(weight.shape[1], dtype=torch.bool)
+                columns[self.columns(kept, layer, sublayer)] = False
+                weight[:, columns] = 0
+                removed += int(columns.sum())
+        assert removed, "nothing was removed"
+        return model
+
     def output_proj(self, model: Any, layer: int, sublayer: str) -> nn.Linear:
         found = model.get_submodule(f"{self.family.layers}.{layer}.{self.family.output_proj(sublayer)}")
         assert isinstance(found, nn.Linear)
         return found
-
-    def linear(self, layer: int) -> bool:
-        """Whether the layer has linear attention, and no heads."""
-        return self.family.kind(self.reader.config, layer) == LINEAR
 
 
 def loaded(folder: Path, **options: Any) -> Any:
