@@ -11,6 +11,7 @@ from typing import Any
 
 from page_models import table
 
+from pyprune.architectures import list_families
 from pyprune.benchmark.case import OTHER, PYTORCH
 from pyprune.benchmark.results import duration, headline, median, share_of_floor, times_faster
 from pyprune.methods import METHODS, list_methods
@@ -265,7 +266,18 @@ def method_options(results: Path) -> str:
     return table(["option", "default: methods", "meaning"], body)
 
 
+def families(results: Path) -> str:
+    """The model families from their declarations."""
+    rows = []
+    for own in list_families().values():
+        units = [{"kv-groups": "KV groups", "channels": "FFN channels"}[unit] for unit in own["units"]]
+        kinds = "; linear attention in some layers" if own["linear_attention"] else ""
+        rows.append([f"`{own['name']}`", ", ".join(units), own["wiring"] + kinds, ", ".join(own["exports"])])
+    return table(["family", "units that may go", "attention and FFN", "exports"], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
+    "families": families,
     "results": lambda results: quality(results, METHOD_VARIANTS),
     "quality": lambda results: quality(results, ALL_VARIANTS),
     "quality-obs": lambda results: quality(results, PARTS_OF_OBS),

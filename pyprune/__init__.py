@@ -21,7 +21,7 @@ if stopping.is_program():  # importing the libraries takes seconds, in which Ctr
 from .errors import InputError, VerificationError
 
 if TYPE_CHECKING:
-    from .api import estimate, evaluate, export, list_methods, prune
+    from .api import estimate, evaluate, export, list_families, list_methods, prune
     from .estimation.estimate import Estimate
     from .job.record import PruneRecord
 
@@ -39,6 +39,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "export",
+    "list_families",
     "list_methods",
     "prune",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .architectures import list_families
 from .calibration import CONCATENATE
 from .calibration.mixture import parts_of
 from .calibration.source import Text, TokenSource, is_self
@@ -361,4 +362,4 @@ def estimate(
     return estimate_run(reader, made, share, samples, length, place, compute, device_memory, named, sampled)
 
 
-__all__ = ["Estimate", "PruneRecord", "estimate", "evaluate", "export", "list_methods", "prune"]
+__all__ = ["Estimate", "PruneRecord", "estimate", "evaluate", "export", "list_families", "list_methods", "prune"]

@@ -28,8 +28,8 @@ def with_units(shapes: list[LayerShape], text: str | None) -> list[LayerShape]:
     for name in names:
         if not any(shape.removable(NAMES[name]) for shape in shapes):
             raise InputError(
-                f"--units {text}: no layer of this model can lose {name}: their queries and keys are normed over all "
-                "heads at once, or there are none; take channels"
+                f"--units {text}: no layer of this model can lose {name}: what a head computes depends on their number "
+                "(norms over all heads at once, or widths that follow from it), or there are none; take channels"
             )
         if name == "heads" and not any(shape.shared_key_value for shape in shapes):
             raise InputError(

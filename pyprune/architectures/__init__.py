@@ -1,6 +1,7 @@
 """The model families. A new one is one file beside these, or a module that a package names as an entry point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from ..errors import InputError
 from ..runtime.entry_points import load_entry_points
@@ -9,6 +10,7 @@ from .arcee import ARCEE
 from .cohere import COHERE
 from .cohere2 import COHERE2
 from .cwm import CWM
+from .description import describe, nearest_family
 from .ernie4_5 import ERNIE4_5
 from .exaone4 import EXAONE4
 from .family import BIAS_FLAGS, Family, expand, without_layers
@@ -24,6 +26,7 @@ from .ministral import MINISTRAL
 from .ministral3 import MINISTRAL3
 from .mistral import MISTRAL
 from .nemotron import NEMOTRON
+from .olmo import OLMO
 from .olmo2 import OLMO2
 from .olmo3 import OLMO3
 from .phi import PHI
@@ -61,6 +64,7 @@ BUILT_IN = (
     MINISTRAL,
     MINISTRAL3,
     NEMOTRON,
+    OLMO,
     OLMO2,
     OLMO3,
     PHI,
@@ -97,8 +101,16 @@ def for_every_family(follow: Callable[[Family], None]) -> None:
         follow(family)
 
 
-def family_of(model_type: str | None) -> Family:
-    """The family of a config's `model_type`; a model that pyprune wrote can be pruned again."""
+def list_families() -> dict[str, dict[str, Any]]:
+    """List the model families: by name the `class` in transformers, `units` that may go, `wiring` and `exports`."""
+    return {name: describe(family) for name, family in FAMILIES.items()}
+
+
+def family_of(model_type: str | None, tensors: Callable[[], Iterable[str]] = tuple) -> Family:
+    """The family of a config's `model_type`; a model that pyprune wrote can be pruned again.
+
+    tensors: gives names of the model's tensors, by which the nearest family is named in the refusal of an unknown one.
+    """
     base = (model_type or "").removeprefix(PRUNED_PREFIX)
     if (model_type or "").startswith(SELECTED_PREFIX):
         raise InputError(
@@ -107,7 +119,9 @@ def family_of(model_type: str | None) -> Family:
         )
     if base not in FAMILIES:
         raise InputError(
-            f"unknown architecture {model_type!r} (model_type in config.json); known: {', '.join(FAMILIES)}"
+            f"unknown architecture {model_type!r} (model_type in config.json): of the {len(FAMILIES)} known ones the "
+            f"nearest is {nearest_family(FAMILIES, base, tensors())}; `pyprune families` lists them, and "
+            "docs/families.md says how to add one"
         )
     return FAMILIES[base]
 
@@ -127,9 +141,11 @@ __all__ = [
     "SUBLAYERS",
     "Family",
     "LayerShape",
+    "describe",
     "expand",
     "family_of",
     "for_every_family",
+    "list_families",
     "register",
     "without_layers",
 ]

@@ -27,9 +27,9 @@ class Attention:
 
     fused: one matrix with the rows of query, key and value, in this order; `interleaved`: query, key and value of each
     head together. head_norms: SHARED, OWN or WHOLE, None without; `norms` names them where heads own them. gated: the
-    query projection also makes a gate of the heads' outputs. reads_sizes: the numbers of heads are read from its
-    configuration in every forward. linear: the module that layers of linear attention have
-    in its place, and what in it reads the norm.
+    query projection also makes a gate of the heads' outputs. square: its class makes heads as wide as the hidden size
+    over their number. reads_sizes: the numbers of heads are read from its configuration in every forward. linear: the
+    matrices that read the norm in layers of linear attention.
     """
 
     query: str = "self_attn.q_proj"
@@ -41,6 +41,7 @@ class Attention:
     head_norms: str | None = None
     norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     gated: bool = False
+    square: bool = False
     reads_sizes: bool = False
     linear: tuple[str, ...] = ()
 
@@ -49,13 +50,18 @@ class Attention:
         """The matrices that read the stream."""
         return (self.fused,) if self.fused else (self.query, self.key, self.value)
 
+    @property
+    def keeps_heads(self) -> bool:
+        """Whether every head stays: with fewer of them the others would compute something else."""
+        return self.head_norms == WHOLE or self.square
+
     def rows(self, shape: LayerShape) -> Rows:
         """Rows of what reads the stream, and of norms of heads' own, that a unit owns."""
         query, own = shape.group_width * shape.query_parts, shape.head_dim
         if self.interleaved:
             rows: Rows = {self.inputs[0]: (query + 2 * own,)}
         elif self.fused:
-            rows = {self.fused: (query,) if shape.shared_key_value else (query, own, own)}
+            rows = {self.fused: (query, own, own)}
         elif shape.shared_key_value:
             rows = {self.query: (query,)}
         else:

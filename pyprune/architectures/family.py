@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .declaration import FULL, HALVES, LINEAR, RMS, SHARED, SLIDING, WHOLE, Attention, Gated, Plain, Scales, Wiring
+from .declaration import FULL, HALVES, LINEAR, RMS, SHARED, SLIDING, Attention, Gated, Plain, Rows, Scales, Wiring
 from .shape import ATTENTION, FFN, SUBLAYERS, LayerShape
 
 # The flags of a configuration that say that the output projections have a (compensation) bias.
@@ -148,21 +148,23 @@ class Family:
         of_heads, of_groups, of_channels = self.sizes
         heads, channels = getattr(own, of_heads), getattr(own, of_channels)
         groups = heads if of_groups is None else getattr(own, of_groups)
-        head_dim = getattr(own, "head_dim", None) or own.hidden_size // heads
-        # Only where all layers have one: of KV groups that went layer by layer, one may be left in some.
-        shared = of_groups is not None and whole_value(config, of_groups) == 1 and heads > 1
-        fixed = (ATTENTION,) if self.attention.head_norms == WHOLE else ()
+        head_dim = None if self.attention.square else getattr(own, "head_dim", None)
+        # Only where all layers have one: of KV groups that went layer by layer, one may be left in some. In a fused
+        # matrix the one group stays.
+        shared = (
+            of_groups is not None and whole_value(config, of_groups) == 1 and heads > 1 and not self.attention.fused
+        )
         linear = self.kind(config, layer) == LINEAR
         return LayerShape(
             own.hidden_size,
-            head_dim,
+            head_dim or own.hidden_size // heads,
             kv_groups=0 if linear else heads if shared else groups,
             heads_per_group=1 if shared else heads // groups,
             intermediate_channels=channels,
             ffn_matrices=self.ffn.matrices,
             query_parts=2 if self.attention.gated else 1,
             shared_key_value=shared,
-            fixed=fixed,
+            fixed=(ATTENTION,) if self.attention.keeps_heads else (),
         )
 
     def shapes(self, config: Any) -> list[LayerShape]:
@@ -252,15 +254,18 @@ class Family:
         norm.load_state_dict({name: tensors[f"{path}.{name}"] for name in norm.state_dict()}, assign=True)
         return norm
 
+    def unit_rows(self, shape: LayerShape, sublayer: str) -> Rows:
+        """Rows that a unit owns of the matrices, and norms, whose rows go with the output projection's columns."""
+        return self.attention.rows(shape) if sublayer == ATTENTION else self.ffn.rows()
+
     def unit_slices(self, shape: LayerShape, sublayer: str, kept: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Map the names of matrices to the slices of the kept units: (dimension, indices).
 
         Dimension 1 is the output projection's input; dimension 0 the output rows of the input projections (and of its
         bias), and of norms that heads own.
         """
-        rows = self.attention.rows(shape) if sublayer == ATTENTION else self.ffn.rows()
         slices = {}
-        for name, widths in rows.items():
+        for name, widths in self.unit_rows(shape, sublayer).items():
             starts = [sum(widths[:k]) * shape.units(sublayer) for k in range(len(widths))]
             blocks = [start + expand(kept, width) for start, width in zip(starts, widths, strict=True)]
             slices[name] = (0, torch.cat(blocks))

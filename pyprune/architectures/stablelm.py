@@ -1,10 +1,10 @@
 """StableLM 2 and StableLM 3B: LayerNorms, rotary embeddings of a part of each head, attention and FFN side by side
-where `use_parallel_residual` says so."""
+where `use_parallel_residual` says so. Heads stay."""
 
 from typing import Any
 
 from ..errors import InputError
-from .declaration import LAYER
+from .declaration import LAYER, Attention
 from .family import Family
 
 
@@ -15,4 +15,10 @@ def check_layers(config: Any) -> None:
             raise InputError(f"{name} in config.json: stablelm models with it are not supported")
 
 
-STABLELM = Family(name="stablelm", prefix="StableLm", norm=LAYER, check=check_layers)
+STABLELM = Family(
+    name="stablelm",
+    prefix="StableLm",
+    attention=Attention(square=True),
+    norm=LAYER,
+    check=check_layers,
+)

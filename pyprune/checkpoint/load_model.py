@@ -88,12 +88,13 @@ def _from_memory(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """By transformers' own loading, so that the modules are those that a saved copy would have."""
     config = copy.deepcopy(given.config)
-    model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, loading = model_class.from_pretrained(
         None,
         config=config,
         state_dict=dict(given.state),
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )

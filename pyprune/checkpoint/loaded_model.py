@@ -46,7 +46,7 @@ class LoadedModel(ModelSource):
         self._given = model.state_dict()
         stored = {name: _described(name, tensor, str(self.origin)) for name, tensor in self._given.items()}
         place, fields = f"{self.origin}: its configuration", json.loads(config.to_json_string())
-        family = prunable_family(place, fields)
+        family = prunable_family(place, fields, stored.keys)
         check_layer_count(place, fields, stored)
         fields["dtype"] = str(_type_of(stored, f"{family.output_proj(FFN)}.weight")).removeprefix("torch.")
 

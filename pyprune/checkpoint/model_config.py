@@ -1,7 +1,7 @@
 """Checks of a model's configuration, wherever it comes from."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,17 +17,15 @@ def refused(place: str, error: Exception) -> InputError:
     return InputError(f"{place}: transformers refuses this configuration: {reason_of(error)}")
 
 
-def named_family(place: str, model_type: str | None) -> Family:
-    """The family of a model type. InputError: there is none; place: of the configuration, for the message."""
+def prunable_family(place: str, fields: dict[str, Any], tensors: Callable[[], Iterable[str]]) -> Family:
+    """The family that a configuration's fields name. InputError: there is none, or the model is quantised.
+
+    tensors: gives the names of the model's tensors, for the message.
+    """
     try:
-        return family_of(model_type)
+        family = family_of(fields.get("model_type"), tensors)
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
-
-
-def prunable_family(place: str, fields: dict[str, Any]) -> Family:
-    """The family that a configuration's fields name. InputError: there is none, or the model is quantised."""
-    family = named_family(place, fields.get("model_type"))
     if fields.get("quantization_config"):
         raise InputError(f"{place}: a quantised checkpoint cannot be pruned; prune first, quantise afterwards")
     return family

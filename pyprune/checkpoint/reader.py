@@ -31,7 +31,7 @@ class CheckpointReader(ModelSource):
     def __init__(self, folder: Path) -> None:
         self.folder = self.origin = folder
         place, fields = str(folder / "config.json"), read_fields(folder)
-        family = prunable_family(place, fields)
+        family = prunable_family(place, fields, partial(_stored_names, folder, fields))
         stored = read_headers(weight_files(folder, fields))
         check_layer_count(place, fields, stored)
         super().__init__(place, family, stored, partial(_transformers_config, folder))
@@ -72,6 +72,11 @@ class CheckpointReader(ModelSource):
 
     def write_companions(self, folder: Path) -> list[str]:
         return copy_companions(self.folder, folder)
+
+
+def _stored_names(folder: Path, fields: dict[str, Any]) -> Iterable[str]:
+    """Names of the tensors in a folder, none where it has no safetensors."""
+    return read_headers(weight_files(folder, fields)) if any(folder.glob("*.safetensors")) else ()
 
 
 def read_fields(folder: Path) -> dict[str, Any]:

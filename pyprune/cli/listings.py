@@ -1,7 +1,8 @@
-"""`pyprune methods` and `pyprune backends`."""
+"""`pyprune methods`, `pyprune families` and `pyprune backends`."""
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,21 +15,34 @@ if TYPE_CHECKING:
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 
-class MethodName(click.ParamType):
-    """The name of a method; only completion looks at the list here."""
+class Name(click.ParamType):
+    """The name of a method or family; only completion looks at the list here."""
 
     name = "name"
+
+    def __init__(self, known: Callable[[], Iterable[str]]) -> None:
+        self.known = known
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
         from click.shell_completion import CompletionItem
 
-        from ..methods import list_methods
+        return [CompletionItem(name) for name in self.known() if name.startswith(incomplete)]
 
-        return [CompletionItem(name) for name in list_methods() if name.startswith(incomplete)]
+
+def method_names() -> Iterable[str]:
+    from ..methods import list_methods
+
+    return list_methods()
+
+
+def family_names() -> Iterable[str]:
+    from ..architectures import FAMILIES
+
+    return FAMILIES
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
-@click.argument("name", required=False, type=MethodName())
+@click.argument("name", required=False, type=Name(method_names))
 @JSON
 def methods(name: str | None, as_json: bool) -> None:
     """List the pruning methods, or explain the method NAME: what it does, its source, its cost and its options."""
@@ -113,6 +127,59 @@ def option_row(name: str, own: dict[str, Any]) -> tuple[str, str]:
     choices = f" One of {', '.join(own['choices'])}." if own["choices"] else ""
     default = own["default_text"] or ("" if own["default"] is None or kind == "bool" else f"{own['default']}")
     return flag_of(name) + value, own["help"] + choices + (f"  [default: {default}]" if default else "")
+
+
+@click.command(cls=Command, context_settings=SETTINGS)
+@click.argument("name", required=False, type=Name(family_names))
+@JSON
+def families(name: str | None, as_json: bool) -> None:
+    """List the model families, or explain the family NAME: what it loses, how its layers are wired, and its exports."""
+    from ..architectures import list_families
+    from ..errors import InputError
+
+    known = list_families()
+    if name is not None and name not in known:
+        raise InputError(f"unknown family {name!r}{suggestion(name, known)}; pyprune families lists them")
+    if as_json:
+        print(json.dumps(known if name is None else {name: known[name]}, indent=1))
+    elif name is None:
+        print_families(known)
+    else:
+        print_family(known[name])
+
+
+def print_families(known: dict[str, dict[str, Any]]) -> None:
+    from .console import Console
+
+    cells = [(name, ", ".join(own["units"]), own["wiring"], ", ".join(own["exports"])) for name, own in known.items()]
+    Console(False).table(("family", "units that may go", "attention and FFN", "exports"), cells)
+    formatter = page()
+    formatter.write_paragraph()
+    formatter.write_text("pyprune families NAME explains one. A family is its model_type in config.json.")
+    click.echo(formatter.getvalue(), nl=False)
+
+
+def print_family(described: dict[str, Any]) -> None:
+    units = ", ".join(described["units"])
+    if "kv-groups" in described["units"]:
+        units += "; heads where all query heads share one key and value head"
+    if described["linear_attention"]:
+        units += "; in layers of linear attention channels only"
+    formatter = page()
+    formatter.write_text(f"{described['name']}: {described['class']} of transformers")
+    formatter.write_paragraph()
+    norms = {"rms": "RMSNorm", "rms + 1": "RMSNorm times 1 + w", "layer": "LayerNorm"}[described["norm"]]
+    heads = {None: "no", "shared": "shared by heads", "own": "of each head's own", "whole": "over all heads at once"}
+    facts = [
+        ("Units that may go", units),
+        ("Attention and FFN", described["wiring"]),
+        ("Attention", ", ".join(described["attention"])),
+        ("FFN", ", ".join(described["ffn"])),
+        ("Norms", f"{norms}; of queries and keys: {heads[described['head_norms']]}"),
+        ("Exports", ", ".join(described["exports"])),
+    ]
+    formatter.write_dl(facts)
+    click.echo(formatter.getvalue(), nl=False)
 
 
 @click.command(cls=Command, context_settings=SETTINGS)

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "compare": ("compare", "compare", "Put the OUTPUTs of several runs side by side."),
     "push": ("push", "push", "Upload OUTPUT to the hub."),
     "methods": ("listings", "methods", "List the pruning methods, or explain one and its options."),
+    "families": ("listings", "families", "List the model families, or explain one: its units, layers and exports."),
     "backends": ("listings", "backends", "Show which backend runs each operator here."),
     "benchmark": ("benchmark", "benchmark", "Measure the operators against PyTorch and other libraries."),
     "tune": ("benchmark", "tune", "Tune the Triton kernels for this GPU."),

@@ -122,10 +122,12 @@ def estimate(
     before = sum(s.parameters for s in reader.shapes)
     if layers is None:
         removed = round(ratio * before)
+        removed_bytes = removed * reader.dtype.itemsize
     else:
         kept = zip(reader.shapes, layers, strict=True)
         removed = before - sum(shape.kept(**own).parameters for shape, own in kept)
-    after = reader.bytes - (removed * reader.dtype.itemsize if method.shrinks else 0)
+        removed_bytes = _removed_bytes(reader, layers)
+    after = reader.bytes - (removed_bytes if method.shrinks else 0)
     sizes = Sizes(reader.shapes, method, ratio, samples, sequence_length, dtype.itemsize, reader.dtype.itemsize)
     costs = costs_of(sizes)
     working = {name: cost for name, cost in costs.items() if cost.flops()}
@@ -230,3 +232,17 @@ def _known_layers(shapes: list[LayerShape], method: Method, ratio: float) -> lis
         }
         for s, c in zip(shapes, counts, strict=True)
     ]
+
+
+def _removed_bytes(reader: CheckpointReader, layers: list[LayerSizes]) -> int:
+    """Bytes of the rows and columns that go, of biases and norms of heads as well; without compensation biases."""
+    removed = 0
+    for layer, (shape, own) in enumerate(zip(reader.shapes, layers, strict=True)):
+        stored, kept = reader.layer_tensors(layer), shape.kept(**own)
+        for sublayer in shape.sublayers:
+            names = [f"{reader.family.output_proj(sublayer)}.weight"]
+            for name in reader.family.unit_rows(shape, sublayer):
+                names += [full for full in (f"{name}.weight", f"{name}.bias") if full in stored]
+            whole = sum(stored[name].bytes for name in names)
+            removed += whole - whole * kept.units(sublayer) // shape.units(sublayer)
+    return removed

@@ -40,10 +40,10 @@ from torch import Tensor  # noqa: E402
 def logits_transformers(model: str, ids: Tensor, trust_remote_code: bool) -> Tensor:
     from transformers import AutoModelForCausalLM
 
+    # Attention by transformers' default: sdpa, eager for classes that have no sdpa.
     loaded, loading = AutoModelForCausalLM.from_pretrained(
         model,
         dtype=torch.float32,
-        attn_implementation="sdpa",
         local_files_only=True,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,

@@ -80,9 +80,9 @@ def fill_gguf(source: Path, file: Path, dtype: str, progress: Progress) -> dict[
     """Write the checkpoint into a file that is the caller's; as `write_gguf` otherwise, whose result lacks `output`."""
     gguf = import_extra("gguf")
     reader = CheckpointReader(source)
+    check_written(reader)
     if reader.config.hidden_act not in ("silu", "swish"):
         raise InputError(f"{source}: hidden_act {reader.config.hidden_act}: llama.cpp has silu in these architectures")
-    check_written(reader)
     check_shapes(reader.shapes)
     scaling = rope_scaling(reader.family, reader.config)
     architecture = choose_architecture(reader, scaling)

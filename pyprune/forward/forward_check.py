@@ -108,7 +108,7 @@ def _own_result(forward: LayerForward, block: nn.Module, layer: int, ids: Tensor
     table.weight.data = forward.reader.embed(tokens).to(forward.dtype)
     body.norm = nn.Identity()
     layers = [_Pass() for _ in range(config.num_hidden_layers)]
-    body.layers = nn.ModuleList([*layers[:layer], block, *layers[layer + 1 :]])
+    forward.family.put_layers(body, nn.ModuleList([*layers[:layer], block, *layers[layer + 1 :]]))
     seen: list[Tensor] = []
     hook = block.register_forward_hook(lambda _, given, result: seen.extend((given[0], result)))
     body.to(forward.device).eval()(input_ids=own_ids.to(forward.device), use_cache=False)

@@ -1,4 +1,4 @@
-"""A family in one file of another package: Ministral, which transformers has and pyprune has not."""
+"""A family in one file of another package: Helium, which transformers has and pyprune has not."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from pyprune import architectures, modeling
 from pyprune.architectures import FAMILIES, LLAMA, Family, register
 
-MINISTRAL = """
+HELIUM = """
 from pyprune.architectures import Family, register
 
-register(Family("ministral", "Ministral", sliding=lambda config, i: config.layer_types[i] == "sliding_attention"))
+register(Family("helium", "Helium", rotary="other"))
 """
 
 PRUNE = """
@@ -35,13 +35,13 @@ pyprune.export(out, file, "gguf")
 
 @pytest.fixture(scope="module")
 def checkpoint(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of three layers, the middle one with a sliding window."""
-    folder = tmp_path_factory.mktemp("ministral")
+    """Random weights of three layers."""
+    folder = tmp_path_factory.mktemp("helium")
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "ministral",
+        "helium",
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=160,
@@ -50,8 +50,6 @@ def checkpoint(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=256,
-        sliding_window=16,
-        layer_types=["full_attention", "sliding_attention", "full_attention"],
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -70,25 +68,25 @@ def no_families_left() -> Iterator[None]:
 @pytest.mark.slow
 def test_a_family_of_another_package(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prune it (the run compares its forward with transformers' own) and load it; the export to GGUF is refused."""
-    unknown = "unknown architecture 'ministral' (model_type in config.json); known: llama, mistral, qwen2, qwen3"
+    unknown = "unknown architecture 'helium' (model_type in config.json): of the "
     assert unknown in run(capsys, "estimate", checkpoint, "--ratio", 0.3).err
-    installed = Extension(tmp_path, "ministral_family", "pyprune.families", MINISTRAL)
+    installed = Extension(tmp_path, "helium_family", "pyprune.families", HELIUM)
     ended = installed.python("-c", PRUNE, checkpoint, tmp_path / "out", tmp_path / "out.gguf")
     name, *channels = ended.stdout.split()
-    assert name == "PyPruneMinistralForCausalLM", ended.stderr
+    assert name == "PyPruneHeliumForCausalLM", ended.stderr
     assert len(set(channels)) > 1
     assert max(map(int, channels)) < 160
-    assert "GGUF is written for llama, mistral, qwen2, qwen3, granite, smollm3, not for ministral" in ended.stderr
+    assert "GGUF is written for llama, mistral, qwen2, qwen3, granite, smollm3, not for helium" in ended.stderr
 
 
 @pytest.mark.usefixtures("no_families_left")
 def test_a_family_that_is_registered_late() -> None:
     """Its classes are there at once, although those of the others were made long before."""
-    family = register(Family("ministral", "Ministral"))
-    config, _, causal_lm = modeling.PRUNED_CLASSES["ministral"]
+    family = register(Family("helium", "Helium"))
+    config, _, causal_lm = modeling.PRUNED_CLASSES["helium"]
     assert architectures.family_of(config.model_type) is family
     assert AutoModelForCausalLM._model_mapping[config] is causal_lm
-    assert modeling.SELECTED_CLASSES["ministral"][2].__name__ == "PyPruneSelectedMinistralForCausalLM"
+    assert modeling.SELECTED_CLASSES["helium"][2].__name__ == "PyPruneSelectedHeliumForCausalLM"
     assert register(family) is family
     with pytest.raises(ValueError, match="there is a family 'llama' already: Llama"):
         register(Family("llama", "Llama", layers="model.blocks"))

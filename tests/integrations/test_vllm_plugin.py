@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyprune import InputError
-from pyprune.architectures import LayerShape
+from pyprune.architectures import FAMILIES, LayerShape
 from pyprune.checkpoint import CheckpointReader
 from pyprune.integrations.vllm import MODELS, register
 from pyprune.integrations.vllm.tensor_parallel import check_tensor_parallel
@@ -88,7 +88,7 @@ def test_every_architecture_that_we_write_is_registered(
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
     register()
     register()
-    assert registered.keys() == {causal_lm_class.__name__ for _, _, causal_lm_class in PRUNED_CLASSES.values()}
+    assert registered.keys() == {PRUNED_CLASSES[own.name][2].__name__ for own in FAMILIES.values() if own.vllm}
     reader = CheckpointReader(tiny_checkpoint(family=family))
     shapes = [s.kept(1 + number % 2, 40) for number, s in enumerate(reader.shapes)]
     (architecture,) = pruned_config(reader.family, reader.config, shapes, False, False).architectures

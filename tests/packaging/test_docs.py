@@ -25,6 +25,7 @@ DOCS = (
     "quickstart",
     "texts",
     "methods",
+    "families",
     "loading",
     "backend",
     "architecture",
@@ -155,6 +156,15 @@ def test_scripts_of_benchmarks_explain_themselves(tmp_path: Path) -> None:
 def test_architecture_names_the_floors() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     assert tuple(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == FLOORS
+
+
+def test_page_of_families_is_as_declared() -> None:
+    page = ROOT / "docs" / "families.md"
+    content = dict(generator.regions(page.read_text()))["families"]
+    assert content == generator.ALL_TABLES["families"](ROOT / "benchmarks" / "results").strip(), (
+        "run benchmarks/page.py"
+    )
+    assert (ROOT / "pyprune" / "architectures" / "cohere2.py").read_text() in blocks(page, "python")
 
 
 @pytest.mark.slow

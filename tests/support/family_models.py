@@ -47,8 +47,10 @@ OWN: dict[str, dict[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 256, "sliding_window": 16},
     "glm": {"attention_bias": True},
     "glm4": {"attention_bias": True},
+    "gemma": {"num_key_value_heads": 1},
     "gemma2": {**_MIXED, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
     "gemma3_text": {**_MIXED, "query_pre_attn_scalar": 12},
+    "olmo": {"clip_qkv": 1.0, "attention_bias": True},
     "olmo2": {"attention_bias": True},
     "olmo3": _MIXED,
     "exaone4": _MIXED,
@@ -57,10 +59,10 @@ OWN: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 16, "use_bias": True},
     "stablelm": {
         "use_qkv_bias": True,
-        "hidden_size": 64,
+        "head_dim": None,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
     "nemotron": {"attention_bias": True, "mlp_bias": True},
     "qwen3_5_text": {
@@ -70,6 +72,17 @@ OWN: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
+}
+# By family that GGUF is written for, what makes its small model one that llama.cpp holds.
+LIKE_LLAMA: dict[str, dict[str, Any]] = {
+    "qwen3": {"attention_bias": False},
+    "granite": {
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 8**-0.5,
+        "logits_scaling": 1.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 1]},
 }
 
 
@@ -96,4 +109,13 @@ def save_small_model(family: Family, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-__all__ = ["FAMILIES", "OWN", "SIZES", "VOCABULARY", "AutoModelForCausalLM", "save_small_model", "small_model"]
+__all__ = [
+    "FAMILIES",
+    "LIKE_LLAMA",
+    "OWN",
+    "SIZES",
+    "VOCABULARY",
+    "AutoModelForCausalLM",
+    "save_small_model",
+    "small_model",
+]
