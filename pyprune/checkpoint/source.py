@@ -74,6 +74,20 @@ class ModelSource(ABC):
         return self.tensors[f"{self.layer_prefix(0)}{self.family.output_proj(FFN)}.weight"].dtype
 
     @property
+    def biased(self) -> bool:
+        """Whether every output projection has a bias."""
+        return not self.missing_biases
+
+    @property
+    def missing_biases(self) -> int:
+        """Output projections without a bias."""
+        return sum(
+            f"{self.family.output_proj(sublayer)}.bias" not in names
+            for shape, names in zip(self.shapes, self.layer_state_shapes, strict=True)
+            for sublayer in shape.sublayers
+        )
+
+    @property
     def tied(self) -> bool:
         return bool(self.config.tie_word_embeddings)
 
