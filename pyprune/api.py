@@ -349,7 +349,7 @@ def estimate(
     if target is None:
         resolve_ratio(made, ratio)
     reader = CheckpointReader(checkpoint_folder(at_revision(str(model), revision)))
-    made = made.fitted(reader.shapes)
+    made = made.fitted(reader.shapes, reader.biased)
     compute = reader.dtype if on and dtype == "auto" else select_dtype(dtype, reader.dtype, place)
     length = sequence_length or CALIBRATION_LENGTH
     if made.needs_text:

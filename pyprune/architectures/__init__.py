@@ -19,6 +19,7 @@ from .gemma2 import GEMMA2
 from .gemma3 import GEMMA3
 from .glm import GLM
 from .glm4 import GLM4
+from .gpt_neox import GPT_NEOX
 from .granite import GRANITE
 from .hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from .llama import LLAMA
@@ -29,6 +30,7 @@ from .nemotron import NEMOTRON
 from .olmo import OLMO
 from .olmo2 import OLMO2
 from .olmo3 import OLMO3
+from .opt import OPT
 from .phi import PHI
 from .phi3 import PHI3
 from .qwen2 import QWEN2
@@ -60,6 +62,7 @@ BUILT_IN = (
     GEMMA3,
     GLM,
     GLM4,
+    GPT_NEOX,
     HUNYUAN_V1_DENSE,
     MINISTRAL,
     MINISTRAL3,
@@ -67,6 +70,7 @@ BUILT_IN = (
     OLMO,
     OLMO2,
     OLMO3,
+    OPT,
     PHI,
     PHI3,
     QWEN3_5,

@@ -27,9 +27,8 @@ class Attention:
 
     fused: one matrix with the rows of query, key and value, in this order; `interleaved`: query, key and value of each
     head together. head_norms: SHARED, OWN or WHOLE, None without; `norms` names them where heads own them. gated: the
-    query projection also makes a gate of the heads' outputs. square: its class makes heads as wide as the hidden size
-    over their number. reads_sizes: the numbers of heads are read from its configuration in every forward. linear: the
-    matrices that read the norm in layers of linear attention.
+    query projection also makes a gate of the heads' outputs. reads_sizes: the numbers of heads are read from its
+    configuration in every forward. linear: the matrices that read the norm in layers of linear attention.
     """
 
     query: str = "self_attn.q_proj"
@@ -41,7 +40,6 @@ class Attention:
     head_norms: str | None = None
     norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     gated: bool = False
-    square: bool = False
     reads_sizes: bool = False
     linear: tuple[str, ...] = ()
 
@@ -53,7 +51,7 @@ class Attention:
     @property
     def keeps_heads(self) -> bool:
         """Whether every head stays: with fewer of them the others would compute something else."""
-        return self.head_norms == WHOLE or self.square
+        return self.head_norms == WHOLE
 
     def rows(self, shape: LayerShape) -> Rows:
         """Rows of what reads the stream, and of norms of heads' own, that a unit owns."""

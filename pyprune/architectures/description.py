@@ -16,14 +16,16 @@ def describe(family: Family) -> dict[str, Any]:
 
     units: as `--units` has them; kv-groups are heads in models whose query heads all share one key and value head.
     """
-    attention, ffn, wiring = family.attention, family.ffn, family.wiring
-    places = [place for place, norms in (("before", wiring.before), ("behind", wiring.after)) if norms]
+    attention, ffn, wirings = family.attention, family.ffn, family.wirings()
+    places = [place for place, norms in (("before", wirings[0].before), ("behind", wirings[0].after)) if norms]
+    order = " or ".join("side by side" if wiring.parallel else "in turn" for wiring in wirings)
     return {
         "name": family.name,
         "class": family.class_name("ForCausalLM"),
         "units": ["channels"] if attention.keeps_heads else ["kv-groups", "channels"],
+        "heads_in_stock": family.heads_in_stock,
         "linear_attention": bool(attention.linear),
-        "wiring": f"{'side by side' if wiring.parallel else 'in turn'}, norms {' and '.join(places)}",
+        "wiring": f"{order}, norms {' and '.join(places)}",
         "attention": [*attention.inputs, attention.output],
         "ffn": [*ffn.inputs, ffn.output],
         "norm": family.norm,
@@ -45,7 +47,11 @@ def nearest_family(families: Mapping[str, Family], model_type: str, tensors: Ite
 
     def likeness(family: Family) -> tuple[float, float]:
         described = describe(family)
-        own = {*described["attention"], *described["ffn"], *family.wiring.before, *family.wiring.after}
+        own = {
+            *described["attention"],
+            *described["ffn"],
+            *(n for w in family.wirings() for n in (*w.before, *w.after)),
+        }
         own |= set(family.attention.norms) if family.attention.head_norms else set()
         alike = SequenceMatcher(None, model_type, family.name).ratio()
         return (len(own & found) / len(own | found), alike if alike >= _ALIKE else 0)

@@ -1,9 +1,11 @@
 """A model family: what its layers are made of, and what follows from that for pruning."""
 
+import copy
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,7 +50,10 @@ class Family:
     layers, embeddings, final_norm, head: names of the list of layers and of tensors outside it.
     kind: FULL, SLIDING or LINEAR by layer. rotary_by_kind: each kind has rotary embeddings of its own.
     attention_backend: of transformers, that the layer-by-layer forward takes.
+    wiring: may depend on the configuration. positions: the table of learned positions and the row of the first token.
     sizes: the configuration's names of query heads, KV heads (None: as many as query heads) and FFN channels.
+    heads_in_stock: whether the class takes the width of a head from the configuration; else it is hidden_size / heads,
+    and fewer heads need pyprune's own class.
     ffn_forward: the FFN where it is no module of its own, from the layer and the input. check: raises InputError for
     a configuration with anything that the layer-by-layer forward leaves out. computes_llama: whether a configuration
     has nothing, such as factors, that another family with Llama's layers has not. gguf: architectures of llama.cpp that
@@ -65,14 +70,16 @@ class Family:
     head: str = "lm_head.weight"
     attention: Attention = Attention()
     ffn: Gated | Plain = Gated()
-    wiring: Wiring = Wiring()
+    wiring: Wiring | Callable[[Any], Wiring] = Wiring()
     norm: str = RMS
     scales: Scales = Scales()
     rotary: str = HALVES
     rotary_by_kind: bool = False
     kind: Callable[[Any, int], str] = lambda config, layer: FULL
+    positions: tuple[str, int] | None = None
     attention_backend: str = "sdpa"
     sizes: tuple[str, str | None, str] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    heads_in_stock: bool = True
     ffn_forward: Callable[[nn.Module, Tensor], Tensor] | None = None
     check: Callable[[Any], None] = lambda config: None
     computes_llama: Callable[[Any], bool] = lambda config: True
@@ -84,9 +91,15 @@ class Family:
         """Name within a layer of the sublayer's output projection, the matrix whose input columns are pruned."""
         return self.attention.output if sublayer == ATTENTION else self.ffn.output
 
-    def norm_before(self, sublayer: str) -> str | None:
-        """Name within a layer of the norm whose output the sublayer reads; None where it reads the stream."""
-        return self.wiring.norm_before(sublayer)
+    def wirings(self) -> list[Wiring]:
+        """All wirings that configurations of the family may ask for."""
+        if isinstance(self.wiring, Wiring):
+            return [self.wiring]
+        return [self.wiring(SimpleNamespace(use_parallel_residual=parallel)) for parallel in (False, True)]
+
+    def wiring_of(self, config: Any) -> Wiring:
+        """The wiring of the layers of a model with this configuration."""
+        return self.wiring if isinstance(self.wiring, Wiring) else self.wiring(config)
 
     def input_projs(self, sublayer: str) -> tuple[str, ...]:
         """Names within a layer of the input projections, whose rows go with the output projection's columns."""
@@ -148,7 +161,6 @@ class Family:
         of_heads, of_groups, of_channels = self.sizes
         heads, channels = getattr(own, of_heads), getattr(own, of_channels)
         groups = heads if of_groups is None else getattr(own, of_groups)
-        head_dim = None if self.attention.square else getattr(own, "head_dim", None)
         # Only where all layers have one: of KV groups that went layer by layer, one may be left in some. In a fused
         # matrix the one group stays.
         shared = (
@@ -157,7 +169,7 @@ class Family:
         linear = self.kind(config, layer) == LINEAR
         return LayerShape(
             own.hidden_size,
-            head_dim or own.hidden_size // heads,
+            self._head_dim(own, heads),
             kv_groups=0 if linear else heads if shared else groups,
             heads_per_group=1 if shared else heads // groups,
             intermediate_channels=channels,
@@ -166,6 +178,11 @@ class Family:
             shared_key_value=shared,
             fixed=(ATTENTION,) if self.attention.keeps_heads else (),
         )
+
+    def _head_dim(self, own: Any, heads: int) -> int:
+        """Channels of a head. A stock class without `heads_in_stock` reads none, whatever its configuration has."""
+        reads = self.heads_in_stock or own.model_type != self.name
+        return (getattr(own, "head_dim", None) if reads else None) or own.hidden_size // heads
 
     def shapes(self, config: Any) -> list[LayerShape]:
         return [self.layer_shape(config, layer) for layer in range(config.num_hidden_layers)]
@@ -179,31 +196,43 @@ class Family:
             sizes |= {of_groups: shape.key_value_heads} if of_groups else {}
         return sizes
 
-    def build_layer(self, config: Any, layer: int) -> nn.Module:
+    def build_layer(self, config: Any, layer: int, head_dim: int | None = None) -> nn.Module:
         """Build decoder layer `layer` of transformers' class with the layer's sizes and compensation biases.
 
         Build it under `torch.device("meta")` to allocate nothing. `config.o_proj_bias` and `config.down_proj_bias`
         (absent in a stock configuration) put a bias on the output projections of a family that has none there.
+        head_dim: of a stock configuration with fewer heads than its class can have.
         """
-        block = self.layer_class(config.per_layer_config[layer], layer)
+        block = self._stock_layer(config.per_layer_config[layer], layer, head_dim)
         for sublayer, flag in BIAS_FLAGS.items():
             if getattr(config, flag, False) and self.has(block, sublayer):
-                parent, _, name = self.output_proj(sublayer).rpartition(".")
-                linear = getattr(block.get_submodule(parent), name)
+                linear: Any = block.get_submodule(self.output_proj(sublayer))
                 if linear.bias is None:
-                    biased = nn.Linear(
-                        linear.in_features,
-                        linear.out_features,
-                        bias=True,
-                        device=linear.weight.device,
-                        dtype=linear.weight.dtype,
-                    )
-                    setattr(block.get_submodule(parent), name, biased)
+                    replace_linear(block, self.output_proj(sublayer), linear.in_features, linear.out_features, True)
         # The attention reads its implementation (sdpa, eager) from its config: it must be the one that
         # `set_attn_implementation` changes, not this layer's copy.
         if self.has(block, ATTENTION):
             own = config.per_layer_config[layer]
             self.attention_of(block).config = LayerConfig(own, config) if self.attention.reads_sizes else config
+        return block
+
+    def _stock_layer(self, own: Any, layer: int, head_dim: int | None) -> nn.Module:
+        """The layer by transformers' class; with fewer heads than that can have, the dense one with its heads cut."""
+        made: Any = self.layer_class
+        if self.heads_in_stock:
+            block: nn.Module = made(own, layer)
+            return block
+        of_heads, of_groups, _ = self.sizes
+        heads = getattr(own, of_heads)
+        groups = getattr(own, of_groups) if of_groups else heads
+        width = head_dim or self._head_dim(own, heads)
+        dense = copy.copy(own)
+        setattr(dense, of_heads, own.hidden_size // width)
+        if of_groups:
+            setattr(dense, of_groups, own.hidden_size // width * groups // heads)
+        block = made(dense, layer)
+        if heads * width != own.hidden_size:
+            cut_heads(self, block, own, heads, groups, width)
         return block
 
     def has(self, block: nn.Module, sublayer: str) -> bool:
@@ -238,10 +267,15 @@ class Family:
         parent, _, name = self.layers.partition(".")[2].rpartition(".")
         setattr(body.get_submodule(parent), name, layers)
 
+    def build_outside(self, config: Any) -> nn.Module:
+        """The causal language model without layers and without memory for its weights."""
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), without_layers(config):
+            model: nn.Module = self.causal_lm_class(config)
+        return model
+
     def outside_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors outside the layers: embeddings first, the head, tied or not, last."""
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), without_layers(config):
-            shapes = {name: tuple(t.shape) for name, t in self.causal_lm_class(config).state_dict().items()}
+        shapes = {name: tuple(t.shape) for name, t in self.build_outside(config).state_dict().items()}
         ends = (self.embeddings, self.head)
         between = {name: shape for name, shape in shapes.items() if name not in ends}
         return {self.embeddings: shapes[self.embeddings]} | between | {self.head: shapes[self.head]}
@@ -249,8 +283,7 @@ class Family:
     def build_final_norm(self, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
         """The norm before the head with its tensors, by full name."""
         path = self.final_norm.rpartition(".")[0]
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), without_layers(config):
-            norm = self.causal_lm_class(config).get_submodule(path)
+        norm = self.build_outside(config).get_submodule(path)
         norm.load_state_dict({name: tensors[f"{path}.{name}"] for name in norm.state_dict()}, assign=True)
         return norm
 
@@ -276,6 +309,31 @@ class Family:
 def whole_value(config: Any, name: str) -> Any:
     """A field of the whole model's configuration, the largest where layers differ, without transformers' warning."""
     return object.__getattribute__(config, name)
+
+
+def cut_heads(family: Family, block: nn.Module, own: Any, heads: int, groups: int, head_dim: int) -> None:
+    """Leave `heads` query heads and `groups` KV heads in the layer's attention: new linears, its own numbers.
+
+    own: the layer's configuration.
+    """
+    attention = family.attention_of(block)
+    numbers = {"num_heads": heads, "num_key_value_heads": groups, "num_key_value_groups": heads // groups}
+    for name, number in numbers.items():
+        if hasattr(attention, name):
+            setattr(attention, name, number)
+    shape = LayerShape(own.hidden_size, head_dim, groups, heads // groups, intermediate_channels=1)
+    sizes = {name: (own.hidden_size, sum(rows) * groups) for name, rows in family.attention.rows(shape).items()}
+    sizes[family.attention.output] = (heads * head_dim, own.hidden_size)
+    for name, (inputs, outputs) in sizes.items():
+        replace_linear(block, name, inputs, outputs, block.get_submodule(name).bias is not None)
+
+
+def replace_linear(block: nn.Module, name: str, inputs: int, outputs: int, bias: bool) -> None:
+    """Put a linear of these sizes in the place of another, in its type and on its device."""
+    parent, _, own = name.rpartition(".")
+    weight = block.get_parameter(name + ".weight")
+    linear = nn.Linear(inputs, outputs, bias=bias, device=weight.device, dtype=weight.dtype)
+    setattr(block.get_submodule(parent), own, linear)
 
 
 def expand(units: Tensor, width: int) -> Tensor:

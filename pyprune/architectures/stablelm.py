@@ -4,21 +4,29 @@ where `use_parallel_residual` says so. Heads stay."""
 from typing import Any
 
 from ..errors import InputError
-from .declaration import LAYER, Attention
+from .cohere import SIDE_BY_SIDE
+from .declaration import LAYER, Wiring
 from .family import Family
+from .gpt_neox import check_head_dim
+
+
+def wiring(config: Any) -> Wiring:
+    """One norm for both sublayers where they are parallel."""
+    return SIDE_BY_SIDE if config.use_parallel_residual else Wiring()
 
 
 def check_layers(config: Any) -> None:
-    """InputError: layers that are not wired one after the other, or norms that each head owns."""
-    for name in ("use_parallel_residual", "qk_layernorm"):
-        if getattr(config, name, False):
-            raise InputError(f"{name} in config.json: stablelm models with it are not supported")
+    """InputError: norms that each head owns, or heads of another width than the class makes."""
+    if config.qk_layernorm:
+        raise InputError("qk_layernorm in config.json: stablelm models with it are not supported")
+    check_head_dim(config)
 
 
 STABLELM = Family(
     name="stablelm",
     prefix="StableLm",
-    attention=Attention(square=True),
+    wiring=wiring,
     norm=LAYER,
+    heads_in_stock=False,
     check=check_layers,
 )

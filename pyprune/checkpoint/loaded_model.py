@@ -47,7 +47,7 @@ class LoadedModel(ModelSource):
         stored = {name: _described(name, tensor, str(self.origin)) for name, tensor in self._given.items()}
         place, fields = f"{self.origin}: its configuration", json.loads(config.to_json_string())
         family = prunable_family(place, fields, stored.keys)
-        check_layer_count(place, fields, stored)
+        check_layer_count(place, fields, stored, family.layers)
         fields["dtype"] = str(_type_of(stored, f"{family.output_proj(FFN)}.weight")).removeprefix("torch.")
 
         def as_saved() -> Any:

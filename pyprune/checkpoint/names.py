@@ -1,8 +1,11 @@
-"""Map tensor names that training tools leave in files to those of the transformers class."""
+"""Map tensor names in files, of training tools and of earlier classes, to those of the transformers class."""
 
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
 
+from ..architectures import Family
 from ..errors import InputError
 from .headers import StoredTensor
 
@@ -23,17 +26,47 @@ _UNUSED = re.compile(
 _ADAPTER = re.compile(r"(^|\.)(lora_[A-Za-z_]+|base_layer|modules_to_save)\.|^base_model\.model\.")
 
 
-def unwrapped(name: str, expected: Collection[str], prefix: str) -> str:
+@dataclass(frozen=True)
+class EarlierNames:
+    """What transformers itself makes of names that a class had in earlier releases, or has not.
+
+    renamings: of tensors, one after another. ignored: patterns of tensors that it leaves in the file.
+    """
+
+    renamings: list[Any]
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def of(cls, family: Family, config: Any) -> "EarlierNames":
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        model: Any = family.build_outside(config)
+        renamings = [own for own in get_model_conversion_mapping(model) if isinstance(own, WeightRenaming)]
+        return cls(renamings, tuple(model._keys_to_ignore_on_load_unexpected or ()))
+
+    def renamed(self, name: str) -> str:
+        for renaming in self.renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    def ignores(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def class_name(name: str, expected: Collection[str], prefix: str, earlier: EarlierNames) -> str:
     """The name that the class has for a stored tensor; `prefix`, with its dot, is of the model inside it.
 
     A model that was saved without its head has the names of that inner model.
     """
     plain = WRAPPERS.sub(r"\1", name)
+    if plain not in expected:
+        plain = earlier.renamed(plain)
     return prefix + plain if plain not in expected and prefix + plain in expected else plain
 
 
 def assign_names(
-    stored: dict[str, StoredTensor], expected: Collection[str], prefix: str, described: str
+    stored: dict[str, StoredTensor], expected: Collection[str], prefix: str, described: str, earlier: EarlierNames
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """The stored tensors by the names of the class, and the names, as stored, of those that it does not use.
 
@@ -45,7 +78,7 @@ def assign_names(
     tensors: dict[str, StoredTensor] = {}
     unused = []
     for name, tensor in sorted(stored.items()):
-        plain = unwrapped(name, expected, prefix)
+        plain = class_name(name, expected, prefix, earlier)
         if plain in tensors:
             raise InputError(f"{tensor.file}: {name} and {tensors[plain].name} are both {plain}; delete one of them")
         if plain in expected:
@@ -55,7 +88,7 @@ def assign_names(
                 f"{tensor.file}: tensor {name} is a LoRA adapter's; merge the adapter into its base model first "
                 "(peft: merge_and_unload), and save that"
             )
-        elif _UNUSED.search(plain):
+        elif _UNUSED.search(plain) or earlier.ignores(plain):
             unused.append(name)
         else:
             raise InputError(f"{tensor.file}: tensor {name} is not part of {described}")
@@ -79,12 +112,15 @@ def check_counts(place: str, fields: dict[str, object], stored: Collection[str])
             raise InputError(f"{place}: {name} is {value}: more than the checkpoint can have")
 
 
-def check_layer_count(place: str, fields: dict[str, object], stored: Collection[str]) -> None:
-    """Before a configuration with a billion layers is made: InputError where the tensors have fewer."""
+def check_layer_count(place: str, fields: dict[str, object], stored: Collection[str], layers: str) -> None:
+    """Before a configuration with a billion layers is made: InputError where the tensors have fewer.
+
+    layers: the class's name of the list of layers, for the message.
+    """
     check_counts(place, fields, stored)
     asked, there = fields.get("num_hidden_layers"), layer_count(stored)
     if isinstance(asked, int) and not isinstance(asked, bool) and asked > there:
         raise InputError(
-            f"{place}: num_hidden_layers is {asked}, but tensor model.layers.{there}.* is missing: "
+            f"{place}: num_hidden_layers is {asked}, but tensor {layers}.{there}.* is missing: "
             f"the checkpoint has tensors of {there} layers"
         )

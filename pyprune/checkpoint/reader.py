@@ -33,7 +33,7 @@ class CheckpointReader(ModelSource):
         place, fields = str(folder / "config.json"), read_fields(folder)
         family = prunable_family(place, fields, partial(_stored_names, folder, fields))
         stored = read_headers(weight_files(folder, fields))
-        check_layer_count(place, fields, stored)
+        check_layer_count(place, fields, stored, family.layers)
         super().__init__(place, family, stored, partial(_transformers_config, folder))
 
     def read(self, names: list[str]) -> dict[str, Tensor]:

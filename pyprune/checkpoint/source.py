@@ -14,7 +14,7 @@ from .content import Content, Digests, FileStates, digest_of
 from .headers import StoredTensor
 from .model_config import check_rotary, checked_config, refused
 from .model_in_memory import ModelInMemory
-from .names import assign_names
+from .names import EarlierNames, assign_names
 
 
 class ModelSource(ABC):
@@ -48,7 +48,8 @@ class ModelSource(ABC):
         except Exception as error:
             raise refused(place, error) from error
         described = f"a {self.config.model_type} model as {self.config_name} describes it"
-        self.tensors, self.unused = assign_names(stored, expected, family.layers.partition(".")[0] + ".", described)
+        earlier = EarlierNames.of(family, self.config)
+        self.tensors, self.unused = assign_names(stored, expected, family.body + ".", described, earlier)
         self._settle_head()
         self._check(expected)
         check_rotary(place, family, self.config)
@@ -71,6 +72,20 @@ class ModelSource(ABC):
     def dtype(self) -> torch.dtype:
         """Stored type of the decoder linears."""
         return self.tensors[f"{self.layer_prefix(0)}{self.family.output_proj(FFN)}.weight"].dtype
+
+    @property
+    def biased(self) -> bool:
+        """Whether every output projection has a bias."""
+        return not self.missing_biases
+
+    @property
+    def missing_biases(self) -> int:
+        """Output projections without a bias."""
+        return sum(
+            f"{self.family.output_proj(sublayer)}.bias" not in names
+            for shape, names in zip(self.shapes, self.layer_state_shapes, strict=True)
+            for sublayer in shape.sublayers
+        )
 
     @property
     def tied(self) -> bool:

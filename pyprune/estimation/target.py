@@ -77,5 +77,4 @@ def bias_parameters(shapes: list[LayerShape], source: ModelSource, method: Metho
     """Parameters of the biases that the method adds to output projections."""
     if not method.adds_bias:
         return 0
-    missing = sum(not getattr(source.config, name, False) for name in ("o_proj_bias", "down_proj_bias"))
-    return missing * sum(shape.hidden_size for shape in shapes)
+    return source.missing_biases * shapes[0].hidden_size

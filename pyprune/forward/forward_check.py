@@ -106,7 +106,10 @@ def _own_result(forward: LayerForward, block: nn.Module, layer: int, ids: Tensor
         body = forward.family.model_class(config)
     table = body.get_input_embeddings()
     table.weight.data = forward.reader.embed(tokens).to(forward.dtype)
-    body.norm = nn.Identity()
+    if forward.family.positions is not None:
+        name, _ = forward.family.positions
+        within = name.removeprefix(forward.family.body + ".")
+        body.get_parameter(within).data = forward.reader.read([name])[name].to(forward.dtype)
     layers = [_Pass() for _ in range(config.num_hidden_layers)]
     forward.family.put_layers(body, nn.ModuleList([*layers[:layer], block, *layers[layer + 1 :]]))
     seen: list[Tensor] = []

@@ -60,6 +60,7 @@ class LayerForward:
         self.batch = batch or micro_batch(device, length)
         self.on_device = on_device
         self.config = reader.config
+        self.wiring = self.family.wiring_of(self.config)
         self.config._attn_implementation = self.family.attention_backend
         self.positions = torch.arange(length, device=device)[None]
         # One row in the compute type tells masks and rotary embeddings their device and type.
@@ -83,10 +84,19 @@ class LayerForward:
         count, length = self.windows.shape
         size = (count, length, self.config.hidden_size)
         hidden = HiddenStates.empty(size, self.dtype, self.device, self.batch, self.on_device > 0)
+        positions = self._learned_positions(length)
         for k in range(count):
             rows = self.reader.embed(self.windows[k]).to(self.dtype)
-            hidden.data[k] = self.family.scales.embed(self.config, rows)
+            rows = self.family.scales.embed(self.config, rows)
+            hidden.data[k] = rows if positions is None else rows + positions
         return hidden
+
+    def _learned_positions(self, length: int) -> Tensor | None:
+        """Rows [length, hidden_size] that embeddings are added to; None without learned positions."""
+        if self.family.positions is None:
+            return None
+        name, first = self.family.positions
+        return self.reader.read([name])[name][first : first + length].to(self.dtype)
 
     def copy(self, hidden: HiddenStates) -> HiddenStates:
         """A second set of hidden states with the same values."""
@@ -95,7 +105,7 @@ class LayerForward:
     def build(self, tensors: Iterable[tuple[str, Tensor]], layer: int, config: Any = None) -> nn.Module:
         """Build the layer as a module on the device in the compute type; `config` is the dense one unless given."""
         with torch.device("meta"):
-            block = self.family.build_layer(config or self.config, layer)
+            block = self.family.build_layer(config or self.config, layer, self.reader.shapes[layer].head_dim)
         state = {}
         for name, tensor in tensors:
             state[name] = tensor.to(self.device, self.dtype)
@@ -128,7 +138,7 @@ class LayerForward:
 
         Where a norm follows the linear, `observe[name]` also gets the weights of its tokens.
         """
-        after = {self.family.output_proj(m): self.family.wiring.norm_after(m) for m in (ATTENTION, FFN)}
+        after = {self.family.output_proj(m): self.wiring.norm_after(m) for m in (ATTENTION, FFN)}
 
         def make_hook(name: str, see: Observe) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             norm = after.get(name)
@@ -158,7 +168,7 @@ class LayerForward:
         halves of a layer, each given what `step` leaves, are the layer.
         """
         result = part
-        if sublayer == FFN and self.family.wiring.parallel:
+        if sublayer == FFN and self.wiring.parallel:
             result = part + self._update(block, layer, ATTENTION, part)
         result = result + self._update(block, layer, sublayer, part)
         return torch.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0) if self.allow_nonfinite else result
@@ -172,12 +182,12 @@ class LayerForward:
 
     def advances(self, sublayer: str) -> bool:
         """Whether the next sublayer reads the stream after this one: not after an attention parallel to its FFN."""
-        return sublayer == FFN or not self.family.wiring.parallel
+        return sublayer == FFN or not self.wiring.parallel
 
     def _update(self, block: nn.Module, layer: int, sublayer: str, part: Tensor) -> Tensor:
         """What a sublayer adds to the stream."""
         family = self.family
-        before, after = family.norm_before(sublayer), family.wiring.norm_after(sublayer)
+        before, after = self.wiring.norm_before(sublayer), self.wiring.norm_after(sublayer)
         normed = part if before is None else block.get_submodule(before)(part)
         if sublayer == ATTENTION:
             with self._kernels():
@@ -192,7 +202,7 @@ class LayerForward:
 
     def gain(self, block: nn.Module, sublayer: str) -> Tensor | None:
         """Factors [hidden_size] of the norm behind a sublayer's output projection; None where there is none."""
-        after = self.family.wiring.norm_after(sublayer)
+        after = self.wiring.norm_after(sublayer)
         return None if after is None else norm_gain(block.get_submodule(after), self.family.norm)
 
     def _context(self, layer: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Job:
         take_threads(self.begun.get("identity", {}).get("threads"))
         self.device = distributed.local_device(options.device)
         self.reader: ModelSource = model or self._open(options)
-        self.method = self.method.fitted(self.reader.shapes)
+        self.method = self.method.fitted(self.reader.shapes, self.reader.biased)
         if options.target is None:
             self.ratio = resolve_ratio(self.method, options.ratio)
         else:

@@ -96,8 +96,10 @@ def hook_points(
     handles = []
     for sublayer, (norm, middle, output) in _PLACES.items():
         output_proj = block.get_submodule(family.output_proj(sublayer))
+        if family.selects_channels:
+            read = block.get_submodule(str(family.wirings()[0].norm_before(sublayer)))
+            handles.append(read.register_forward_hook(after(norm)))
         handles += [
-            block.get_submodule(str(family.norm_before(sublayer))).register_forward_hook(after(norm)),
             output_proj.register_forward_pre_hook(before(middle)),
             output_proj.register_forward_hook(after(output)),
         ]

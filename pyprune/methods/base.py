@@ -126,8 +126,11 @@ class Method(ABC):
         """The shapes, with what the options leave alone fixed. InputError: nothing is left that may go."""
         return shapes
 
-    def fitted(self, shapes: list[LayerShape]) -> Self:
-        """The method with the option defaults that follow from the model's sizes."""
+    def fitted(self, shapes: list[LayerShape], biased: bool = False) -> Self:
+        """The method with the option defaults that follow from the model.
+
+        biased: whether every output projection has a bias.
+        """
         return self
 
     @property
@@ -135,12 +138,16 @@ class Method(ABC):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def compensation_option(*kinds: str) -> Any:
-    """The option `compensation` of a method that knows these kinds, the first by default."""
+def compensation_option(*kinds: str, default_text: str | None = None) -> Any:
+    """The option `compensation` of a method that knows these kinds.
+
+    The first is the default; with `default_text`, which says it in words, the model decides.
+    """
     return option(
-        kinds[0],
+        None if default_text else kinds[0],
         choices=kinds,
         help="What makes up for removed units: a bias on the output projection, new weights of it, or none.",
+        default_text=default_text,
     )
 
 
@@ -163,7 +170,7 @@ class UnitMethod(Method):
         meaning="it is a number of FFN channels",
         default_text=f"{ROUNDED} from {ROUNDED_FROM} FFN channels in a layer on, else 1",
     )
-    compensation: str = compensation_option("none")
+    compensation: str | None = compensation_option("none")
     layers: str | None = option(
         None,
         help="Layers that may lose units, counted from 0: 4-29, or 2-5,8,10-; --ratio stays the share of all layers.",
@@ -188,7 +195,7 @@ class UnitMethod(Method):
                     f"--uniform makes all layers alike, --layers {self.layers} does not: leave one of them out"
                 )
 
-    def fitted(self, shapes: list[LayerShape]) -> Self:
+    def fitted(self, shapes: list[LayerShape], biased: bool = False) -> Self:
         return self if self.round_to is not None else replace(self, round_to=self.default_multiple(shapes))
 
     def default_multiple(self, shapes: list[LayerShape]) -> int:

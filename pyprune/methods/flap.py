@@ -46,7 +46,7 @@ class Flap(ScoringMethod):
     name = "flap"
     source = "arXiv 2312.11983 (FLAP, An et al.)"
     uniform_defaults: ClassVar[dict[str, Any]] = {"structure": "UL-UM"}
-    compensation: str = compensation_option("bias", "none")
+    compensation: str | None = compensation_option("bias", "none")
     metric: str = option("WIFV", choices=METRICS, help="Importance of a channel.")
     structure: str = option(
         "AL-AM", choices=STRUCTURES, help="Uniform (UL) or adaptive (AL) over layers, and the attention's share."

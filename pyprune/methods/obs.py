@@ -1,4 +1,5 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -27,8 +28,9 @@ class Obs(SecondOrderMethod):
     `allocation`: residual (error in the residual stream, from a calibration pass), log, linear, uniform, or fluctuation
     (FLAP's z-scores). `target`: residual (an output projection also makes up, by `target_share`, for what earlier
     layers lost, and q, k, v, gate and up, by `input_share`, for how the stream that they read has changed) or weights
-    (only its own output). `compensation`: weights (no bias: loads in any engine), bias (centred), or none: the weights
-    that stay are as they were, and there is no target. `first_share`: log and linear: the first layer's ratio as a
+    (only its own output). `compensation`: weights (no bias: loads in any engine), bias (centred; weights as well; free
+    where output projections have biases, hence the default there), or none: the weights that stay are as they were, and
+    there is no target. `first_share`: log and linear: the first layer's ratio as a
     share of the whole ratio. `allocation_samples`: windows of the text that the residual allocation's calibration pass
     looks at.
 
@@ -38,7 +40,9 @@ class Obs(SecondOrderMethod):
 
     name = "obs"
     source = "this project, from Optimal Brain Surgeon (Hassibi and Stork, 1993)"
-    compensation: str = compensation_option("weights", "bias", "none")
+    compensation: str | None = compensation_option(
+        "weights", "bias", "none", default_text="bias where all output projections have one, else weights"
+    )
     allocation: str = option(
         "residual",
         choices=ALLOCATIONS,
@@ -75,6 +79,10 @@ class Obs(SecondOrderMethod):
             raise InputError(
                 f"--uniform makes all layers alike, --allocation {self.allocation} does not: leave one of them out"
             )
+
+    def fitted(self, shapes: list[LayerShape], biased: bool = False) -> Self:
+        chosen = self.compensation or ("bias" if biased else "weights")
+        return replace(super().fitted(shapes, biased), compensation=chosen)
 
     @property
     def centred(self) -> bool:

@@ -22,10 +22,10 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
 class Option:
     """One option of one method class.
 
-    kind: bool, int, float or str. nullable: whether None is a value (the default then follows from other options).
-    choices: the values allowed, or None for any. minimum, maximum: bounds that are allowed; above: one that is not.
-    meaning: ends the refusal of a number. default_text: the default in words, where the value does not say it. aliases:
-    older names, which are accepted.
+    kind: bool, int, float or str. nullable: whether None is a value: the default, which then follows from the model or
+    from other options. choices: the values allowed, or None for any. minimum, maximum: bounds that are allowed; above:
+    one that is not. meaning: ends the refusal of a number. default_text: the default in words, where the value does not
+    say it. aliases: older names, which are accepted.
     """
 
     name: str
@@ -119,7 +119,8 @@ def options_of(method: type) -> Mapping[str, Option]:
         (kind,) = (kind for kind in kinds if kind is not type(None))
         if kind not in _KINDS:
             raise TypeError(f"{method.__name__}.{own.name} is of no type that an option has: bool, int, float, str")
-        found[own.name] = Option(own.name, kind, len(kinds) > 1, own.default, **own.metadata[_KEY])
+        nullable = len(kinds) > 1 and own.default is None
+        found[own.name] = Option(own.name, kind, nullable, own.default, **own.metadata[_KEY])
     return found
 
 

@@ -26,7 +26,7 @@ class Policy(LearnedMethod):
     source = "arXiv 2406.10576 (Bypass Back-propagation, Gao et al.)"
     procedure: ClassVar[str] = "train-units"
     learning_rate: float = learning_rate_option(0.02, "Adam")
-    compensation: str = compensation_option("none", "bias")
+    compensation: str | None = compensation_option("none", "bias")
     start: str = option("flap", choices=STARTS, help="Whose scores the probabilities begin at.")
 
     @property

@@ -32,7 +32,7 @@ class SlimGpt(SecondOrderMethod):
     name = "slimgpt"
     source = "arXiv 2412.18110 (SlimGPT, Ling et al.)"
     uniform_defaults: ClassVar[dict[str, Any]] = {"schedule": "uniform"}
-    compensation: str = compensation_option("weights")
+    compensation: str | None = compensation_option("weights")
     schedule: str = option("log", choices=SCHEDULES, help="How ratios rise with depth.")
     first_share: float | None = first_share_option()
 

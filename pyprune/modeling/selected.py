@@ -31,7 +31,7 @@ def selected_classes(family: Family) -> tuple[Any, Any, Any]:
     own_layer: Any = family.layer_class
     own_model: Any = family.model_class
     own_causal_lm: Any = family.causal_lm_class
-    norms = {sublayer: family.norm_before(sublayer) for sublayer in (ATTENTION, FFN)}
+    norms = {sublayer: family.wiring_of(None).norm_before(sublayer) for sublayer in (ATTENTION, FFN)}
 
     @strict
     class Config(own_config):

@@ -139,6 +139,12 @@ def stock_config(
                 "same in every layer; prune with --uniform, or choose another format"
             )
     stock = find_stock(family, config, shapes, o_proj_bias, down_proj_bias)
+    heads, width = shapes[0].heads, shapes[0].head_dim
+    if stock is None and not family.heads_in_stock and heads * width != shapes[0].hidden_size:
+        raise InputError(
+            f"transformers' {family.causal_lm_class.__name__} makes heads as wide as the hidden size over their "
+            f"number, and cannot have {heads} of {width}: prune with --units channels, or choose another format"
+        )
     if stock is None:
         raise InputError(
             f"no stock class has the biases of this {family.prefix} model together with its norms of queries and "
@@ -173,10 +179,13 @@ def _in_class(
     sliding = [family.sliding(config, layer) for layer in layers]
     own = candidate.name == family.name
     fields = common_fields(family, config, shape)
+    if not candidate.heads_in_stock and shape.heads * fields.pop("head_dim") != shape.hidden_size:
+        return None
     if not own:
         fields = {name: fields[name] for name in (*_SHARED, *candidate.sizes, "head_dim") if name in fields}
     biased = {name.split(".")[0] for own in needed for name in own if name.endswith(".bias")}
-    switches = {"attention_bias": "self_attn" in biased, "mlp_bias": "mlp" in biased}
+    attention, ffn = (candidate.output_proj(sublayer).split(".")[0] for sublayer in (ATTENTION, FFN))
+    switches = {"attention_bias": attention in biased, "mlp_bias": ffn in biased}
     fields |= {name: on for name, on in switches.items() if name in candidate.config_class.__dataclass_fields__}
     if own:
         pass
@@ -200,12 +209,12 @@ def _in_class(
     tensors = [candidate.layer_state_shapes(made, layer) for layer in layers_of_kinds]
     rows = candidate.attention.rows(shape) | candidate.ffn.rows()
     spare = []
-    for own, names in zip(tensors, needed, strict=True):
+    for there, names in zip(tensors, needed, strict=True):
         for sublayer in shape.sublayers:
-            columns = own.get(candidate.output_proj(sublayer) + ".weight", (0, 0))[1]
+            columns = there.get(candidate.output_proj(sublayer) + ".weight", (0, 0))[1]
             if columns not in (0, shape.units(sublayer) * shape.unit_width(sublayer)):
                 return None  # its heads are as wide as the hidden size says
-        if names - own.keys() or not all(name.endswith(".bias") for name in own.keys() - names):
+        if names - there.keys() or not all(name.endswith(".bias") for name in there.keys() - names):
             return None
-        spare += sorted(own.keys() - names)
+        spare += sorted(there.keys() - names)
     return Stock(candidate, made, tensors, rows, spare)

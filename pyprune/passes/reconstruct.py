@@ -51,7 +51,8 @@ class ReconstructionPasses(Passes):
     def __init__(self, job: Job, writer: CheckpointWriter, method: SecondOrderMethod) -> None:
         super().__init__(job, writer)
         self.method = method
-        self.change: Tensor | None = None  # of what reads the stream next: D A [hidden, hidden]
+        self.wiring = self.reader.family.wiring_of(self.reader.config)
+        self.changes: dict[str, Tensor] = {}  # by sublayer that reads the stream next: D A [hidden, hidden]
 
     @torch.no_grad()
     def decide(self) -> PruneResult:
@@ -113,7 +114,7 @@ class ReconstructionPasses(Passes):
         block: nn.Module | None = original
         for sublayer in SUBLAYERS:
             assert original is not None
-            if self.change is not None:
+            if sublayer in self.changes:
                 with self.meter.stage("alignment"):
                     self._align(sublayer, source)
                 block = None
@@ -147,39 +148,47 @@ class ReconstructionPasses(Passes):
                 # The next sublayer reads what this one, as it is stored, puts out.
                 block = self.build_pruned(forward, tensors, layer, kept)
                 with self.meter.stage("second forward"):
-                    self._advance(forward, block, layer, sublayer, streams, norms.get(sublayer))
+                    self._advance(forward, block, layer, sublayer, streams, norms.get(sublayer, {}))
             del tensors
         return kept, scores
 
-    def _next_norms(self, block: nn.Module, layer: int) -> dict[str, nn.Module]:
-        """Norms that read the stream after each sublayer (after FFN the next layer's); none without input share."""
+    def _next_norms(self, block: nn.Module, layer: int) -> dict[str, dict[str, nn.Module]]:
+        """By sublayer, the norms that read the stream after it, by the sublayers that read these; none without input
+        share. Those after the FFN are the next layer's: of the attention, and of an FFN parallel to it with its own.
+        """
         if not self.method.effective_input_share:
             return {}
-        family = self.reader.family
-        if not family.wiring.before:  # the sublayers read the stream itself
-            return {ATTENTION: nn.Identity(), FFN: nn.Identity()}
-        norms: dict[str, nn.Module] = {}
-        if not family.wiring.parallel:
-            norms[ATTENTION] = block.get_submodule(str(family.norm_before(FFN)))
+        wiring = self.wiring
+        if not wiring.before:  # the sublayers read the stream itself
+            return {ATTENTION: {FFN: nn.Identity()}, FFN: {ATTENTION: nn.Identity()}}
+        norms: dict[str, dict[str, nn.Module]] = {}
+        if not wiring.parallel:
+            norms[ATTENTION] = {FFN: block.get_submodule(str(wiring.norm_before(FFN)))}
         if layer + 1 < self.reader.layers:
-            own = copy.deepcopy(block.get_submodule(str(family.norm_before(ATTENTION))))
-            prefix = f"{self.reader.layer_prefix(layer + 1)}{family.norm_before(ATTENTION)}."
-            stored = self.reader.read([prefix + name for name in own.state_dict()])
-            state = {name.removeprefix(prefix): t.to(self.device, self.job.dtype) for name, t in stored.items()}
-            own.load_state_dict(state, assign=True)
-            norms[FFN] = own
+            readers = SUBLAYERS if wiring.parallel and not wiring.shares_norm else (ATTENTION,)
+            norms[FFN] = {
+                reader: self._norm_of_next(block, layer, str(wiring.norm_before(reader))) for reader in readers
+            }
         return norms
+
+    def _norm_of_next(self, block: nn.Module, layer: int, norm: str) -> nn.Module:
+        """A norm of the next layer, as stored; `block` has the same."""
+        own = copy.deepcopy(block.get_submodule(norm))
+        prefix = f"{self.reader.layer_prefix(layer + 1)}{norm}."
+        stored = self.reader.read([prefix + name for name in own.state_dict()])
+        state = {name.removeprefix(prefix): t.to(self.device, self.job.dtype) for name, t in stored.items()}
+        own.load_state_dict(state, assign=True)
+        return own
 
     def _align(self, sublayer: str, source: dict[str, Tensor]) -> None:
         """W ← W (I + β D A) in `source` for the matrices that read the sublayer's norm (`alignment_of`).
 
         In TF32: what it adds is small, and W is rounded to the stored type in the end.
         """
-        change, self.change = self.change, None  # D A [hidden, hidden]
-        assert change is not None
+        change = self.changes.pop(sublayer)  # D A [hidden, hidden]
         family = self.reader.family
         matrices = family.input_projs(sublayer)
-        if sublayer == ATTENTION and family.wiring.shares_norm:
+        if sublayer == ATTENTION and self.wiring.shares_norm:
             matrices += family.input_projs(FFN)
         for matrix in matrices:
             if matrix + ".weight" not in source:  # a layer of another kind
@@ -218,7 +227,7 @@ class ReconstructionPasses(Passes):
                         forward.step(block, layer, sublayer, part)
             block = self.build_pruned(forward, tensors, layer, kept)
             self._advance(forward, block, layer, ATTENTION, streams)
-            self._advance(forward, block, layer, FFN, streams, self._next_norms(block, layer).get(FFN))
+            self._advance(forward, block, layer, FFN, streams, self._next_norms(block, layer).get(FFN, {}))
         return kept, scores
 
     def _advance(
@@ -228,28 +237,33 @@ class ReconstructionPasses(Passes):
         layer: int,
         sublayer: str,
         streams: Streams,
-        norm: nn.Module | None = None,
+        norms: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Advance the pruned stream past a sublayer; the dense one is past it already.
 
-        `norm`: the next norm. Sets `self.change` to D A (`alignment_of`) from its outputs on the dense and pruned
-        streams.
+        `norms`: those that read the stream next, by their sublayers. Sets `self.changes` of these to D A
+        (`alignment_of`) from the norms' outputs on the dense and pruned streams.
         """
-        if norm is None:
+        if not norms:
             for part in streams.pruned.micro_batches():
                 forward.step(block, layer, sublayer, part)
             return
         where = f"layer {layer} (after {self.reader.family.output_proj(sublayer)})"
         hidden_size = self.reader.shapes[layer].hidden_size
-        observer = HessianObserver(hidden_size, self.device, where, False, forward.allow_nonfinite)
+        observers = {
+            reader: HessianObserver(hidden_size, self.device, where, False, forward.allow_nonfinite) for reader in norms
+        }
         for part, dense in streams.pairs():
             assert dense is not None
             result = forward.run_sublayer(block, layer, sublayer, part.value)
             part.write_back(result)
-            x = norm(result)
-            observer.observe_stream_error(observer.observe(x), norm(dense.value) - x)
-        self.change = alignment_of(observer.result(), self.method.damping, where)
-        distributed.broadcast_(self.change)
+            for reader, norm in norms.items():
+                x = norm(result)
+                observers[reader].observe_stream_error(observers[reader].observe(x), norm(dense.value) - x)
+        for reader in norms:
+            change = alignment_of(observers.pop(reader).result(), self.method.damping, where)
+            distributed.broadcast_(change)
+            self.changes[reader] = change
 
     def _reconstruct(
         self,

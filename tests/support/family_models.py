@@ -24,6 +24,9 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+# The heads of these classes are hidden_size / heads wide.
+_FIXED = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": None}
+_HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 # By family, what is not the default's of its class.
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 16},
@@ -57,13 +60,13 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True, "attention_bias": True},
     "cohere2": {**_MIXED, "logit_scale": 0.25},
     "starcoder2": {"sliding_window": 16, "use_bias": True},
-    "stablelm": {
-        "use_qkv_bias": True,
+    "stablelm": {"use_qkv_bias": True, **_FIXED, "rope_parameters": _HALF},
+    "gpt_neox": {
+        "num_attention_heads": 6,
         "head_dim": None,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": _HALF,
     },
+    "opt": {"ffn_dim": 64, "num_attention_heads": 6, "tie_word_embeddings": True},
     "nemotron": {"attention_bias": True, "mlp_bias": True},
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention"],
