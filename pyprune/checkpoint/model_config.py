@@ -10,6 +10,7 @@ from ..architectures import Family, family_of
 from ..architectures.declaration import NO_ROTARY
 from ..errors import InputError
 from ..runtime.files import reason_of
+from .wrapping import text_family, wrapper_of
 
 
 def refused(place: str, error: Exception) -> InputError:
@@ -25,8 +26,12 @@ def named_family(place: str, model_type: str | None) -> Family:
 
 
 def prunable_family(place: str, fields: dict[str, Any]) -> Family:
-    """The family that a configuration's fields name. InputError: there is none, or the model is quantised."""
-    family = named_family(place, fields.get("model_type"))
+    """The family that a configuration's fields name; of a vision-language model that of its text model.
+
+    InputError: there is none, or the model is quantised.
+    """
+    wrapper = wrapper_of(place, fields)
+    family = named_family(place, fields.get("model_type")) if wrapper is None else text_family(place, wrapper, fields)
     if fields.get("quantization_config"):
         raise InputError(f"{place}: a quantised checkpoint cannot be pruned; prune first, quantise afterwards")
     return family

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from .headers import StoredTensor
 from .model_config import check_rotary, checked_config, refused
 from .model_in_memory import ModelInMemory
 from .names import assign_names
+from .wrapping import Parts, taken_counts
 
 
 class ModelSource(ABC):
@@ -23,7 +25,8 @@ class ModelSource(ABC):
     `tensors` go by the names of transformers' class, whatever they are called where they lie; `unused` names those that
     it does not use. A head that is stored beside tied embeddings and differs from them is the model's: then
     `config.tie_word_embeddings` becomes False. `content` is what has been read. `origin`: what `load_model` and
-    `load_tokenizer` take, and the model's name in messages.
+    `load_tokenizer` take, and the model's name in messages. Of a vision-language model, `wrapping`, it is the text
+    model; `beside` names the tensors of everything else, which are in `tensors` by the names that they have in files.
 
     InputError, naming the tensor, if anything that the configuration calls for is missing, of another shape, or of a
     type other than float32, bfloat16 or float16. Of the weights only a head beside tied embeddings is read for that.
@@ -33,9 +36,15 @@ class ModelSource(ABC):
     config_name: ClassVar[str]  # the configuration in messages about tensors
 
     def __init__(
-        self, place: str, family: Family, stored: dict[str, StoredTensor], make_config: Callable[[], Any]
+        self,
+        place: str,
+        family: Family,
+        stored: dict[str, StoredTensor],
+        make_config: Callable[[], Any],
+        parts: Parts | None = None,
     ) -> None:
         """place: of the configuration, for messages. stored: by the names that the tensors have there."""
+        self.wrapping = None if parts is None else parts.wrapping
         self.family = family
         self.config = checked_config(place, family, make_config)
         self.shapes: list[LayerShape]
@@ -48,10 +57,17 @@ class ModelSource(ABC):
         except Exception as error:
             raise refused(place, error) from error
         described = f"a {self.config.model_type} model as {self.config_name} describes it"
+        if self.wrapping is not None:
+            self.shapes = [
+                replace(shape, group_counts=taken_counts(family, self.config, shape)) for shape in self.shapes
+            ]
         self.tensors, self.unused = assign_names(stored, expected, family.layers.partition(".")[0] + ".", described)
         self._settle_head()
         self._check(expected)
         check_rotary(place, family, self.config)
+        self.beside: list[str] = []
+        if parts is not None:
+            self._add_beside(parts)
         self.content = Content(self.origin)
 
     @property
@@ -75,6 +91,10 @@ class ModelSource(ABC):
     @property
     def tied(self) -> bool:
         return bool(self.config.tie_word_embeddings)
+
+    def stored_name(self, name: str) -> str:
+        """The name in files of one of the model's tensors, or what begins such names; not for those in `beside`."""
+        return name if self.wrapping is None else self.wrapping.spelling.stored(name)
 
     def layer_prefix(self, layer: int) -> str:
         return f"{self.family.layers}.{layer}."
@@ -151,6 +171,17 @@ class ModelSource(ABC):
             for name, shape in shapes.items():
                 expected[self.layer_prefix(layer) + name] = shape
         return expected
+
+    def _add_beside(self, parts: Parts) -> None:
+        self.unused += parts.left_out
+        self.beside = sorted(parts.beside)
+        for name in self.beside:
+            stored = parts.beside[name]
+            if name in self.tensors:
+                raise InputError(f"{stored.file}: {stored.name} and {self.tensors[name].name} are one tensor's names")
+            if not stored.readable:
+                raise InputError(f"{stored.file}: tensor {stored.name} is stored as {stored.kind}, which is not copied")
+            self.tensors[name] = stored
 
     def _settle_head(self) -> None:
         """Choose embeddings and head of a tied model as transformers does if there is a head as well, or alone."""

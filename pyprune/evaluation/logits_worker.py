@@ -38,9 +38,11 @@ from torch import Tensor  # noqa: E402
 
 
 def logits_transformers(model: str, ids: Tensor, trust_remote_code: bool) -> Tensor:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    loaded, loading = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
+    auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    loaded, loading = auto.from_pretrained(
         model,
         dtype=torch.float32,
         attn_implementation="sdpa",
