@@ -58,9 +58,8 @@ class ModelSource(ABC):
             raise refused(place, error) from error
         described = f"a {self.config.model_type} model as {self.config_name} describes it"
         if self.wrapping is not None:
-            self.shapes = [
-                replace(shape, group_counts=taken_counts(family, self.config, shape)) for shape in self.shapes
-            ]
+            taken = {shape: taken_counts(family, self.config, shape) for shape in set(self.shapes)}
+            self.shapes = [replace(shape, group_counts=taken[shape]) for shape in self.shapes]
         self.tensors, self.unused = assign_names(stored, expected, family.layers.partition(".")[0] + ".", described)
         self._settle_head()
         self._check(expected)
