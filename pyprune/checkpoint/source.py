@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from .headers import StoredTensor
 from .model_config import check_rotary, checked_config, refused
 from .model_in_memory import ModelInMemory
 from .names import assign_names
-from .wrapping import Parts, taken_counts
+from .wrapping import Parts, with_taken_counts
 
 
 class ModelSource(ABC):
@@ -50,6 +49,8 @@ class ModelSource(ABC):
         self.shapes: list[LayerShape]
         try:
             self.shapes = family.shapes(self.config)
+            if parts is not None:
+                self.shapes = with_taken_counts(family, self.config, self.shapes)
             # Kept: each is found by building a layer, which takes milliseconds.
             self.outside = family.outside_shapes(self.config)
             self.layer_state_shapes = [family.layer_state_shapes(self.config, layer) for layer in range(self.layers)]
@@ -57,9 +58,6 @@ class ModelSource(ABC):
         except Exception as error:
             raise refused(place, error) from error
         described = f"a {self.config.model_type} model as {self.config_name} describes it"
-        if self.wrapping is not None:
-            taken = {shape: taken_counts(family, self.config, shape) for shape in set(self.shapes)}
-            self.shapes = [replace(shape, group_counts=taken[shape]) for shape in self.shapes]
         self.tensors, self.unused = assign_names(stored, expected, family.layers.partition(".")[0] + ".", described)
         self._settle_head()
         self._check(expected)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +98,19 @@ def parts_of(place: str, wrapper: Wrapper, fields: dict[str, Any], stored: Mappi
     return parts
 
 
-def taken_counts(family: Family, config: Any, shape: LayerShape) -> tuple[int, ...]:
-    """The numbers of KV groups that the class of a text model's configuration takes, up to those of a layer.
+def with_taken_counts(family: Family, config: Any, shapes: list[LayerShape]) -> list[LayerShape]:
+    """The shapes, with the numbers of KV groups that the class of a text model's configuration takes.
 
     Some insist on a hidden size that the heads divide.
     """
-    taken = []
-    for groups in range(1, shape.kv_groups + 1):
-        sizes = family.layer_sizes(shape.kept(groups, shape.intermediate_channels))
+    fields = config.to_dict()
+
+    def taken(shape: LayerShape, groups: int) -> bool:
         try:
-            type(config)(**config.to_dict() | sizes)
+            type(config)(**fields | family.layer_sizes(shape.kept(groups, shape.intermediate_channels)))
         except StrictDataclassError:
-            continue
-        taken.append(groups)
-    return tuple(taken)
+            return False
+        return True
+
+    counts = {shape: tuple(n for n in range(1, shape.kv_groups + 1) if taken(shape, n)) for shape in set(shapes)}
+    return [replace(shape, group_counts=counts[shape]) for shape in shapes]

@@ -200,12 +200,12 @@ def _in_class(
     tensors = [candidate.layer_state_shapes(made, layer) for layer in layers_of_kinds]
     rows = candidate.attention.rows(shape) | candidate.ffn.rows()
     spare = []
-    for own, names in zip(tensors, needed, strict=True):
+    for there, names in zip(tensors, needed, strict=True):
         for sublayer in shape.sublayers:
-            columns = own.get(candidate.output_proj(sublayer) + ".weight", (0, 0))[1]
+            columns = there.get(candidate.output_proj(sublayer) + ".weight", (0, 0))[1]
             if columns not in (0, shape.units(sublayer) * shape.unit_width(sublayer)):
                 return None  # its heads are as wide as the hidden size says
-        if names - own.keys() or not all(name.endswith(".bias") for name in own.keys() - names):
+        if names - there.keys() or not all(name.endswith(".bias") for name in there.keys() - names):
             return None
-        spare += sorted(own.keys() - names)
+        spare += sorted(there.keys() - names)
     return Stock(candidate, made, tensors, rows, spare)
