@@ -31,12 +31,12 @@ FAST = {"method": "flap", "ratio": 0.3, "compensation": "none", "uniform": True,
 
 # Without pyprune: what transformers alone makes of each output.
 LOAD = """
-import sys, torch
+import json, sys, torch, transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
 for folder in sys.argv[1:]:
     given = load_file(folder + ".inputs")
-    model, loading = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    (name,) = json.load(open(folder + "/config.json"))["architectures"]
+    model, loading = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
     assert model.dtype == torch.float32
     with torch.inference_mode():
