@@ -37,7 +37,10 @@ def common_sizes(shapes: list[LayerShape], ratio: float, multiple: int) -> list[
         channels -= channels % multiple  # some layers are cut in any case
     cut = bool(shapes[0].removable(FFN))
     sizes = []
+    taken = [s.group_counts for s in attending if s.group_counts is not None]
     for kept in range(min(1, groups), groups + 1):
+        if any(kept not in counts for counts in taken):
+            continue
         exact = (budget - kept * group_cost) / len(shapes)
         sizes.append(LayerSize(kept, nearest(exact, channels, multiple) if cut else 0, exact))
     # A multiple's half beyond the ends, and between them a whole layer's last step is never longer than a multiple.

@@ -17,7 +17,7 @@ class LayerShape:
     ffn_matrices: 3 with a gate, 2 without. query_parts: 2 where the query projection also makes a gate of the heads'
     outputs. shared_key_value: all query heads share one key and value head, which stay; a group is then a query head,
     and r is 1.
-    fixed: sublayers that lose no units.
+    fixed: sublayers that lose no units. group_counts: the numbers of KV groups that the model's class takes; None: any.
     """
 
     hidden_size: int
@@ -29,6 +29,7 @@ class LayerShape:
     query_parts: int = 1
     shared_key_value: bool = False
     fixed: tuple[str, ...] = ()
+    group_counts: tuple[int, ...] | None = None
 
     @property
     def heads(self) -> int:

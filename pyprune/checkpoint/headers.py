@@ -21,7 +21,13 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
 # By safetensors' names, in the order in which it stores them: wide types first, so that none needs a gap before it.
-DTYPES = {"F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _PICKLES = ("*.bin", "*.pth", "*.pt")
 

@@ -7,9 +7,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from .. import modeling as modeling  # registers the classes of pruned models
+from ..architectures.wrappers import WRAPPERS as WRAPPING
 from ..errors import InputError
 from ..runtime.files import read_json, reason_of
 from .headers import INDEX, SINGLE, read_headers, weight_files
@@ -74,12 +81,15 @@ def _from_pretrained(
         arguments["key_mapping"] = {WRAPPERS.pattern: r"\1"}
     if quantised:  # cannot be moved afterwards
         arguments["device_map"] = {"": device}
+    auto = AutoModelForCausalLM
+    if isinstance(fields, dict) and fields.get("model_type") in WRAPPING:
+        auto = AutoModelForImageTextToText
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **arguments)
+        model, loading = auto.from_pretrained(folder, attn_implementation="sdpa", **arguments)
     except (ValueError, ImportError) as error:
         if "attention" not in str(error):
             raise
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, **arguments)  # a class without SDPA
+        model, loading = auto.from_pretrained(folder, **arguments)  # a class without SDPA
     return model if quantised else model.to(device), loading
 
 

@@ -20,6 +20,7 @@ from .model_in_memory import ModelInMemory
 from .names import check_layer_count
 from .source import ModelSource
 from .special_ids import check_ids
+from .wrapping import wrapper_of
 
 
 class LoadedModel(ModelSource):
@@ -46,6 +47,8 @@ class LoadedModel(ModelSource):
         self._given = model.state_dict()
         stored = {name: _described(name, tensor, str(self.origin)) for name, tensor in self._given.items()}
         place, fields = f"{self.origin}: its configuration", json.loads(config.to_json_string())
+        if wrapper_of(place, fields) is not None:
+            raise InputError(f"{self.origin}: a vision-language model in memory: save it, and name its folder")
         family = prunable_family(place, fields, stored.keys)
         check_layer_count(place, fields, stored, family.layers)
         fields["dtype"] = str(_type_of(stored, f"{family.output_proj(FFN)}.weight")).removeprefix("torch.")

@@ -11,21 +11,33 @@ from ..architectures.declaration import NO_ROTARY
 from ..architectures.family import whole_value
 from ..errors import InputError
 from ..runtime.files import reason_of
+from .wrapping import text_family, wrapper_of
 
 
 def refused(place: str, error: Exception) -> InputError:
     return InputError(f"{place}: transformers refuses this configuration: {reason_of(error)}")
 
 
-def prunable_family(place: str, fields: dict[str, Any], tensors: Callable[[], Iterable[str]]) -> Family:
-    """The family that a configuration's fields name. InputError: there is none, or the model is quantised.
-
-    tensors: gives the names of the model's tensors, for the message.
-    """
+def named_family(place: str, model_type: str | None, tensors: Callable[[], Iterable[str]]) -> Family:
+    """The family of a model type. InputError: there is none; place: of the configuration, for the message."""
     try:
-        family = family_of(fields.get("model_type"), tensors)
+        return family_of(model_type, tensors)
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
+
+
+def prunable_family(place: str, fields: dict[str, Any], tensors: Callable[[], Iterable[str]]) -> Family:
+    """The family that a configuration's fields name; of a vision-language model that of its text model.
+
+    tensors: gives the names of the model's tensors, for the message.
+
+    InputError: there is none, or the model is quantised.
+    """
+    wrapper = wrapper_of(place, fields)
+    if wrapper is None:
+        family = named_family(place, fields.get("model_type"), tensors)
+    else:
+        family = text_family(place, wrapper, fields)
     if fields.get("quantization_config"):
         raise InputError(f"{place}: a quantised checkpoint cannot be pruned; prune first, quantise afterwards")
     return family

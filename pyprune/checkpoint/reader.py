@@ -16,6 +16,7 @@ from .headers import header_of, load_stored, read_headers, weight_files
 from .model_config import prunable_family, refused
 from .names import check_layer_count
 from .source import ModelSource
+from .wrapping import TEXT, parts_of, wrapper_of
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
@@ -33,8 +34,14 @@ class CheckpointReader(ModelSource):
         place, fields = str(folder / "config.json"), read_fields(folder)
         family = prunable_family(place, fields, partial(_stored_names, folder, fields))
         stored = read_headers(weight_files(folder, fields))
-        check_layer_count(place, fields, stored, family.layers)
-        super().__init__(place, family, stored, partial(_transformers_config, folder))
+        wrapper = wrapper_of(place, fields)
+        if wrapper is None:
+            check_layer_count(place, fields, stored, family.layers)
+            super().__init__(place, family, stored, partial(_transformers_config, folder))
+        else:
+            parts = parts_of(place, wrapper, fields, stored)
+            check_layer_count(place, fields[TEXT], parts.text, family.layers)
+            super().__init__(place, family, parts.text, partial(_text_config, folder), parts)
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors by full name, in their stored type, on the CPU.
@@ -100,6 +107,14 @@ def read_fields(folder: Path) -> dict[str, Any]:
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type", ""), str):
         raise InputError(f"{path}: not a model's configuration: an object with a model_type is needed")
     return fields
+
+
+def _text_config(folder: Path) -> Any:
+    """The text model's configuration in a vision-language model's, which says by itself whether the head is tied."""
+    whole = _transformers_config(folder)
+    config = whole.text_config
+    config.tie_word_embeddings = bool(getattr(whole, "tie_word_embeddings", False))
+    return config
 
 
 def _transformers_config(folder: Path) -> Any:

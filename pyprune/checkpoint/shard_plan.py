@@ -50,7 +50,7 @@ def plan_shards(folder: Path, parts: Sequence[Mapping[str, Tensor]], shard_size:
     tensors = {name: part[name] for part in parts for name in sorted(part)}
     for name, tensor in tensors.items():
         if tensor.dtype not in KINDS:
-            raise ValueError(f"tensor {name} is {tensor.dtype}; float32, bfloat16, float16 or int32 is needed")
+            raise ValueError(f"tensor {name} is {tensor.dtype}; float32, bfloat16, float16, int32 or int64 is needed")
     plan = ShardPlan(tuple(tuple(sorted(part)) for part in parts), {}, {}, {})
     shards = _divided(tensors, shard_size)
     for number, names in enumerate(shards, start=1):

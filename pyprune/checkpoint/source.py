@@ -15,6 +15,7 @@ from .headers import StoredTensor
 from .model_config import check_rotary, checked_config, refused
 from .model_in_memory import ModelInMemory
 from .names import EarlierNames, assign_names
+from .wrapping import Parts, with_taken_counts
 
 
 class ModelSource(ABC):
@@ -23,7 +24,8 @@ class ModelSource(ABC):
     `tensors` go by the names of transformers' class, whatever they are called where they lie; `unused` names those that
     it does not use. A head that is stored beside tied embeddings and differs from them is the model's: then
     `config.tie_word_embeddings` becomes False. `content` is what has been read. `origin`: what `load_model` and
-    `load_tokenizer` take, and the model's name in messages.
+    `load_tokenizer` take, and the model's name in messages. Of a vision-language model, `wrapping`, it is the text
+    model; `beside` names the tensors of everything else, which are in `tensors` by the names that they have in files.
 
     InputError, naming the tensor, if anything that the configuration calls for is missing, of another shape, or of a
     type other than float32, bfloat16 or float16. Of the weights only a head beside tied embeddings is read for that.
@@ -33,14 +35,22 @@ class ModelSource(ABC):
     config_name: ClassVar[str]  # the configuration in messages about tensors
 
     def __init__(
-        self, place: str, family: Family, stored: dict[str, StoredTensor], make_config: Callable[[], Any]
+        self,
+        place: str,
+        family: Family,
+        stored: dict[str, StoredTensor],
+        make_config: Callable[[], Any],
+        parts: Parts | None = None,
     ) -> None:
         """place: of the configuration, for messages. stored: by the names that the tensors have there."""
+        self.wrapping = None if parts is None else parts.wrapping
         self.family = family
         self.config = checked_config(place, family, make_config)
         self.shapes: list[LayerShape]
         try:
             self.shapes = family.shapes(self.config)
+            if parts is not None:
+                self.shapes = with_taken_counts(family, self.config, self.shapes)
             # Kept: each is found by building a layer, which takes milliseconds.
             self.outside = family.outside_shapes(self.config)
             self.layer_state_shapes = [family.layer_state_shapes(self.config, layer) for layer in range(self.layers)]
@@ -53,6 +63,9 @@ class ModelSource(ABC):
         self._settle_head()
         self._check(expected)
         check_rotary(place, family, self.config)
+        self.beside: list[str] = []
+        if parts is not None:
+            self._add_beside(parts)
         self.content = Content(self.origin)
 
     @property
@@ -90,6 +103,10 @@ class ModelSource(ABC):
     @property
     def tied(self) -> bool:
         return bool(self.config.tie_word_embeddings)
+
+    def stored_name(self, name: str) -> str:
+        """The name in files of one of the model's tensors, or what begins such names; not for those in `beside`."""
+        return name if self.wrapping is None else self.wrapping.spelling.stored(name)
 
     def layer_prefix(self, layer: int) -> str:
         return f"{self.family.layers}.{layer}."
@@ -166,6 +183,17 @@ class ModelSource(ABC):
             for name, shape in shapes.items():
                 expected[self.layer_prefix(layer) + name] = shape
         return expected
+
+    def _add_beside(self, parts: Parts) -> None:
+        self.unused += parts.left_out
+        self.beside = sorted(parts.beside)
+        for name in self.beside:
+            stored = parts.beside[name]
+            if name in self.tensors:
+                raise InputError(f"{stored.file}: {stored.name} and {self.tensors[name].name} are one tensor's names")
+            if not stored.readable:
+                raise InputError(f"{stored.file}: tensor {stored.name} is stored as {stored.kind}, which is not copied")
+            self.tensors[name] = stored
 
     def _settle_head(self) -> None:
         """Choose embeddings and head of a tied model as transformers does if there is a head as well, or alone."""

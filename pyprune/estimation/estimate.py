@@ -10,6 +10,7 @@ from ..checkpoint import CheckpointReader
 from ..forward.layer_forward import micro_batch
 from ..methods import Method
 from ..methods.base import Training
+from ..methods.inside import check_inside
 from ..runtime.device import FREE_SHARE, resident_peak, usable_memory
 from .memory import plan_memory
 from .procedures import CpuRun, TrainCost, costs_of
@@ -116,6 +117,8 @@ def estimate(
     beforehand where they follow from the ratio alone; otherwise `layers` is null and the ratio is taken as met. Raises
     InputError where the run would be refused.
     """
+    if reader.wrapping is not None:
+        check_inside(method, str(reader.origin), reader.wrapping.wrapper.name)
     method.check(reader.shapes, ratio)
     method.check_layers(reader.family, reader.config)
     layers = _known_layers(reader.shapes, method, ratio)

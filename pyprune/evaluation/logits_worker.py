@@ -38,10 +38,12 @@ from torch import Tensor  # noqa: E402
 
 
 def logits_transformers(model: str, ids: Tensor, trust_remote_code: bool) -> Tensor:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
+    auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
     # Attention by transformers' default: sdpa, eager for classes that have no sdpa.
-    loaded, loading = AutoModelForCausalLM.from_pretrained(
+    loaded, loading = auto.from_pretrained(
         model,
         dtype=torch.float32,
         local_files_only=True,

@@ -63,6 +63,10 @@ def export(
         if format == "gguf":
             raise InputError("--shard-size is for folders of safetensors: gguf is one file")
     reader = CheckpointReader(source)
+    if reader.wrapping is not None:
+        raise InputError(
+            f"{source}: a {reader.wrapping.wrapper.name} model is not exported: transformers loads it as it is"
+        )
     check_generation_config(source)
     check_special_ids(reader.config, generation_fields(source), source)
     if format == "gguf":

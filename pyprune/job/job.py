@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..estimation.target import ratio_of
 from ..forward.layer_forward import LayerForward
 from ..methods import Method, make_method, resolve_ratio
+from ..methods.inside import check_inside
 from ..runtime import distributed
 from ..runtime.device import select_dtype
 from ..runtime.environment import take_threads
@@ -64,6 +65,8 @@ class Job:
         self.device = distributed.local_device(options.device)
         self.reader: ModelSource = model or self._open(options)
         self.method = self.method.fitted(self.reader.shapes, self.reader.biased)
+        if self.reader.wrapping is not None:
+            check_inside(self.method, str(self.reader.origin), self.reader.wrapping.wrapper.name)
         if options.target is None:
             self.ratio = resolve_ratio(self.method, options.ratio)
         else:

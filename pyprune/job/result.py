@@ -19,6 +19,7 @@ from ..architectures.channel_selection import (
 )
 from ..checkpoint import ModelSource
 from ..checkpoint.headers import load_stored, read_headers, weight_files
+from ..errors import InputError
 from ..evaluation.roundtrip import Change
 from ..mask_training.masked_model import hook_points, selection_masks
 from ..modeling.config import registered_config
@@ -75,6 +76,13 @@ class UnitResult(PruneResult):
 def config_of(reader: ModelSource, shapes: list[LayerShape], biases: dict[str, bool]) -> tuple[Any, dict[str, Tensor]]:
     """A stock class's configuration where one holds layers of these shapes, with the zero biases that it asks for."""
     stock = find_stock(reader.family, reader.config, shapes, **biases)
+    if reader.wrapping is not None:
+        if stock is None or stock.family is not reader.family or stock.zero_biases:
+            raise InputError(
+                f"{reader.origin}: the text model inside of {reader.wrapping.wrapper.name} cannot have these sizes in "
+                "transformers' class; take another ratio, or --units channels"
+            )
+        return stock.config, {}
     if stock is None:
         return registered_config(reader.family, reader.config, shapes, **biases), {}
     zeros = {

@@ -81,6 +81,11 @@ class SemiStructuredMethod(Method):
         for layer in range(config.num_hidden_layers):
             sizes = family.layer_state_shapes(config, layer)
             for name in linears_of(family):
+                if name + ".weight" not in sizes:
+                    raise InputError(
+                        f"layer {layer} has no {name}: {self.name} needs the same linears in every layer; take obs, "
+                        "flap or slimgpt"
+                    )
                 length = sizes[name + ".weight"][self.compared_axis(family, name)]
                 self.zeroed.check_length(length, f"the weights of layer {layer} ({name}) that are compared")
 

@@ -110,7 +110,7 @@ class Passes(ABC):
 
     def written(self, layer: int) -> tuple[Any, dict[str, Tensor]]:
         """The entry, of whatever method's, and the tensors, named within the layer, of one that a killed run wrote."""
-        prefix = self.reader.layer_prefix(layer)
+        prefix = self.reader.stored_name(self.reader.layer_prefix(layer))
         tensors = {name.removeprefix(prefix): tensor for name, tensor in self.writer.read(layer + 1).items()}
         return self.writer.record(layer + 1), tensors
 
@@ -160,9 +160,10 @@ class Passes(ABC):
             on_meta({name: reader.tensors[name] for name in outside[:1]}),
             *({reader.layer_prefix(k) + name: t for name, t in own.items()} for k, own in enumerate(layers)),
             on_meta({name: reader.tensors[name] for name in outside[1:]}),
-            *([more] if more else []),
         ]
-        self.writer.lay_out(parts, self.job.options.shard_size)
+        stored = [{reader.stored_name(name): t for name, t in part.items()} for part in parts]
+        beside = [on_meta({name: reader.tensors[name] for name in reader.beside})] if reader.beside else []
+        self.writer.lay_out([*stored, *beside, *([more] if more else [])], self.job.options.shard_size)
         self.writer.done = distributed.broadcast_object(lambda: self.writer.done)
 
     def lay_out_kept(self, layers: Sequence[Kept]) -> None:
@@ -191,7 +192,17 @@ class Passes(ABC):
         self._copy(0, [self.reader.family.embeddings])
 
     def copy_head(self) -> None:
+        """Copy the final norm and the head, and what a vision-language checkpoint has beside its text model."""
         self._copy(self.reader.layers + 1, self.reader.outside_layers()[1:])
+        self._copy_beside(self.reader.layers + 2)
+
+    def _copy_beside(self, part: int) -> None:
+        names = self.reader.beside
+        if names and part not in self.writer.done:
+            digests = self.reader.digests(names)
+            for name, digest in digests.items():
+                self.reader.content.saw(name, digest)
+            self.writer.write(part, self.reader.read(names), None, digests)
 
     def _copy(self, part: int, names: list[str]) -> None:
         if part not in self.writer.done:
@@ -199,4 +210,5 @@ class Passes(ABC):
 
     def _write(self, part: int, tensors: dict[str, Tensor], sources: list[str], record: Any = None) -> None:
         digests = self.reader.content.digests
-        self.writer.write(part, tensors, record, {name: digests[name] for name in sources})
+        stored = {self.reader.stored_name(name): tensor for name, tensor in tensors.items()}
+        self.writer.write(part, stored, record, {name: digests[name] for name in sources})

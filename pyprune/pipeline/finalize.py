@@ -56,13 +56,16 @@ def finalize(job: Job, writer: CheckpointWriter, passes: Passes, outcome: PruneR
     """Complete the partial folder, whose weights are all written, and make it the output."""
     partial = writer.partial
     config, more = outcome.config(job.reader, job.biases)
-    save_config(config, partial)
-    part = job.reader.layers + 2  # after embeddings, layers and head
+    if job.reader.wrapping is None:
+        save_config(config, partial)
+    else:
+        job.reader.wrapping.write_config(job.reader.family, config, partial)
+    part = len(writer.plan.parts) - 1  # after embeddings, layers and head
     if more and part not in writer.done:
         writer.write(part, more)
     passes.warnings += job.reader.write_companions(partial)
     writer.write_index()
-    check_state_dict(partial, writer.prove())
+    check_state_dict(partial, writer.prove(), job.reader.wrapping)
     tokenizer = check_tokenizer(job.reader.origin, partial, job.options.trust_remote_code)
     record = _record(job, passes, outcome, writer.tensor_bytes, tokenizer, writer.checksums())
     record.verification = _verify(job, partial, writer.tensor_bytes, outcome)

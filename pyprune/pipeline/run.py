@@ -218,6 +218,7 @@ def _compare_source(job: Job, writer: CheckpointWriter) -> None:
 
 
 def _bytes_to_write(job: Job, writer: CheckpointWriter) -> int:
-    outside = sum(job.reader.tensors[n].bytes for n in job.reader.outside_layers())
+    copied = [*job.reader.outside_layers(), *job.reader.beside]
+    outside = sum(job.reader.tensors[n].bytes for n in copied)
     removed = job.ratio * (job.reader.bytes - outside) if job.method.shrinks else 0.0
     return max(0, int(job.reader.bytes - removed) - writer.tensor_bytes)

@@ -40,7 +40,7 @@ def write_card(plan: dict[str, Any], source: Path | None, folder: Path, name: st
     data = ModelCardData(
         base_model=hub_id(plan["model"].removesuffix(IN_MEMORY)),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=loaders.task,
         tags=list(dict.fromkeys([*tags, "pyprune", "pruning"])),
         **carried,
     )

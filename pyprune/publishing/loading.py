@@ -17,12 +17,18 @@ _FREE_HEAD_DIM = ("llama", "mistral", "qwen3")
 
 @dataclass(frozen=True)
 class Loaders:
-    """Programs that load an output. `needs_pyprune`: transformers and vLLM need the package beside them."""
+    """Programs that load an output.
+
+    needs_pyprune: transformers and vLLM need the package beside them. auto: the class of transformers that loads it.
+    task: the hub's word for what the model does.
+    """
 
     needs_pyprune: bool
     vllm: bool
     gguf: bool
     mlx: bool
+    auto: str = "AutoModelForCausalLM"
+    task: str = "text-generation"
 
 
 def loaders_of(folder: Path) -> Loaders:
@@ -31,6 +37,9 @@ def loaders_of(folder: Path) -> Loaders:
     if config.model_type.startswith(SELECTED_PREFIX):  # only our class computes with selections
         return Loaders(needs_pyprune=True, vllm=False, gguf=False, mlx=False)
     reader = CheckpointReader(folder)
+    if reader.wrapping is not None:  # other programs have not been tried
+        auto, task = "AutoModelForImageTextToText", "image-text-to-text"
+        return Loaders(needs_pyprune=False, vllm=False, gguf=False, mlx=False, auto=auto, task=task)
     pruned = config.model_type.startswith(PRUNED_PREFIX)
     square = all(shape.kv_groups * shape.group_width == shape.hidden_size for shape in reader.shapes)
     stock = config.model_type in _FREE_HEAD_DIM or (config.model_type == "qwen2" and square)
