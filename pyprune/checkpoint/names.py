@@ -43,7 +43,7 @@ class EarlierNames:
 
         model: Any = family.build_outside(config)
         renamings = [own for own in get_model_conversion_mapping(model) if isinstance(own, WeightRenaming)]
-        return cls(renamings, tuple(model._keys_to_ignore_on_load_unexpected or ()))
+        return cls(renamings, tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
 
     def renamed(self, name: str) -> str:
         for renaming in self.renamings:

@@ -52,7 +52,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE,
         "tie_word_embeddings": True,
     },
-    # As published: the head is stored although tie_word_embeddings is not said to be false.
     "mistral3": {
         "text_config": _TEXT | {"model_type": "mistral", "sliding_window": None},
         "vision_config": _TOWER | {"model_type": "pixtral", "head_dim": 8, "image_size": 56},
@@ -98,15 +97,17 @@ def small_wrapper(name: str) -> Any:
 
 
 def save_wrapper(name: str, folder: Path) -> Path:
-    """As transformers saves it, with a processor's settings and a chat template beside it."""
+    """As it is published: with a processor's settings and a chat template, and a config.json that leaves much out."""
     small_wrapper(name).save_pretrained(folder)
     for file in ("preprocessor_config.json", "processor_config.json"):
         (folder / file).write_text(json.dumps({"do_rescale": True}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    fields = json.loads((folder / "config.json").read_text())
     if name.startswith("mistral3"):
-        fields = json.loads((folder / "config.json").read_text())
         del fields["tie_word_embeddings"]  # the class then says that it is tied
-        (folder / "config.json").write_text(json.dumps(fields))
+    if name == "gemma3":  # numbers that are the class's are not there
+        del fields["text_config"]["num_attention_heads"], fields["text_config"]["num_key_value_heads"]
+    (folder / "config.json").write_text(json.dumps(fields))
     return folder
 
 
