@@ -8,6 +8,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from support.command_line import run
 
+import pyprune
 from pyprune.cli.main import COMMANDS, cli
 from pyprune.cli.options import SHARED
 from pyprune.cli.prune import prune
@@ -112,3 +113,15 @@ def test_backends_take_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     table = run(capsys, "backends").out.partition("operator ")[2].splitlines()[1:]
     assert [line.split()[0] for line in table] == sorted(operators)
     assert "the input is on cpu" in run(capsys, "backends", "--why").out
+
+
+def test_families(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each; the JSON is the function's; one is explained, a misspelt one answered with the nearest."""
+    known = pyprune.list_families()
+    assert run(capsys, "families", "--json").json == known
+    assert [line.split()[0] for line in run(capsys, "families").out.splitlines()[1 : 1 + len(known)]] == list(known)
+    shown = run(capsys, "families", "qwen3_5_text").out
+    assert "in layers of linear attention channels only" in " ".join(shown.split())
+    outcome = run(capsys, "families", "cohre")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "unknown family 'cohre'; did you mean cohere?" in outcome.err
