@@ -39,6 +39,7 @@ from pyprune.integrations.vllm import MODELS
 from pyprune.modeling import PRUNED_CLASSES
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
+DAMPING = 0.01  # what obs and slimgpt take unless told otherwise
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_pruned_is_masked(subject: Subject, sizes: str) -> None:
     """Without compensation it is the dense model with the removed units' columns of the output projections at zero."""
     output: Path = getattr(subject, sizes)
     found = loaded(output, attn_implementation=subject.family.attention_backend)
-    if sizes == "uniform" and subject.family.heads_in_stock:
+    if sizes == "uniform":
         assert type(found).__module__.startswith("transformers."), f"{type(found).__name__} is no stock class"
     assert_same(logits(found), logits(subject.masked(output)), "logits of the pruned and of the masked model")
 
@@ -100,11 +101,17 @@ def test_refit_is_least_squares(subject: Subject) -> None:
     for layer, kept in enumerate(subject.kept(output)):
         for sublayer in subject.reader.shapes[layer].sublayers:
             projection, columns = subject.output_proj(model, layer, sublayer), subject.columns(kept, layer, sublayer)
-            prefix, after = subject.reader.layer_prefix(layer), family.wiring_of(subject.reader.config).norm_after(sublayer)
+            prefix, after = (
+                subject.reader.layer_prefix(layer),
+                family.wiring_of(subject.reader.config).norm_after(sublayer),
+            )
             norm = None if after is None else model.get_submodule(prefix + after)
-            expected = refitted_naively(model, projection, norm, columns, damping=0.01)
+            expected = refitted_naively(model, projection, norm, columns, damping=DAMPING)
             found = written[f"{prefix}{family.output_proj(sublayer)}.weight"]
-            assert_same(found, expected, f"layer {layer}, {sublayer}: its weight and the least-squares one", 2000)
+            # The damped Hessian's largest eigenvalue is below its trace, its smallest above the damping: its condition
+            # is at most channels / damping, by which the roundings of the Hessian and of the solution are amplified.
+            roundings = 2 * projection.in_features / DAMPING
+            assert_same(found, expected, f"layer {layer}, {sublayer}: its weight and the least-squares one", roundings)
             projection.weight.zero_()
             projection.weight[:, columns] = found
 
@@ -161,10 +168,10 @@ def test_estimate_is_exact(subject: Subject) -> None:
 
 
 def test_padded_export_is_the_pruned_model(subject: Subject, tmp_path: Path) -> None:
-    pyprune.export(subject.adaptive, tmp_path / "padded", "padded", verify=False)
+    pyprune.export(subject.fits_stock, tmp_path / "padded", "padded", verify=False)
     padded = loaded(tmp_path / "padded")
     assert type(padded).__module__.startswith("transformers.")
-    assert_same(logits(padded), logits(loaded(subject.adaptive)), "logits of the padded and of the pruned model")
+    assert_same(logits(padded), logits(loaded(subject.fits_stock)), "logits of the padded and of the pruned model")
 
 
 def refusals(subject: Subject) -> Iterator[str]:

@@ -22,7 +22,7 @@ IDS = torch.randint(3, VOCABULARY, (1, 40), generator=torch.Generator().manual_s
 RATIO = 0.3  # one of four KV groups
 # What the checks prune with: nothing but slices; and a refit whose target is the projection's output alone.
 SLICED = {"method": "flap", "compensation": "none"}
-REFITTED = {"method": "obs", "target": "weights", "allocation": "uniform"}
+REFITTED = {"method": "obs", "target": "weights", "allocation": "uniform", "compensation": "weights"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,14 @@ class Subject:
         return self.prune("adaptive", **SLICED)
 
     @property
+    def fits_stock(self) -> Path:
+        """As adaptive, with all heads where the stock class takes no fewer."""
+        return self.adaptive if self.family.heads_in_stock else self.prune("channels", units="channels", **SLICED)
+
+    @property
     def uniform(self) -> Path:
-        return self.prune("uniform", uniform=True, **SLICED)
+        kept = {} if self.family.heads_in_stock else {"units": "channels"}
+        return self.prune("uniform", uniform=True, **kept, **SLICED)
 
     @property
     def refitted(self) -> Path:
