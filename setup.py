@@ -152,7 +152,8 @@ class Toolchain:
             lines.append(f"  flags = {ninja_command(flags)}")
 
         for source in sorted((CSRC / "bindings").glob("*.cpp")):
-            compile_with("cxx", source, flags=python + self.defines())
+            # -O1, the last one counts: they check arguments and call, and pybind11's templates take longest.
+            compile_with("cxx", source, flags=[*python, *self.defines(), "-O1"])
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             compile_with("cxx", source)
         for source in sorted((CSRC / "cpu" / "isa").glob("*.cpp")):

@@ -247,6 +247,7 @@ def test_rows_of_a_gpu() -> None:
     assert all(case.where.startswith("smollm2-135m") for case in small)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_correct_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = benchmark(capsys, "--sweep", "--json")
     assert outcome.status == 0, outcome.err

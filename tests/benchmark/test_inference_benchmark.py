@@ -3,8 +3,6 @@
 import json
 import math
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from inference import DENSE, Decoder, Prefill, build, floor_seconds, forward
 from inference import argument_parser as inference_parser
 from inference_layouts import LAYOUTS, layouts
+from support.forked import run_script
 from support.paths import ROOT
 
 from pyprune.architectures import FAMILIES, LLAMA, LayerShape
@@ -115,10 +114,10 @@ def test_captured_step_gives_the_same_logits(layout: str) -> None:
             torch.testing.assert_close(prefill.logits, forward(model, ids, None), rtol=1e-3, atol=1e-4)
 
 
-def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)], capture_output=True, text=True
-    )
+def script(folder: Path, name: str, *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a benchmark as a program."""
+    ended = run_script(folder, ROOT / "benchmarks" / name, *arguments)
+    return ended.wait(), ended.out.read_text(), ended.err.read_text()
 
 
 TINY = ["tiny", "--device", "cpu", "--dtype", "float32", "--threads", 1, "--multiple", 16, "--batches", 1, 2,
@@ -127,12 +126,12 @@ TINY = ["tiny", "--device", "cpu", "--dtype", "float32", "--threads", 1, "--mult
 
 @pytest.mark.slow
 def test_every_row_of_a_tiny_shape(tmp_path: Path) -> None:
-    ran = script("inference.py", *TINY, "--ratios", 0.5, "--output", tmp_path / "result.json")
-    assert ran.returncode == 0, ran.stderr
+    status, out, err = script(tmp_path, "inference.py", *TINY, "--ratios", 0.5, "--output", tmp_path / "result.json")
+    assert status == 0, err
     report = json.loads((tmp_path / "result.json").read_text())
     rows = {(row["layout"], row["batch"]): row for row in report["rows"]}
     assert list(rows) == [(layout, batch) for layout in (DENSE, *LAYOUTS) for batch in (1, 2)]
-    assert len(ran.stdout.splitlines()) == len(rows) + 1
+    assert len(out.splitlines()) == len(rows) + 1
     assert report["machine"]["transformers"]
     for (layout, batch), row in rows.items():
         numbers = [value for value in row.values() if isinstance(value, float)]
@@ -156,9 +155,9 @@ def test_every_row_of_a_tiny_shape(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_graph_needs_a_gpu(tmp_path: Path) -> None:
-    ran = script("inference.py", *TINY, "--modes", "graph", "--output", tmp_path / "result.json")
-    assert ran.returncode == 2
-    assert "--modes graph needs a GPU" in ran.stderr.splitlines()[-1]
+    status, _, err = script(tmp_path, "inference.py", *TINY, "--modes", "graph", "--output", tmp_path / "result.json")
+    assert status == 2
+    assert "--modes graph needs a GPU" in err.splitlines()[-1]
     assert not (tmp_path / "result.json").exists()
 
 
@@ -183,11 +182,11 @@ def test_llama_cpp_rows(demo_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     text = tmp_path / "text.txt"
     text.write_text("The old house stood by the river, and nobody had opened its doors since the winter. " * 200)
-    ran = script(
-        "inference_llama_cpp.py", demo_model, "--calibration", text, "--samples", 4, "--rounds", 3, "--prompt", 32,
-        "--steps", 4, "--threads", 1, "--layouts", "uniform", "nonuniform", "--output", output,
+    status, _, err = script(
+        tmp_path, "inference_llama_cpp.py", demo_model, "--calibration", text, "--samples", 4, "--rounds", 3,
+        "--prompt", 32, "--steps", 4, "--threads", 1, "--layouts", "uniform", "nonuniform", "--output", output,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
+    assert status == 0, err
     report = json.loads(output.read_text())
     rows = {row["layout"]: row for row in report["rows"]}
     assert list(rows) == [DENSE, "uniform", "nonuniform"]

@@ -43,6 +43,7 @@ def test_a_run_is_repeated_from_its_file(
     assert plans[0]["identity"] == plans[1]["identity"]
 
 
+@pytest.mark.slow
 def test_several_texts_are_repeated(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +22,7 @@ def test_noise_makes_draws_of_the_softmax() -> None:
         assert found[3] == 0
 
 
+@pytest.mark.slow
 def test_the_same_model_writes_the_same_and_another_something_else(demo_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     windows = torch.tensor([tokenizer("The film was a great success, and its music too.").input_ids[:8]] * 3)

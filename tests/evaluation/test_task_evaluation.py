@@ -133,6 +133,7 @@ def choose(model: Any, tokenizer: Any, question: str, choices: list[str]) -> tup
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("only_local")
 def test_a_task_is_what_a_plain_loop_says(pruned: Path, tasks: Path) -> None:
     result = evaluate_tasks(pruned, ["local_tag"], tasks, **ON_CPU)
     assert list(result["tasks"]) == ["local_choice", "local_generate"]

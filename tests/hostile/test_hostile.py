@@ -1,9 +1,11 @@
 """Hostile files, models and systems: each ends with a whole output, or with one line and status 2 and nothing left.
 
-A third of the cases, and those that found a fault, are a must for every change; the rest is marked slow.
+A third of the cases is run, every one with PYPRUNE_HOSTILE=all. A third of those, and the ones that found a fault, are
+a must for every change; the rest is marked slow.
 """
 
 import os
+import random
 import re
 import shutil
 from collections import Counter
@@ -17,7 +19,7 @@ import pytest
 import run_cases
 import tensor_cases
 import tokenizer_cases
-from cases import Case
+from cases import Case, called
 from support.fork_client import ForkServer
 from verdict import Judge
 
@@ -28,8 +30,10 @@ EVERY = {
     "runs": list(run_cases.cases()),
     "environments": list(environment_cases.cases()),
 }
-# Of the cases that are products of a place and a damage one in so many, unless PYPRUNE_HOSTILE=all.
-ONE_IN = 1 if os.environ.get("PYPRUNE_HOSTILE") == "all" else 9
+# Of the cases that are products of a place and a damage one in so many, of the others a drawn share, unless all.
+ALL = os.environ.get("PYPRUNE_HOSTILE") == "all"
+ONE_IN = 1 if ALL else 16
+SHARE = 1.0 if ALL else 0.35
 # Of those the ones that found a fault: always tested.
 FOUND = {
     *("config-dtype-2-to-63", "journal-record-dropped", "fifo-as-model/model.safetensors"),
@@ -41,9 +45,11 @@ FAST_ONE_IN = 3
 
 
 def part(cases: list[Case]) -> list[Case]:
-    generated = [case for case in cases if case.generated]
-    chosen = FOUND | {case.name for case in generated[::ONE_IN]}
-    return [case for case in cases if not case.generated or case.name in chosen]
+    generated, single = ([case for case in cases if case.generated == kind] for kind in (True, False))
+    # Drawn, not every second one: commands come in turn, and each should be among them.
+    drawn = random.Random(len(cases)).sample(single, round(SHARE * len(single)))
+    chosen = FOUND | {case.name for case in (*generated[::ONE_IN], *drawn)}
+    return [case for case in cases if case.name in chosen]
 
 
 KINDS = {kind: part(cases) for kind, cases in EVERY.items()}
@@ -119,9 +125,12 @@ def test_environment(case: Case, verdicts: dict[str, Future[list[str]]]) -> None
 
 
 def test_the_cases() -> None:
-    """They are many, and each has a name of its own, which may be a folder's."""
+    """They are many, of every command, and each has a name of its own, which may be a folder's."""
     names = [case.name for cases in EVERY.values() for case in cases]
-    assert sum(map(len, KINDS.values())) >= 300
+    assert len(names) >= 600
+    assert {called(case.command) for cases in KINDS.values() for case in cases} == {
+        called(case.command) for cases in EVERY.values() for case in cases
+    }
     assert [
         name for name, count in Counter(re.sub(r"[^\w.-]", "_", name)[:100] for name in names).items() if count > 1
     ] == []

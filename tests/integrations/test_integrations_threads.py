@@ -97,9 +97,16 @@ def forwards(model: nn.Module, number: int, every: dict[int, str]) -> None:
                 model(x, what)
 
 
-@pytest.mark.parametrize("share_inputs", [False, True])
-@pytest.mark.parametrize("first", [False, True], ids=["at once", "after one forward"])
-@pytest.mark.parametrize("every", [{}, {7: APART}, {4: FAILS}, {3: APART, 8: FAILS}], ids=str)
+# Each of what may happen with either value of both others, and those two in every combination.
+CASES = [
+    (share_inputs, first, every)
+    for number, every in enumerate(({}, {7: APART}, {4: FAILS}, {3: APART, 8: FAILS}))
+    for share_inputs in (False, True)
+    for first in (share_inputs ^ (number % 2 == 1),)
+]
+
+
+@pytest.mark.parametrize(("share_inputs", "first", "every"), CASES)
 def test_every_row_counts_once(share_inputs: bool, first: bool, every: dict[int, str]) -> None:
     torch.manual_seed(0)
     model = Block()

@@ -54,11 +54,11 @@ def nvcc() -> str:
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 @pytest.mark.parametrize("source", KERNEL_FILES, ids=lambda p: p.name)
 def test_kernels_fit_without_spills(source: Path, architecture: str, nvcc: str, tmp_path: Path) -> None:
-    command = [nvcc, "-c", "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{CSRC / 'include'}", str(source)]
+    command = [nvcc, "-cubin", "-std=c++20", "-O3", "-Xptxas", "-v", f"-I{CSRC / 'include'}", str(source)]
     command += [
         f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
         "-o",
-        str(tmp_path / "kernel.o"),
+        str(tmp_path / "kernel.cubin"),
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
     assert result.returncode == 0, result.stderr

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.command_line import run
+from support.proofs import prove_here
 from support.written import checkpoint_bytes
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -34,12 +35,13 @@ METHODS = ("disp", "policy")
 CPU = torch.device("cpu")
 
 
+# Wide enough that one channel is far less than half a percent of it.
+SIZES = {"family": "llama", "hidden_size": 96, "intermediate_size": 256, "heads": 6, "kv_heads": 3, "layers": 4}
+
+
 @pytest.fixture
 def model(tiny_checkpoint: Callable[..., Path], demo_model: Path) -> Path:
-    """Wide enough that one channel is far less than half a percent of it."""
-    return tiny_checkpoint(
-        family="llama", hidden_size=96, intermediate_size=256, heads=6, kv_heads=3, layers=4, tokenizer=demo_model
-    )
+    return tiny_checkpoint(**SIZES, tokenizer=demo_model)
 
 
 def options(model: Path, text: Path, output: Path, method: str, ratio: float = 0.4, **changes: Any) -> PruneConfig:
@@ -51,11 +53,22 @@ def options(model: Path, text: Path, output: Path, method: str, ratio: float = 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"round_to": 16}, {"gate": "gumbel", "warm_start": "moments"}], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "kv_heads"), [({}, 3), ({"round_to": 16}, 3), ({"gate": "gumbel", "warm_start": "moments"}, 6)]
+)
 def test_disp_writes_a_model_that_is_the_masked_one(
-    changes: dict[str, Any], model: Path, text: Path, tmp_path: Path
+    changes: dict[str, Any],
+    kv_heads: int,
+    tiny_checkpoint: Callable[..., Path],
+    demo_model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The proof compares the written model, loaded in a fresh process, with the dense one under the masks."""
+    """The proof compares the written model, loaded (once in a fresh process), with the dense one under the masks."""
+    if changes:
+        prove_here(monkeypatch)
+    model = tiny_checkpoint(**SIZES | {"kv_heads": kv_heads}, tokenizer=demo_model)
     plan = prune(options(model, text, tmp_path / "out", "disp", method_options=changes, verify=True)).to_json()
     assert plan["verification"]["verified"], plan["verification"]
     assert abs(plan["ratio"]["met"] - 0.4) <= TOLERANCE
@@ -83,7 +96,8 @@ def test_disp_writes_a_model_that_is_the_masked_one(
 
 
 @pytest.mark.slow
-def test_policy_writes_a_pruned_model(model: Path, text: Path, tmp_path: Path) -> None:
+def test_policy_writes_a_pruned_model(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prove_here(monkeypatch)
     plan = prune(options(model, text, tmp_path / "out", "policy", verify=True)).to_json()
     assert plan["verification"]["verified"]
     assert abs(plan["ratio"]["met"] - 0.4) <= 0.03  # a KV group is six percent of this model
@@ -101,11 +115,13 @@ class Killed(BaseException):
     """Ends a run as a signal would."""
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("moment", ["train", "prune"])
+@pytest.mark.parametrize(
+    ("method", "moment"), [("disp", "train"), pytest.param("policy", "prune", marks=pytest.mark.slow)]
+)
 def test_a_killed_run_goes_on_to_the_same_bits(
     method: str, moment: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """test_learning.py has the training of both resumed."""
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     whole = prune(options(model, text, tmp_path / "whole", method)).to_json()
 
@@ -131,7 +147,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert resumed["training"] == whole["training"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["disp", pytest.param("policy", marks=pytest.mark.slow)])
 def test_the_seed_decides(method: str, model: Path, text: Path, tmp_path: Path) -> None:
     plans = [
         prune(options(model, text, tmp_path / name, method, seed=seed))
@@ -193,7 +209,10 @@ def test_refit_comes_nearer_to_the_whole_modules(model: Path, text: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_refitted_model_is_the_masked_one_with_new_drivers(model: Path, text: Path, tmp_path: Path) -> None:
+def test_refitted_model_is_the_masked_one_with_new_drivers(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prove_here(monkeypatch)
     own = {"compensation": "weights"}
     plan = prune(options(model, text, tmp_path / "out", "disp", method_options=own, verify=True)).to_json()
     assert plan["verification"]["verified"]
@@ -260,6 +279,7 @@ def test_refuses_in_one_line(
         assert "0.0 GB are there" in said
 
 
+@pytest.mark.slow
 def test_activations_are_computed_twice_where_memory_is_short(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,14 +297,14 @@ def test_activations_are_computed_twice_where_memory_is_short(
 
 
 @pytest.mark.slow
-@pytest.mark.shared
-@pytest.mark.parametrize("name", ["llama-24m-mha", "llama-23m-gqa"])
-def test_masked_and_materialised_models_of_trained_ones(name: str, shared_dir: Path, tmp_path: Path) -> None:
+def test_masked_and_materialised_models_of_a_trained_one(
+    demo_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Verified against the dense model under the masks; a few steps from the warm start gain."""
-    model, text = shared_dir / "models" / name, shared_dir / "data" / "wikitext2-valid.txt"
-    own = {"steps": 12, "warm_windows": 4, "learning_rate": 5e-3}
+    prove_here(monkeypatch)
+    own = {"steps": 8, "warm_windows": 4, "learning_rate": 5e-3}
     run_options = PruneConfig(
-        str(model), tmp_path / "out", "disp", 0.3, own, str(text), samples=12, sequence_length=128, device="cpu",
+        str(demo_model), tmp_path / "out", "disp", 0.3, own, str(text), samples=8, sequence_length=64, device="cpu",
         cache=tmp_path / "cache", verify=True,
     )  # fmt: skip
     plan = prune(run_options).to_json()

@@ -93,6 +93,7 @@ def random_logits(shapes: list[LayerShape], seed: int) -> list[dict[str, Tensor]
     return [{name: torch.randn(width(s, name), generator=generator) for name in SELECTIONS} for s in shapes]
 
 
+@pytest.mark.slow
 @given(ratio=st.floats(0.05, 0.9), seed=st.integers(0, 100), multiple=st.sampled_from([1, 4]))
 def test_selections_meet_the_ratio(ratio: float, seed: int, multiple: int) -> None:
     """By the highest logits; at least `multiple` channels, and multiples of it or all, everywhere."""

@@ -18,13 +18,16 @@ from pyprune.architectures import expand
 from pyprune.calibration.second_moments import HessianObserver
 from pyprune.calibration.source import TokenSource
 from pyprune.checkpoint import CheckpointReader
+from pyprune.checkpoint.load_model import load_model
 from pyprune.errors import InputError
+from pyprune.evaluation.perplexity import perplexity
 from pyprune.job.config import PruneConfig
 from pyprune.methods import SecondOrderMethod, make_method
 from pyprune.methods.obs import ALLOCATIONS, Obs
 from pyprune.pipeline.run import prune
 
 DAMPING = 0.01
+CPU = torch.device("cpu")
 
 
 class Layer:
@@ -147,10 +150,10 @@ def pruned(model: Path, text: Path, output: Path, method: str, ratio: float = 0.
     [
         ("llama", "slimgpt", {}),
         ("llama", "obs", {"compensation": "bias"}),
-        ("llama", "obs", {}),
+        pytest.param("llama", "obs", {}, marks=pytest.mark.slow),
         ("qwen2", "obs", {}),
-        ("qwen3", "obs", {}),
-        ("mistral", "obs", {}),
+        pytest.param("qwen3", "obs", {}, marks=pytest.mark.slow),
+        pytest.param("mistral", "obs", {}, marks=pytest.mark.slow),
     ],
 )
 def test_the_result_loads_and_meets_its_ratio(
@@ -174,6 +177,7 @@ def test_the_result_loads_and_meets_its_ratio(
     assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
 
 
+@pytest.mark.slow
 def test_every_allocation(tiny_checkpoint: Callable[..., Path], demo_model: Path, text: Path, tmp_path: Path) -> None:
     model = tiny_checkpoint(family="llama", dtype="float32", layers=4, tokenizer=demo_model)
     sizes = {}
@@ -223,17 +227,15 @@ def test_what_reads_the_stream_is_fitted_to_its_change(
 
 
 @pytest.mark.slow
-def test_obs_beats_slimgpt_and_flap_on_a_trained_model(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    perplexity = {}
+def test_obs_beats_slimgpt_and_flap_on_a_trained_model(demo_model: Path, tmp_path: Path) -> None:
+    source = TokenSource("self", demo_model, CheckpointReader(demo_model).config, CPU, torch.float32)
+    windows = source.evaluation(64, 16, 0)
+    sizes = {"samples": 32, "sequence_length": 64, "device": "cpu"}
+    found = {}
     for method in ("flap", "slimgpt", "obs"):
-        outcome = run(capsys, "prune", demo_model, tmp_path / method, "--method", method, "--ratio", 0.3,
-                      "--calibration", "self", "--samples", 64, "--sequence-length", 64, "--device", "cpu", "--json",
-                      "--evaluate", "self", "--evaluation-length", 64, "--max-windows", 32)  # fmt: skip
-        assert outcome.status == 0, outcome.err
-        perplexity[method] = outcome.json["evaluation"]["pruned"]["perplexity"]
-    assert perplexity["obs"] < perplexity["slimgpt"] < perplexity["flap"]
+        prune(PruneConfig(str(demo_model), tmp_path / method, method, 0.3, calibration="self", **sizes))
+        found[method] = perplexity(load_model(tmp_path / method, CPU, torch.float32), windows)
+    assert found["obs"] < found["slimgpt"] < found["flap"]
 
 
 @pytest.mark.parametrize("method", ["slimgpt", "obs"])
@@ -309,6 +311,7 @@ def test_a_hessian_that_needs_more_damping_is_reported(
         pruned(model, text, tmp_path / "hopeless", "slimgpt")
 
 
+@pytest.mark.slow
 def test_few_tokens_are_warned_of(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run(capsys, "prune", demo_model, tmp_path / "out", "--method", "obs", "--ratio", 0.3, "--json",
                   "--calibration", "self", "--samples", 4, "--sequence-length", 32, "--device", "cpu")  # fmt: skip

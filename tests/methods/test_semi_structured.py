@@ -139,27 +139,22 @@ def test_sparsegpt_is_the_papers(pattern: str, ratio: float | None, model: Path,
             assert plan["layers"][layer]["linears"][name]["loss"] == pytest.approx(loss.item(), rel=1e-2)
 
 
-WRITTEN = [(method, *kind, False) for method in METHODS for kind in (("1:4", None, 0.75), ("unstructured", 0.3, 0.3))]
+WRITTEN = [(method, *kind) for method in METHODS for kind in (("1:4", None, 0.75), ("unstructured", 0.3, 0.3))]
 
 
-@pytest.mark.parametrize(
-    ("method", "pattern", "ratio", "zeros", "fresh"),
-    [*WRITTEN, pytest.param("sparsegpt", "1:4", None, 0.75, True, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("method", "pattern", "ratio", "zeros"), WRITTEN)
 def test_what_is_written(
     method: str,
     pattern: str,
     ratio: float | None,
     zeros: float,
-    fresh: bool,
     model: Path,
     text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A stock class of the same shapes, proved, once in a fresh process; the plan counts the zeros that are there."""
-    if not fresh:
-        prove_here(monkeypatch)
+    """A stock class of the same shapes, proved; the plan counts the zeros that are there."""
+    prove_here(monkeypatch)
     plan = prune(options(model, text, tmp_path / "out", method, pattern, ratio, verify=True)).to_json()
     assert plan["verification"]["verified"], plan["verification"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

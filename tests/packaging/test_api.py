@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import pkgutil
 import resource
 import subprocess
@@ -41,18 +42,28 @@ def test_import_loads_neither_torch_nor_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
+# Each in a fork of a Python that has of PyTorch what transformers imports, and nothing else.
+IMPORTED_FIRST = """
+import importlib.util, os, sys
+import torch._dynamo, torch.distributed.tensor
+for order in ("import pyprune, transformers", "import transformers, pyprune"):
+    if os.fork() == 0:
+        assert not {"pyprune", "transformers"} & {*sys.modules}
+        importlib.util.find_spec("transformers")
+        exec(order)
+        importlib.util.find_spec("transformers")
+        config = transformers.AutoConfig.for_model("pyprune_llama")
+        print(type(config).__name__, transformers.__spec__.loader.__class__.__module__, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["import pyprune, transformers", "import transformers, pyprune"])
-def test_classes_are_registered_with_transformers(order: str) -> None:
+def test_classes_are_registered_with_transformers() -> None:
     """Whichever is imported first; asking where transformers is, as libraries do, uses nothing up."""
-    code = (
-        f"import importlib.util; importlib.util.find_spec('transformers'); {order}\n"
-        "importlib.util.find_spec('transformers')\n"
-        "config = transformers.AutoConfig.for_model('pyprune_llama')\n"
-        "print(type(config).__name__, transformers.__spec__.loader.__class__.__module__)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.startswith("PyPruneLlamaConfig _frozen_importlib_external"), run.stderr[-500:]
+    run = subprocess.run([sys.executable, "-c", IMPORTED_FIRST], capture_output=True, text=True)
+    assert run.stdout.splitlines() == ["PyPruneLlamaConfig _frozen_importlib_external"] * 2, run.stderr[-500:]
 
 
 def test_registration_can_be_left_out() -> None:
@@ -61,12 +72,28 @@ def test_registration_can_be_left_out() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
 
 
+# Of the CPU seconds of `import torch`.
+SHARES = {"--version": 0.3, "--help": 0.3, "prune --help": 1.3}
+
+
 @pytest.mark.slow
 def test_help_is_quick() -> None:
-    torch_seconds = min(cpu_seconds(sys.executable, "-c", "import torch") for _ in range(2))
-    for arguments, share in ((["--version"], 0.3), (["--help"], 0.3), (["prune", "--help"], 1.3)):
-        seconds = min(cpu_seconds(sys.executable, "-m", "pyprune", *arguments) for _ in range(2))
-        assert seconds <= share * torch_seconds, (arguments, seconds / torch_seconds)
+    """What else the machine does adds to either: each run follows one of the import, and of both the least counts.
+
+    The first runs may write bytecode as well; a command is measured until its share is right, at most eight times.
+    """
+    least: dict[str, float] = {}
+
+    def share(arguments: str) -> float:
+        for name, command in (("torch", ["-c", "import torch"]), (arguments, ["-m", "pyprune", *arguments.split()])):
+            least[name] = min(least.get(name, math.inf), cpu_seconds(sys.executable, *command))
+        return least[arguments] / least["torch"]
+
+    for arguments, bound in SHARES.items():
+        shares = []
+        while len(shares) < 8 and not (shares and shares[-1] <= bound):
+            shares.append(share(arguments))
+        assert shares[-1] <= bound, (arguments, shares)
 
 
 def test_no_room_takes_a_functions_name(demo_model: Path) -> None:

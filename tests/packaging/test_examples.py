@@ -1,4 +1,4 @@
-"""Every script of examples/ runs as it is, in a folder of its own.
+"""Every script of examples/ runs as it is, on less text, in a folder of its own.
 
 One has a Python of its own, as a user's; the others are run in processes that have the libraries loaded.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support.forked import run_script
 from support.paths import ROOT
+
+import pyprune
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PRINTED = {  # what the last line begins with
@@ -38,9 +40,20 @@ def test_all_are_known() -> None:
 def test_example(script: Path, tmp_path: Path) -> None:
     if script.stem == "export_gguf" and importlib.util.find_spec("gguf") is None:
         pytest.skip("the package gguf is not installed")
-    ended = run_script(tmp_path, script)
+    ended = run_script(tmp_path, script, first=on_little_text)
     assert ended.status == 0, ended.err.read_text()
     assert_printed(script, ended.out.read_text())
+
+
+def on_little_text() -> None:
+    """What takes longest is text sampled from the model."""
+    for function, sizes in (("prune", {"samples": 8}), ("evaluate", {"max_windows": 4})):
+        whole = getattr(pyprune, function)
+        setattr(
+            pyprune,
+            function,
+            lambda *a, whole=whole, sizes=sizes, **k: whole(*a, **k | {"sequence_length": 32} | sizes),
+        )
 
 
 @pytest.mark.slow

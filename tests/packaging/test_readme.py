@@ -1,14 +1,18 @@
-"""The README's commands and code run as they are written, in its order."""
+"""The README's commands and code run as they are written, in its order, on a part of the built-in text."""
 
 import re
 import shlex
 import subprocess
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from support.command_line import run
 from support.forked import run_script
 from support.paths import ROOT
+
+from pyprune.calibration.sources import builtin
+from pyprune.calibration.sources.documents import Documents
 
 README = (ROOT / "README.md").read_text()
 
@@ -29,9 +33,15 @@ def test_make_targets() -> None:
     assert subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, check=True).returncode == 0
 
 
+def beginning() -> Documents:
+    return Documents(builtin.BUILTIN, islice(builtin.builtin_documents(), 48))
+
+
 @pytest.mark.slow
 def test_commands_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    # Whole it is tokenised for each command, which takes most of their time.
+    monkeypatch.setattr("pyprune.calibration.sources.open.builtin_documents", beginning)
     (tmp_path / "models").symlink_to(ROOT / "models")
     typed = [words for words in commands() if words[0] == "pyprune"]
     assert [words[1] for words in typed] == ["estimate", "prune", "evaluate"]

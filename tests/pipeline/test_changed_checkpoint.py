@@ -52,7 +52,7 @@ def edit_unsampled(model: Path, keep_time: bool = False) -> None:
     assert CheckpointReader(model).fingerprint() == before
 
 
-@pytest.mark.parametrize("method", ["flap", "obs"])
+@pytest.mark.parametrize("method", ["flap", pytest.param("obs", marks=pytest.mark.slow)])
 def test_statistics_of_other_weights_are_not_used(
     model: Path, arguments: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
@@ -82,7 +82,7 @@ def test_a_copy_of_the_checkpoint_is_the_same_one(
     assert run(capsys, *arguments("first", "flap"), "--resume").status == 0
 
 
-@pytest.mark.parametrize("method", ["flap", "obs"])
+@pytest.mark.parametrize("method", ["flap", pytest.param("obs", marks=pytest.mark.slow)])
 def test_a_change_that_hides_from_size_and_time_is_found_as_it_is_read(
     model: Path, arguments: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
@@ -132,6 +132,7 @@ def test_a_resumed_run_refuses_another_checkpoint(unfinished: PruneConfig, model
         prune(unfinished)
 
 
+@pytest.mark.slow
 def test_a_resume_takes_the_threads_that_the_run_began_with(
     unfinished: PruneConfig, model: Path, shared_text: Path, tmp_path: Path
 ) -> None:

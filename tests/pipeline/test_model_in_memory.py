@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import family_checkpoint
+from support.proofs import prove_here
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -109,7 +110,8 @@ def test_text_sampled_from_it(tiny_checkpoint: Callable[..., Path], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_an_output_too(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_output_too(tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prove_here(monkeypatch)
     model, text = loaded(tiny_checkpoint(dtype="float32", vocab_size=97)), {"calibration": IDS, "device": "cpu"}
     record = pyprune.prune(model, tmp_path / "own", "flap", 0.3, verify=True, **text)
     model.save_pretrained(tmp_path / "saved")

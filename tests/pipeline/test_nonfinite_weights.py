@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.bad_models import changed, infinite
 from support.command_line import run
+from support.proofs import prove_here
 from torch import Tensor
 
 from pyprune.checkpoint.finite import check_finite, nonfinite_rows
@@ -64,10 +65,17 @@ def test_the_tensor_and_the_place_are_named(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "obs"])
 def test_rows_that_no_text_uses_are_a_warning(
-    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
 ) -> None:
     def fill(table: Tensor) -> None:
         table[-2000:] = torch.nan
+
+    prove_here(monkeypatch)
 
     bad = changed(model, tmp_path / "bad", "model.embed_tokens.weight", fill)
     outcome = run(capsys, "prune", bad, tmp_path / "out", *arguments(method, text), "--verify")

@@ -1,8 +1,6 @@
 """From a checkpoint folder to a smaller one through the command line, on the trained model of the repository."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.command_line import run
 from support.written import checkpoint_bytes
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pyprune import modeling
 from pyprune.architectures import ATTENTION, FFN, SUBLAYERS
@@ -25,7 +23,8 @@ from pyprune.ops.declaration import OPERATORS
 from pyprune.passes.calibrate import statistics_of
 from pyprune.passes.rewrite import compensation_bias, rewrite_layer
 
-SMALL = ("--calibration", "self", "--samples", 12, "--sequence-length", 32, "--device", "cpu")
+SIZES = ("--samples", 12, "--sequence-length", 32, "--device", "cpu")
+SMALL = ("--calibration", "self", *SIZES)
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -117,6 +116,7 @@ def test_another_ratio_runs_no_forward(
     assert calls
 
 
+@pytest.mark.slow
 def test_seed_makes_the_result_repeatable(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         run(
@@ -136,29 +136,29 @@ def test_seed_makes_the_result_repeatable(demo_model: Path, tmp_path: Path, caps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["magnitude", "wanda-sp"])
-def test_uniform_result_loads_without_pyprune(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+def test_uniform_result_is_of_the_stock_class(
+    demo_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / method
-    text = () if method == "magnitude" else SMALL
-    outcome = run(capsys, "prune", demo_model, output, "--method", method, "--ratio", 0.5, *text, "--json")
-    assert outcome.status == 0, outcome.err
-    assert outcome.json["ratio"] == pytest.approx(0.5, abs=0.005)
-    assert json.loads((output / "config.json").read_text())["model_type"] == "llama"
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM as A; "
-        f"m = A.from_pretrained({str(output)!r}); "
-        "assert type(m).__name__ == 'LlamaForCausalLM' and 'pyprune' not in sys.modules; "
-        "print(m.config.num_key_value_heads, m.config.intermediate_size)"
-    )
-    stock = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert stock.stdout.split() == ["2", "352"]
+    """test_export.py has one loaded by a Python without pyprune."""
+    outputs = [tmp_path / method for method in ("magnitude", "wanda-sp")]
+    for output in outputs:
+        calibration = () if output.name == "magnitude" else ("--calibration", text, *SIZES)
+        outcome = run(
+            capsys, "prune", demo_model, output, "--method", output.name, "--ratio", 0.5, *calibration, "--json"
+        )
+        assert outcome.status == 0, outcome.err
+        assert outcome.json["ratio"] == pytest.approx(0.5, abs=0.005)
+        assert json.loads((output / "config.json").read_text())["model_type"] == "llama"
+        loaded = AutoModelForCausalLM.from_pretrained(output)
+        assert type(loaded) is LlamaForCausalLM
+        assert (loaded.config.num_key_value_heads, loaded.config.intermediate_size) == (2, 352)
 
 
-def test_files_by_size(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_files_by_size(demo_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The tensors are those of one file, whatever the size; one above it has a file of its own."""
-    arguments = ("--ratio", 0.3, *SMALL, "--cache", tmp_path / "cache")  # flap's biases are float32 beside bfloat16
+    # flap's biases are float32 beside bfloat16
+    arguments = ("--ratio", 0.3, "--calibration", text, *SIZES, "--cache", tmp_path / "cache")
     for name, size in (("one", ()), ("several", ("--shard-size", "600KB"))):
         outcome = run(capsys, "prune", demo_model, tmp_path / name, *arguments, *size)
         assert outcome.status == 0, outcome.err
@@ -175,6 +175,7 @@ def test_files_by_size(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert all(torch.equal(tensor, several.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
+@pytest.mark.slow
 def test_wanda_sp_sees_the_pruned_prefix(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scores of layer 2 recomputed with transformers: pruned layers 0 and 1, then the dense layer 2."""
     output = tmp_path / "pruned"
@@ -202,14 +203,13 @@ def test_wanda_sp_sees_the_pruned_prefix(demo_model: Path, tmp_path: Path, capsy
 
 @pytest.mark.slow
 def test_half_precision_models_and_computation(
-    tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_model: Path
+    tiny_checkpoint: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_model: Path
 ) -> None:
+    arguments = ("--method", "flap", "--ratio", 0.3, "--calibration", text, *SIZES)
     for dtype in ("float16", "bfloat16", "float32"):
         model = tiny_checkpoint(family="qwen2", dtype=dtype, tokenizer=demo_model)
         output = tmp_path / dtype
-        outcome = run(
-            capsys, "prune", model, output, "--method", "flap", "--ratio", 0.3, *SMALL, "--dtype", dtype, "--json"
-        )
+        outcome = run(capsys, "prune", model, output, *arguments, "--dtype", dtype, "--json")
         assert outcome.status == 0, outcome.err
         reader = CheckpointReader(output)
         assert str(reader.dtype) == f"torch.{dtype}"
@@ -274,15 +274,15 @@ def test_allow_nonfinite_counts_them_as_zero(
 
 @pytest.mark.slow
 def test_what_pyprune_wrote_can_be_pruned_again(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Uneven layers and biases of the first pruning survive the second, whatever the method."""
-    once = tmp_path / "once"
-    run(capsys, "prune", demo_model, once, "--method", "flap", "--ratio", 0.2, *SMALL)
+    once, small = tmp_path / "once", ("--calibration", text, *SIZES)
+    run(capsys, "prune", demo_model, once, "--method", "flap", "--ratio", 0.2, *small)
     for method in ("flap", "wanda-sp", "magnitude"):
         twice = tmp_path / method
-        text = () if method == "magnitude" else SMALL
-        outcome = run(capsys, "prune", once, twice, "--method", method, "--ratio", 0.2, *text, "--json")
+        calibration = () if method == "magnitude" else small
+        outcome = run(capsys, "prune", once, twice, "--method", method, "--ratio", 0.2, *calibration, "--json")
         assert outcome.status == 0, outcome.err
         assert outcome.json["ratio"] == pytest.approx(0.2, abs=0.01)
         assert "model.layers.0.mlp.down_proj.bias" in CheckpointReader(twice).tensors
@@ -290,6 +290,7 @@ def test_what_pyprune_wrote_can_be_pruned_again(
         assert torch.isfinite(logits(loaded, torch.arange(12)[None])).all()
 
 
+@pytest.mark.slow
 def test_a_survey_answers_only_for_what_it_was_made_of(
     tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_model: Path
 ) -> None:

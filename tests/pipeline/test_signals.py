@@ -92,9 +92,13 @@ def test_nobody_survives_a_kill(model: Path, tmp_path: Path) -> None:
     until(lambda: not workers(scratch))
 
 
-@pytest.mark.parametrize("number", FIRST_OF_SIGNALS)
 @pytest.mark.parametrize(
-    "started", [("-m", "pyprune"), pytest.param(("pyprune",), marks=pytest.mark.slow)], ids=["module", "script"]
+    ("started", "number"),
+    [
+        pytest.param(("-m", "pyprune"), signal.SIGINT, id="module-interrupt"),
+        pytest.param(("pyprune",), signal.SIGTERM, id="script-term", marks=pytest.mark.slow),
+        pytest.param(("-m", "pyprune"), signal.SIGHUP, id="module-hangup", marks=pytest.mark.slow),
+    ],
 )
 def test_while_the_libraries_are_imported(tmp_path: Path, started: tuple[str, ...], number: signal.Signals) -> None:
     """There is nothing to tidy or to resume, and no traceback of the import."""

@@ -242,6 +242,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', page)) <= ids.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.figures
 def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
     first = page_of(make_plan(), tmp_path)

@@ -2,12 +2,15 @@
 
 The interpreter is chosen when a kernel is decorated, so TRITON_INTERPRET=1 must be in the environment before
 the first import of triton; `mend()` then repairs it once. A test file therefore runs once more in a process of its
-own, `run_interpreted(__file__)`, and keeps its tests of kernels for there, under `INTERPRETED`.
+own, `run_interpreted(__file__)`, and keeps its tests of kernels for there, under `INTERPRETED`. These processes are
+forked from one that has the libraries loaded.
 """
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -21,12 +24,41 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MENDED_VERSION = "3.6."
 
 
+# A line of stdin names a test file and one for what is printed; the answer is the exit status.
+SERVER = """
+import os, sys
+import hypothesis, pytest, torch, triton.runtime.interpreter, pyprune.ops
+for line in sys.stdin:
+    test_file, printed = line.rstrip("\\n").split("\\t")
+    pid = os.fork()
+    if pid == 0:
+        target = os.open(printed, os.O_WRONLY)
+        os.dup2(target, 1), os.dup2(target, 2)
+        status = pytest.main(["-q", "-p", "no:cacheprovider", test_file])
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def server() -> subprocess.Popen[str]:
+    """It ends with this process, which holds its stdin."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, env=environment, text=True)
+
+
 def run_interpreted(test_file: str) -> None:
     """Run the tests of a file in the interpreter, all of which must pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test_file]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+    process = server()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with tempfile.NamedTemporaryFile("r") as printed:
+        process.stdin.write(f"{test_file}\t{printed.name}\n")
+        process.stdin.flush()
+        status = process.stdout.readline()
+        assert status == "0\n", f"status {status}{printed.read()}"
 
 
 def poison_memory(monkeypatch: pytest.MonkeyPatch) -> None:
