@@ -270,7 +270,8 @@ def families(results: Path) -> str:
     """The model families from their declarations."""
     rows = []
     for own in list_families().values():
-        units = [{"kv-groups": "KV groups", "channels": "FFN channels"}[unit] for unit in own["units"]]
+        groups = "KV groups" if own["heads_in_stock"] else "KV groups (in pyprune's class)"
+        units = [{"kv-groups": groups, "channels": "FFN channels"}[unit] for unit in own["units"]]
         kinds = "; linear attention in some layers" if own["linear_attention"] else ""
         rows.append([f"`{own['name']}`", ", ".join(units), own["wiring"] + kinds, ", ".join(own["exports"])])
     return table(["family", "units that may go", "attention and FFN", "exports"], rows)

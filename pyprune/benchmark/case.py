@@ -72,7 +72,7 @@ class Case:
     """A problem of one size: a row. Tensors are made by `make` only.
 
     where: the model and the place in it. table: the operator's name in the table of backends, None where it has one
-    implementation on every device; shape: what that table looks at; weighted: whether the rows have weights.
+    implementation on every device; shape: what that table looks at.
     """
 
     operator: str
@@ -83,7 +83,6 @@ class Case:
     make: Callable[[torch.device], Problem]
     table: str | None = None
     shape: tuple[int, ...] = ()
-    weighted: bool = False
 
     @property
     def id(self) -> str:
@@ -101,7 +100,7 @@ class Case:
         """
         if self.table is None:
             return [OURS]
-        eligible = eligible_backends(self.table, BackendProblem(device, self.dtype, self.shape, self.weighted))
+        eligible = eligible_backends(self.table, BackendProblem(device, self.dtype, self.shape))
         if wanted:
             return [name for name in eligible if name in wanted]
         return [name for name in eligible if name != "reference"] or ["reference"]

@@ -150,7 +150,8 @@ def test_resumes_to_the_same_bits(subject: Subject, monkeypatch: pytest.MonkeyPa
 
 def test_estimate_is_exact(subject: Subject) -> None:
     reader = CheckpointReader(subject.uniform)
-    said = pyprune.estimate(subject.folder, "flap", RATIO, uniform=True, compensation="none", device="cpu")
+    options = {"uniform": True, "compensation": "none", "device": "cpu"} | subject.stock_units
+    said = pyprune.estimate(subject.folder, "flap", RATIO, **options)
     counts = []
     for own in (subject.reader, reader):
         counts.append(0)

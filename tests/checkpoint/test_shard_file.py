@@ -124,7 +124,9 @@ def test_a_file_without_tensors(tmp_path: Path) -> None:
 
 
 def test_a_type_that_no_checkpoint_has(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tensor a is torch\.float64; float32, bfloat16, float16 or int32 is needed"):
+    with pytest.raises(
+        ValueError, match=r"tensor a is torch\.float64; float32, bfloat16, float16, int32 or int64 is needed"
+    ):
         plan_shards(tmp_path, [{"a": torch.ones(3, dtype=torch.float64)}], 1000)
 
 

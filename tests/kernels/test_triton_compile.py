@@ -96,10 +96,10 @@ def test_merge_chunks_fits(target: int, weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("channels", [128, 5120, 8192, 32768])
-def test_rms_norm_fits(channels: int, target: int) -> None:
+@pytest.mark.parametrize(("channels", "plus_one"), [(128, False), (5120, True), (8192, False), (32768, True)])
+def test_rms_norm_fits(channels: int, plus_one: bool, target: int) -> None:
     width = 1 << (channels - 1).bit_length()
-    constants = {"ROWS": max(1, rms_norm.TILE // width), "CHANNELS": width, "OUT": tl.bfloat16}
+    constants = {"ROWS": max(1, rms_norm.TILE // width), "CHANNELS": width, "OUT": tl.bfloat16, "PLUS_ONE": plus_one}
     types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "rows": "i32", "channels": "i32", "eps": "fp32"}
     aligned = {"x", "weight", "out", "channels"}
     code = compile_kernel(rms_norm.rms_norm_rows, target, types, constants, aligned, num_warps=rms_norm.WARPS)
@@ -136,23 +136,23 @@ def test_selection_fits(channels: int, index: str, target: int) -> None:
     assert "v4.b32" not in before
 
 
-@pytest.mark.parametrize("target", [80, 90])
-def test_rotate_heads_fits(target: int) -> None:
+@pytest.mark.parametrize(("target", "neighbours"), [(80, False), (90, False), (90, True)])
+def test_rotate_heads_fits(target: int, neighbours: bool) -> None:
     pointers = dict.fromkeys(("x", "cos", "sin"), "*bf16")
     sizes = ("tokens", "heads", "head_dim", "x_batch", "x_token", "x_head", "angle_batch", "angle_token")
     types = pointers | dict.fromkeys(sizes, "i32")
-    constants = {"HEADS": rotary.HEADS, "HALF": 64}
+    constants = {"HEADS": rotary.HEADS, "HALF": 64, "NEIGHBOURS": neighbours}
     aligned = {*pointers, "head_dim", "x_batch", "x_token", "x_head", "angle_batch", "angle_token"}
     code = compile_kernel(rotary.rotate_heads, target, types, constants, aligned, num_warps=rotary.WARPS)
     assert code.stack == 0, "a spill"
-    assert re.search(r"ld\.global[^\n]*\.v4\.b32", code.ptx), "narrow reads"
+    # Neighbours are read one channel at a time, both of a pair in one line of the cache.
+    assert neighbours or re.search(r"ld\.global[^\n]*\.v4\.b32", code.ptx), "narrow reads"
 
 
-@pytest.mark.parametrize("target", [80, 90])
-def test_swiglu_fits(target: int) -> None:
-    types = {"gate": "*bf16", "up": "*bf16", "count": "i32"}
-    code = compile_kernel(
-        swiglu.swiglu_elements, target, types, {"BLOCK": swiglu.BLOCK}, {*types}, num_warps=swiglu.WARPS
-    )
+@pytest.mark.parametrize(("target", "gelu"), [(80, False), (90, False), (90, True)])
+def test_swiglu_fits(target: int, gelu: bool) -> None:
+    types = {"gate": "*bf16", "up": "*bf16"} | dict.fromkeys(("channels", "blocks", "gate_row", "up_row"), "i32")
+    constants, aligned = {"BLOCK": swiglu.BLOCK, "GELU": gelu}, {*types} - {"blocks"}
+    code = compile_kernel(swiglu.swiglu_elements, target, types, constants, aligned, num_warps=swiglu.WARPS)
     assert code.stack == 0, "a spill"
     assert len(re.findall(r"ld\.global[^\n]*\.v4\.b32", code.ptx)) == 4

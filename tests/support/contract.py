@@ -62,14 +62,18 @@ class Subject:
         return self.prune("adaptive", **SLICED)
 
     @property
+    def stock_units(self) -> dict[str, str]:
+        """The option `units` where a stock class takes no fewer heads."""
+        return {} if self.family.heads_in_stock else {"units": "channels"}
+
+    @property
     def fits_stock(self) -> Path:
         """As adaptive, with all heads where the stock class takes no fewer."""
-        return self.adaptive if self.family.heads_in_stock else self.prune("channels", units="channels", **SLICED)
+        return self.prune("fits_stock", **self.stock_units, **SLICED) if self.stock_units else self.adaptive
 
     @property
     def uniform(self) -> Path:
-        kept = {} if self.family.heads_in_stock else {"units": "channels"}
-        return self.prune("uniform", uniform=True, **kept, **SLICED)
+        return self.prune("uniform", uniform=True, **self.stock_units, **SLICED)
 
     @property
     def refitted(self) -> Path:

@@ -253,7 +253,7 @@ def weighted_case(rows: int, channels: int) -> Case:
     work = update_work(rows, channels)
     work = replace(work, bytes=work.bytes + 4 * rows)
     size, make = (rows, channels), partial(weighted_problem, rows, channels)
-    return Case("hessian", "weighted", f"{rows}x{channels}", torch.bfloat16, work, make, "hessian", size, True)
+    return Case("hessian", "weighted", f"{rows}x{channels}", torch.bfloat16, work, make, "hessian", size)
 
 
 def sweep(scale: Scale) -> Iterator[Case]:
