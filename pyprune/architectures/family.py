@@ -48,7 +48,8 @@ class Family:
     name: transformers' `model_type`. prefix: begins the names of its classes. module: of transformers.models, `name`
     unless given. classes: the ends of class names that are not Llama's, by Llama's.
     layers, embeddings, final_norm, head: names of the list of layers and of tensors outside it.
-    kind: FULL, SLIDING or LINEAR by layer. rotary_by_kind: each kind has rotary embeddings of its own.
+    kind: FULL, SLIDING or LINEAR by layer. rotary_by_kind: each kind has rotary embeddings of its own. position_axes:
+    positions of a token that they are made of, 3 where images have rows and columns; a text's are all the same.
     attention_backend: of transformers, that the layer-by-layer forward takes.
     wiring: may depend on the configuration. positions: the table of learned positions and the row of the first token.
     sizes: the configuration's names of query heads, KV heads (None: as many as query heads) and FFN channels.
@@ -75,6 +76,7 @@ class Family:
     scales: Scales = Scales()
     rotary: str = HALVES
     rotary_by_kind: bool = False
+    position_axes: int = 1
     kind: Callable[[Any, int], str] = lambda config, layer: FULL
     positions: tuple[str, int] | None = None
     attention_backend: str = "sdpa"

@@ -18,4 +18,5 @@ QWEN3_5 = Family(
     ),
     norm=RMS_PLUS_ONE,
     kind=by_layer_type,
+    position_axes=3,
 )

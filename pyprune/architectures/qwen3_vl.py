@@ -39,4 +39,5 @@ QWEN3_VL = InnerFamily(
     prefix="Qwen3VLText",
     module="qwen3_vl",
     attention=Attention(head_norms=SHARED),
+    position_axes=3,
 )

@@ -75,9 +75,11 @@ class LayerForward:
         if self.family.rotary == NO_ROTARY:
             return dict.fromkeys(kinds)
         rotary = self.family.rotary_class(config=self.config).to(self.device)
+        axes, positions = self.family.position_axes, self.positions
+        positions = positions if axes == 1 else positions.expand(axes, *positions.shape)
         if self.family.rotary_by_kind:
-            return {kind: rotary(self._row, self.positions, kind) for kind in kinds}
-        return dict.fromkeys(kinds, rotary(self._row, self.positions))
+            return {kind: rotary(self._row, positions, kind) for kind in kinds}
+        return dict.fromkeys(kinds, rotary(self._row, positions))
 
     def embed(self) -> HiddenStates:
         """Hidden states before the first layer."""
