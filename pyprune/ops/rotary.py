@@ -5,6 +5,8 @@ The operator is `pyprune::rotate_`; `rotate_reference` says in plain PyTorch wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,7 @@ def launch_triton(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool) -> None
 
 
 # Shape: [batch, heads, tokens, head_dim]
-ROTARY = Operator(
+ROTARY: Operator[Callable[[Tensor, Tensor, Tensor, bool], None]] = Operator(
     OPERATOR,
     versions={"rotate_": 2},
     kernels={

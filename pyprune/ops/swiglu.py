@@ -5,6 +5,8 @@ The operator is `pyprune::swiglu_`; `swiglu_reference` says in plain PyTorch wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def are_halves(gate: Tensor, up: Tensor) -> bool:
         and gate.stride() == up.stride()
         and gate.stride(-1) == 1
         and gate.stride(-2) >= 2 * width
-        and abs(gate.storage_offset() - up.storage_offset()) == width
+        and gate.storage_offset() - up.storage_offset() in (width, -width)
     )
 
 
@@ -101,7 +103,7 @@ def launch_triton(gate: Tensor, up: Tensor, activation: str) -> None:
 
 
 # Shape: [rows, channels], of a contiguous gate one row
-SWIGLU = Operator(
+SWIGLU: Operator[Callable[[Tensor, Tensor, str], None]] = Operator(
     OPERATOR,
     versions={"swiglu_": 2},
     kernels={
