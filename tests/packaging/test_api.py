@@ -80,19 +80,16 @@ SHARES = {"--version": 0.3, "--help": 0.3, "prune --help": 1.3}
 def test_help_is_quick() -> None:
     """What else the machine does adds to either: each run follows one of the import, and of both the least counts.
 
-    The first runs may write bytecode as well; a command is measured until its share is right, at most eight times.
+    Of the same rounds alone, since how much it does changes. The first runs may write bytecode as well; a command is
+    measured until its share is right, at most eight times.
     """
-    least: dict[str, float] = {}
-
-    def share(arguments: str) -> float:
-        for name, command in (("torch", ["-c", "import torch"]), (arguments, ["-m", "pyprune", *arguments.split()])):
-            least[name] = min(least.get(name, math.inf), cpu_seconds(sys.executable, *command))
-        return least[arguments] / least["torch"]
-
     for arguments, bound in SHARES.items():
-        shares = []
+        shares: list[float] = []
+        imported = helped = math.inf
         while len(shares) < 8 and not (shares and shares[-1] <= bound):
-            shares.append(share(arguments))
+            imported = min(imported, cpu_seconds(sys.executable, "-c", "import torch"))
+            helped = min(helped, cpu_seconds(sys.executable, "-m", "pyprune", *arguments.split()))
+            shares.append(helped / imported)
         assert shares[-1] <= bound, (arguments, shares)
 
 
