@@ -5,7 +5,6 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,7 +50,8 @@ class Family:
     kind: FULL, SLIDING or LINEAR by layer. rotary_by_kind: each kind has rotary embeddings of its own. position_axes:
     positions of a token that they are made of, 3 where images have rows and columns; a text's are all the same.
     attention_backend: of transformers, that the layer-by-layer forward takes.
-    wiring: may depend on the configuration. positions: the table of learned positions and the row of the first token.
+    parallel_wiring: the wiring where the configuration has `use_parallel_residual`. positions: the table of learned
+    positions and the row of the first token.
     sizes: the configuration's names of query heads, KV heads (None: as many as query heads) and FFN channels.
     heads_in_stock: whether the class takes the width of a head from the configuration; else it is hidden_size / heads,
     and fewer heads need pyprune's own class.
@@ -71,7 +71,8 @@ class Family:
     head: str = "lm_head.weight"
     attention: Attention = Attention()
     ffn: Gated | Plain = Gated()
-    wiring: Wiring | Callable[[Any], Wiring] = Wiring()
+    wiring: Wiring = Wiring()
+    parallel_wiring: Wiring | None = None
     norm: str = RMS
     scales: Scales = Scales()
     rotary: str = HALVES
@@ -95,13 +96,13 @@ class Family:
 
     def wirings(self) -> list[Wiring]:
         """All wirings that configurations of the family may ask for."""
-        if isinstance(self.wiring, Wiring):
-            return [self.wiring]
-        return [self.wiring(SimpleNamespace(use_parallel_residual=parallel)) for parallel in (False, True)]
+        return [self.wiring] if self.parallel_wiring is None else [self.wiring, self.parallel_wiring]
 
     def wiring_of(self, config: Any) -> Wiring:
         """The wiring of the layers of a model with this configuration."""
-        return self.wiring if isinstance(self.wiring, Wiring) else self.wiring(config)
+        if self.parallel_wiring is not None and config.use_parallel_residual:
+            return self.parallel_wiring
+        return self.wiring
 
     def input_projs(self, sublayer: str) -> tuple[str, ...]:
         """Names within a layer of the input projections, whose rows go with the output projection's columns."""
@@ -114,8 +115,8 @@ class Family:
     @property
     def like_llama(self) -> bool:
         """Whether its layers are declared as Llama's but for biases and norms of heads."""
-        plain = (self.attention.inputs, self.ffn, self.wiring, self.norm, self.rotary, self.rotary_by_kind)
-        llama = (Attention().inputs, Gated(), Wiring(), RMS, HALVES, False)
+        plain = (self.attention.inputs, self.ffn, self.wirings(), self.norm, self.rotary, self.rotary_by_kind)
+        llama = (Attention().inputs, Gated(), [Wiring()], RMS, HALVES, False)
         return plain == llama and self.attention.head_norms in (None, SHARED) and not self.attention.gated
 
     @property
@@ -275,9 +276,12 @@ class Family:
             model: nn.Module = self.causal_lm_class(config)
         return model
 
-    def outside_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors outside the layers: embeddings first, the head, tied or not, last."""
-        shapes = {name: tuple(t.shape) for name, t in self.build_outside(config).state_dict().items()}
+    def outside_shapes(self, outside: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors outside the layers: embeddings first, the head, tied or not, last.
+
+        outside: what `build_outside` made.
+        """
+        shapes = {name: tuple(t.shape) for name, t in outside.state_dict().items()}
         ends = (self.embeddings, self.head)
         between = {name: shape for name, shape in shapes.items() if name not in ends}
         return {self.embeddings: shapes[self.embeddings]} | between | {self.head: shapes[self.head]}

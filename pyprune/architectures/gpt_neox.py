@@ -8,10 +8,6 @@ from .declaration import LAYER, OTHER_ROTARY, Attention, Plain, Wiring
 from .family import Family
 
 
-def wiring(config: Any) -> Wiring:
-    return Wiring(parallel=bool(config.use_parallel_residual))
-
-
 def check_head_dim(config: Any) -> None:
     """InputError: a stock class reads `head_dim` for its rotary embeddings and nothing else."""
     width, heads = getattr(config, "head_dim", None), config.num_attention_heads
@@ -28,7 +24,7 @@ GPT_NEOX = Family(
     final_norm="gpt_neox.final_layer_norm.weight",
     attention=Attention(fused="attention.query_key_value", interleaved=True, output="attention.dense"),
     ffn=Plain(up="mlp.dense_h_to_4h", output="mlp.dense_4h_to_h"),
-    wiring=wiring,
+    parallel_wiring=Wiring(parallel=True),
     norm=LAYER,
     rotary=OTHER_ROTARY,
     sizes=("num_attention_heads", None, "intermediate_size"),

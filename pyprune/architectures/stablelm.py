@@ -5,14 +5,9 @@ from typing import Any
 
 from ..errors import InputError
 from .cohere import SIDE_BY_SIDE
-from .declaration import LAYER, Wiring
+from .declaration import LAYER
 from .family import Family
 from .gpt_neox import check_head_dim
-
-
-def wiring(config: Any) -> Wiring:
-    """One norm for both sublayers where they are parallel."""
-    return SIDE_BY_SIDE if config.use_parallel_residual else Wiring()
 
 
 def check_layers(config: Any) -> None:
@@ -25,7 +20,7 @@ def check_layers(config: Any) -> None:
 STABLELM = Family(
     name="stablelm",
     prefix="StableLm",
-    wiring=wiring,
+    parallel_wiring=SIDE_BY_SIDE,
     norm=LAYER,
     heads_in_stock=False,
     check=check_layers,

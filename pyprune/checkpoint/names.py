@@ -5,7 +5,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ..architectures import Family
 from ..errors import InputError
 from .headers import StoredTensor
 
@@ -28,7 +27,7 @@ _ADAPTER = re.compile(r"(^|\.)(lora_[A-Za-z_]+|base_layer|modules_to_save)\.|^ba
 
 @dataclass(frozen=True)
 class EarlierNames:
-    """What transformers itself makes of names that a class had in earlier releases, or has not.
+    """How transformers reads the tensor names of earlier releases, and which tensors it does not read.
 
     renamings: of tensors, one after another. ignored: patterns of tensors that it leaves in the file.
     """
@@ -37,11 +36,11 @@ class EarlierNames:
     ignored: tuple[str, ...]
 
     @classmethod
-    def of(cls, family: Family, config: Any) -> "EarlierNames":
+    def of(cls, model: Any) -> "EarlierNames":
+        """Those of a causal language model, with or without its layers."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
 
-        model: Any = family.build_outside(config)
         renamings = [own for own in get_model_conversion_mapping(model) if isinstance(own, WeightRenaming)]
         return cls(renamings, tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
 

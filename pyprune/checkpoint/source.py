@@ -52,13 +52,14 @@ class ModelSource(ABC):
             if parts is not None:
                 self.shapes = with_taken_counts(family, self.config, self.shapes)
             # Kept: each is found by building a layer, which takes milliseconds.
-            self.outside = family.outside_shapes(self.config)
+            outside = family.build_outside(self.config)
+            self.outside = family.outside_shapes(outside)
             self.layer_state_shapes = [family.layer_state_shapes(self.config, layer) for layer in range(self.layers)]
             expected = self._expected()
         except Exception as error:
             raise refused(place, error) from error
         described = f"a {self.config.model_type} model as {self.config_name} describes it"
-        earlier = EarlierNames.of(family, self.config)
+        earlier = EarlierNames.of(outside)
         self.tensors, self.unused = assign_names(stored, expected, family.body + ".", described, earlier)
         self._settle_head()
         self._check(expected)

@@ -1,5 +1,6 @@
 """A uniform checkpoint in a stock transformers class, for everything that loads transformers' models."""
 
+from ..architectures import BIAS_FLAGS
 from ..checkpoint import CheckpointReader
 from ..modeling.stock import stock_config
 from .layout import Layout
@@ -14,4 +15,4 @@ def stock_layout(reader: CheckpointReader) -> Layout:
 
 def output_proj_biases(reader: CheckpointReader) -> dict[str, bool]:
     """List the output projections that have a bias which the family lacks."""
-    return {name: bool(getattr(reader.config, name, False)) for name in ("o_proj_bias", "down_proj_bias")}
+    return {name: bool(getattr(reader.config, name, False)) for name in BIAS_FLAGS.values()}

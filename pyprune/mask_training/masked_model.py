@@ -97,7 +97,7 @@ def hook_points(
     for sublayer, (norm, middle, output) in _PLACES.items():
         output_proj = block.get_submodule(family.output_proj(sublayer))
         if family.selects_channels:
-            read = block.get_submodule(str(family.wirings()[0].norm_before(sublayer)))
+            read = block.get_submodule(str(family.wiring.norm_before(sublayer)))
             handles.append(read.register_forward_hook(after(norm)))
         handles += [
             output_proj.register_forward_pre_hook(before(middle)),

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..architectures import ATTENTION, FFN, SELECTED_PREFIX, Family, without_layers
+from ..architectures import ATTENTION, BIAS_FLAGS, FFN, SELECTED_PREFIX, Family, without_layers
 from ..architectures.channel_selection import SELECTIONS, slices
 from ..ops import rms_norm_gather, scatter_add_, scatter_add_rms_norm_gather_
 from .config import layered_fields
@@ -18,7 +18,6 @@ from .indices import CheckedLayer, CheckedModel
 
 # Family → its configuration, body and causal language model.
 SELECTED_CLASSES: dict[str, tuple[Any, Any, Any]] = {}
-FLAGS = {ATTENTION: "o_proj_bias", FFN: "down_proj_bias"}
 
 
 def selected_classes(family: Family) -> tuple[Any, Any, Any]:
@@ -31,7 +30,7 @@ def selected_classes(family: Family) -> tuple[Any, Any, Any]:
     own_layer: Any = family.layer_class
     own_model: Any = family.model_class
     own_causal_lm: Any = family.causal_lm_class
-    norms = {sublayer: family.wiring_of(None).norm_before(sublayer) for sublayer in (ATTENTION, FFN)}
+    norms = {sublayer: family.wiring.norm_before(sublayer) for sublayer in (ATTENTION, FFN)}
 
     @strict
     class Config(own_config):
@@ -58,7 +57,7 @@ def selected_classes(family: Family) -> tuple[Any, Any, Any]:
         @staticmethod
         def _flagged(config: Any, name: str) -> bool:
             return any(
-                name == family.output_proj(sublayer) and getattr(config, flag) for sublayer, flag in FLAGS.items()
+                name == family.output_proj(sublayer) and getattr(config, flag) for sublayer, flag in BIAS_FLAGS.items()
             )
 
         def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:

@@ -163,6 +163,20 @@ def alike(shapes: list[LayerShape]) -> bool:
     return len(heads) < 2 and len({s.intermediate_channels for s in shapes}) == 1
 
 
+def _fields_beside(candidate: Family, config: Any, shape: LayerShape, sliding: list[bool]) -> dict[str, Any]:
+    """Fields with which another family's class computes what Llama's does, windows in the layers that have one."""
+    if candidate is GRANITE:
+        return {"attention_multiplier": shape.head_dim**-0.5}
+    if candidate is SMOLLM3:
+        return {
+            "no_rope_layers": [1 for _ in sliding],  # 1: the layer has rotary embeddings
+            "use_sliding_window": any(sliding),
+            "sliding_window": config.sliding_window if any(sliding) else None,
+            "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in sliding],
+        }
+    return {"sliding_window": None} if candidate is MISTRAL else {}
+
+
 def _in_class(
     candidate: Family,
     family: Family,
@@ -187,19 +201,8 @@ def _in_class(
     attention, ffn = (candidate.output_proj(sublayer).split(".")[0] for sublayer in (ATTENTION, FFN))
     switches = {"attention_bias": attention in biased, "mlp_bias": ffn in biased}
     fields |= {name: on for name, on in switches.items() if name in candidate.config_class.__dataclass_fields__}
-    if own:
-        pass
-    elif candidate is GRANITE:
-        fields |= {"attention_multiplier": shape.head_dim**-0.5}
-    elif candidate is SMOLLM3:
-        fields |= {
-            "no_rope_layers": [1 for _ in layers],  # 1: the layer has rotary embeddings
-            "use_sliding_window": any(sliding),
-            "sliding_window": config.sliding_window if any(sliding) else None,
-            "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in sliding],
-        }
-    elif candidate is MISTRAL:
-        fields |= {"sliding_window": None}
+    if not own:
+        fields |= _fields_beside(candidate, config, shape, sliding)
     try:
         made = candidate.config_class(**fields, architectures=[candidate.causal_lm_class.__name__])
     except StrictDataclassError:  # some classes insist on a hidden size that the heads divide, whatever head_dim says

@@ -10,23 +10,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pyprune.architectures.wrappers import CLASS_SPELLING, WRAPPERS
+from support.family_models import SIZES
 
-VOCABULARY = 96
 IMAGE = 92  # the token in an image's place
-_TEXT = {
-    "hidden_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "intermediate_size": 64,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+_TEXT = SIZES | {"hidden_size": 40, "pad_token_id": 0}
 _VISION = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 14}
 _TOWER = _VISION | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 _QWEN = {
