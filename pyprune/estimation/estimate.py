@@ -124,7 +124,7 @@ def estimate(
     layers = _known_layers(reader.shapes, method, ratio)
     before = sum(s.parameters for s in reader.shapes)
     if layers is None:
-        removed = round(ratio * before)
+        removed = round(ratio * sum(s.prunable_parameters for s in method.prunable(reader.shapes)))
         removed_bytes = removed * reader.dtype.itemsize
     else:
         kept = zip(reader.shapes, layers, strict=True)

@@ -168,6 +168,16 @@ def test_estimate_is_exact(subject: Subject) -> None:
     ]
 
 
+def test_estimate_counts_what_may_go(tmp_path: Path) -> None:
+    """Where sizes are not known before, the ratio is of the units that are named."""
+    folder = Subject.made(FAMILIES["llama"], tmp_path).folder
+    said = pyprune.estimate(folder, "obs", RATIO, units="channels", device="cpu", samples=4, sequence_length=40)
+    shapes = CheckpointReader(folder).shapes
+    before, after = said.parameters["decoder_linears"]
+    channels = sum(3 * shape.hidden_size * shape.intermediate_channels for shape in shapes)
+    assert (said.layers, before - after) == (None, round(RATIO * channels))
+
+
 def test_padded_export_is_the_pruned_model(subject: Subject, tmp_path: Path) -> None:
     pyprune.export(subject.fits_stock, tmp_path / "padded", "padded", verify=False)
     padded = loaded(tmp_path / "padded")
